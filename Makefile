@@ -1,0 +1,63 @@
+# What a person runs in a clone. Everything lives in .venv, made when it is needed; no root, nothing outside this folder.
+#
+#     make demo                    train for a few rounds on this machine
+#     make test TORCH=legacy       with the torch for Maxwell, Pascal and Volta
+#     make test PYTHON=python3.12  with this interpreter (default: the first of python3, python3.13 … that is new enough)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+
+TORCH ?= new
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/installed-$(TORCH)
+
+# The modules without network, disk or clock: no branch of theirs may go untested.
+PURE := server/rounds.py server/fleet.py server/averaging.py server/optimizers.py server/robust.py
+PURE += worker/plan.py common/sharding.py
+
+empty :=
+comma := ,
+space := $(empty) $(empty)
+
+.PHONY: help demo test check coverage test-mixed-torch bench clean distclean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
+
+$(READY): pyproject.toml requirements_server.txt requirements_$(TORCH)_gpu.txt deploy/environment.sh
+	@sh deploy/environment.sh "$(VENV)" "$(TORCH)"
+
+requirements_%_gpu.txt: # there is none for an unknown TORCH: deploy/environment.sh says so
+	@:
+
+demo: $(READY) ## train on this machine: a coordinator, three workers, real data, under a minute
+	@$(BIN)/lydian demo
+
+test: $(READY) ## every test but the ones that build a second environment
+	@$(BIN)/python -m pytest -m "not mixed_torch"
+
+check: $(READY) ## style, types and the arrows between the packages
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+coverage: $(READY) ## what the tests reach; the pure modules must be complete
+	@$(BIN)/coverage run -m pytest -m "not mixed_torch"
+	@$(BIN)/coverage report
+	@$(BIN)/coverage report --include="$(subst $(space),$(comma),$(PURE))" --fail-under=100
+
+test-mixed-torch: $(READY) ## new and legacy torch in one job; builds a second environment, several GB
+	@$(BIN)/python -m pytest -m mixed_torch
+
+bench: $(READY) ## measure rounds beside what the machine could do
+	@$(BIN)/python -m bench
+
+clean: ## remove what tools left behind
+	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* htmlcov build dist
+	@find server worker client common tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment as well
+	@rm -rf $(VENV)

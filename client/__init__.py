@@ -1,0 +1,1 @@
+"""The command line: `lydian` and `submit_job`."""

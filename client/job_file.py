@@ -1,0 +1,258 @@
+"""A job in TOML and flags, made into a JobSpec, or refused with every fault named.
+
+Pure but for `read_job`, which reads the job file and the task file. Settings come in layers, each a flat table from a
+key's path to its value and to where it was said; a later layer wins:
+
+    the task's defaults < job file < flags < --set  ──merge──▶ one layer ──build_spec──▶ JobSpec
+"""
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from client.job_keys import Key, KeyPath, job_keys, key_at, nearest, nearest_of, sections
+from client.task_file import is_task_file, read_task, task_name
+from common.errors import BadJobError, BadTaskError
+from common.messages import JobSpec
+from common.tasks import BUILTIN
+
+TASK: KeyPath = ("task",)
+LENGTHS: tuple[KeyPath, ...] = (("train", "local_epochs"), ("train", "local_steps"), ("train", "local_seconds"))
+"""The lengths of a round, of which a job has one: a layer that sets one of them drops what lower layers said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A value, and where it was said: `job.toml`, `--lr`, `--set`."""
+
+    value: object
+    origin: str
+
+
+Layer = Mapping[KeyPath, Setting]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is sent: the spec, and the text of the task file unless the task is built in."""
+
+    spec: JobSpec
+    task_source: str | None
+
+
+def read_job(file: Path | None, flags: Layer, sets: Layer) -> Job:
+    """The job that a job file (or none), flags and --set options make together.
+
+    Args:
+        file: a job file; a task file that it names is looked for beside it.
+        flags: what `flag_layer` made of the flags; a task file in it is relative to the working directory.
+        sets: what `set_layer` made of the --set options.
+
+    Raises:
+        BadJobError: a key or value is wrong; one line for each.
+        BadTaskError: the task is not known, or its file cannot be used.
+    """
+    written = file_layer(_read(file), file.name) if file else {}
+    given = merge(written, flags, sets)
+    task = given.get(TASK)
+    if task is None or not isinstance(task.value, str):
+        return Job(build_spec(given), None)
+    if not is_task_file(task.value):
+        return Job(build_spec(merge(builtin_layer(task.value), given)), None)
+    said_in_file = file is not None and task is written.get(TASK)
+    path = (file.parent if file and said_in_file else Path()) / Path(task.value).expanduser()
+    source = read_task(path)
+    return Job(build_spec({**given, TASK: Setting(task_name(path), task.origin)}), source)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def file_layer(text: str, origin: str) -> Layer:
+    """The settings of a job file.
+
+    Raises:
+        BadJobError: it is not TOML; the sentence has the line.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadJobError(f"{origin} is not TOML: {error}", advice="See examples/job.toml.") from error
+    return {path: Setting(value, origin) for path, value in _flat(document)}
+
+
+def flag_layer(given: Mapping[KeyPath, str | Sequence[str]]) -> Layer:
+    """The settings of flags: a key's path and the text after its flag; for the open section, NAME=VALUE texts."""
+    layer: dict[KeyPath, Setting] = {}
+    for path, text in given.items():
+        key = job_keys()[path]
+        if isinstance(text, str):
+            layer[path] = Setting(text if key.is_text else parse_value(text), key.flag)
+            continue
+        for item in text:
+            name, value = _split(item, key.flag, "NAME=VALUE")
+            layer[(*path, name)] = Setting(parse_value(value), key.flag)
+    return layer
+
+
+def set_layer(items: Sequence[str]) -> Layer:
+    """The settings of --set options, each section.key=value with a TOML value or a bare text.
+
+    Raises:
+        BadJobError: an item without an equals sign.
+    """
+    layer: dict[KeyPath, Setting] = {}
+    for item in items:
+        dotted, text = _split(item, "--set", "section.key=value")
+        section, dot, leaf = dotted.partition(".")
+        path: KeyPath = (section, leaf) if dot else (section,)
+        key, value = key_at(path), parse_value(text)
+        bare = key is not None and key.is_text and not isinstance(value, str)
+        layer[path] = Setting(text if bare else value, "--set")
+    return layer
+
+
+def builtin_layer(task: str) -> Layer:
+    """The defaults that a built-in task brings.
+
+    Raises:
+        BadTaskError: unknown_task, there is no built-in task of that name.
+    """
+    if task not in BUILTIN:
+        like = nearest_of(task, BUILTIN)
+        raise BadTaskError(
+            f"there is no built-in task {_shown(task)}" + (f": did you mean {like}?" if like else ""),
+            code="unknown_task",
+            advice=f"Built in: {', '.join(sorted(BUILTIN))}. Your own: --task FILE.py.",
+        )
+    origin = f"the defaults of {task}"
+    defaults = {tuple(dotted.split(".", 1)): value for dotted, value in BUILTIN[task].defaults.items()}
+    config = {("config", name): value for name, value in BUILTIN[task].config.items()}
+    return {path: Setting(value, origin) for path, value in (defaults | config).items()}
+
+
+def merge(*layers: Layer) -> Layer:
+    """One layer of several; a later one wins, and one that sets a round's length drops the lengths below it."""
+    merged: dict[KeyPath, Setting] = {}
+    for layer in layers:
+        if any(length in layer for length in LENGTHS):
+            merged = {path: setting for path, setting in merged.items() if path not in LENGTHS}
+        merged |= layer
+    return merged
+
+
+def parse_value(text: str) -> object:
+    """A value as TOML writes it; what is not one is a bare text: `8`, `0.1`, `true`, `[1, 2]`, `auto`."""
+    text = text.strip()
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = document.get("value")
+    plain = len(document) == 1 and isinstance(value, str | int | float | list)  # not a date, not a table
+    return value if plain else text
+
+
+# ---------------------------------------------------------------- the spec
+
+
+def build_spec(layer: Layer) -> JobSpec:
+    """The spec that these settings say.
+
+    Raises:
+        BadJobError: unknown keys and wrong values, all of them, one line each.
+    """
+    faults = [_unknown(path, setting) for path, setting in layer.items() if _is_unknown(path)]
+    document = _nested({path: setting.value for path, setting in layer.items() if not _is_unknown(path)})
+    try:
+        spec = JobSpec.model_validate(document, strict=True)  # strict: TOML has types, so "5" is not 5
+    except ValidationError as error:
+        faults += _translated(error.errors(include_url=False), layer)
+    if faults:
+        raise BadJobError("\n".join(faults))
+    return spec
+
+
+def _is_unknown(path: KeyPath) -> bool:
+    names_a_section = len(path) == 1 and path[0] in sections()  # [train] itself; its value may still be wrong
+    return key_at(path) is None and not names_a_section
+
+
+def _unknown(path: KeyPath, setting: Setting) -> str:
+    dotted, is_table = ".".join(path), isinstance(setting.value, dict)
+    like = None if is_table else nearest(path)
+    if path[0] not in sections() and (is_table or (len(path) > 1 and like is None)):
+        section = nearest_of(path[0], sections())
+        hint = f"did you mean [{section}]?" if section else f"there are [{'], ['.join(sorted(sections()))}]"
+        return f"unknown section [{path[0]}] in {setting.origin}: {hint}"
+    there = ", ".join(key.path[-1] for key in job_keys().values() if key.path[:-1] == path[:-1])
+    return f"unknown key {dotted} in {setting.origin}: " + (f"did you mean {like}?" if like else f"there are {there}")
+
+
+def _translated(errors: Iterable[ErrorDetails], layer: Layer) -> list[str]:
+    """Pydantic's faults in our words: one line a key, however many alternatives of a union were tried."""
+    lines: dict[str, None] = {}  # an ordered set
+    for error in errors:
+        path = tuple(str(part) for part in error["loc"][:2])
+        key = key_at(path) or key_at(path[:1])
+        if error["type"] == "missing":
+            lines["the job names no task: give a built-in one or --task FILE.py"] = None
+        elif error["type"] == "value_error":  # a rule over several keys of a section says it in its own words
+            lines[f"[{path[0]}]: {error['ctx']['error']}" if path else str(error["ctx"]["error"])] = None
+        else:
+            lines[_wrong(path, key, layer)] = None
+    return list(lines)
+
+
+def _wrong(path: KeyPath, key: Key | None, layer: Layer) -> str:
+    setting = layer.get(path) or layer[path[:1]]
+    dotted = ".".join(path if path in layer else path[:1])
+    allowed = f"{key.allowed} is allowed" if key else f"[{path[0]}] is a section of keys"
+    return f"{dotted} = {_shown(setting.value)} in {setting.origin}: {allowed}"
+
+
+def _shown(value: object) -> str:
+    """A value as TOML would write it, cut where it is long."""
+    if isinstance(value, dict):
+        return "a table"
+    text = f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _flat(document: Mapping[str, Any]) -> Iterator[tuple[KeyPath, object]]:
+    for name, value in document.items():
+        if isinstance(value, dict) and name in sections():
+            yield from (((name, leaf), inner) for leaf, inner in value.items())
+        else:
+            yield (name,), value
+
+
+def _nested(values: Mapping[KeyPath, object]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for path, value in sorted(values.items(), key=lambda item: len(item[0])):
+        if len(path) == 1:
+            document[path[0]] = value
+        elif isinstance(document.setdefault(path[0], {}), dict):
+            document[path[0]][path[1]] = value
+    return document
+
+
+def _split(item: str, flag: str, shape: str) -> tuple[str, str]:
+    name, sign, value = item.partition("=")
+    if not sign or not name.strip():
+        raise BadJobError(f"{flag} {item} is not {shape}", advice="e.g. --set train.lr=0.05 --set config.width=64")
+    return name.strip(), value.strip()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadJobError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    except OSError as error:
+        raise BadJobError(f"the job file {path} cannot be read: {error.strerror}", advice="Check the path.") from error

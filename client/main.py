@@ -1,0 +1,315 @@
+"""`lydian`: every command of the system.
+
+A command parses, asks the coordinator through common.api, and prints: the answer on stdout, everything else on stderr.
+The packages that make the calls are imported inside the commands, so that `lydian --help` answers at once.
+
+Exit codes: 0 fine · 1 the request failed, or the watched job did · 2 wrong usage · 3 no coordinator answers ·
+4 the watched job was cancelled · 130 interrupted.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+from client import shown
+from client.calling import (
+    DEFAULT_URL,
+    AsJson,
+    Token,
+    Url,
+    coordinator,
+    new_app,
+    print_message,
+    print_messages,
+    run_program,
+)
+from common import __version__
+
+if TYPE_CHECKING:
+    from common.messages import JobView, WorkerView
+
+HELP = """Train one PyTorch model on all the machines you have.
+
+\b
+Examples:
+  lydian demo                                        train on this machine, in a minute
+  lydian serve                                       start the coordinator
+  lydian work http://gpu-box:8470 --token TOKEN      train for it, on every machine
+  lydian submit fashion-mnist --rounds 20 --watch    send a job and watch it
+  lydian pull JOB -o model.safetensors --best        fetch the model
+
+\b
+LYDIAN_URL and LYDIAN_TOKEN say which coordinator, and as whom.
+
+\b
+Exit codes: 0 fine, 1 the request or the watched job failed, 2 wrong usage,
+3 no coordinator answers, 4 the watched job was cancelled, 130 interrupted.
+"""
+
+app = new_app(HELP)
+token_app = new_app("Tokens for workers.")
+app.add_typer(token_app, name="token")
+
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+
+
+class PassedOn(TyperCommand):
+    """A command whose arguments, --help included, are another program's."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's, which typer brings or imports
+        """Take them all as they are."""
+        ctx.args = args
+        return args
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Nothing by itself; HELP is shown instead of this."""
+
+
+# ---------------------------------------------------------------- the parts of the system
+
+
+@app.command(cls=PassedOn, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Run the coordinator on this machine."""
+    from client.running import become
+
+    become("server", context.args)
+
+
+@app.command(cls=PassedOn, add_help_option=False)
+def work(context: typer.Context) -> None:
+    """Train for a coordinator on this machine."""
+    from client.running import become
+
+    become("worker", context.args)
+
+
+@app.command()
+def demo(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to train.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Workers to start, one thread each.")] = 3,
+    task: Annotated[str, typer.Option(help="A built-in task, or your own FILE.py.")] = "digits",
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the folder with state and logs.")] = False,
+) -> None:
+    """Train on this machine: a coordinator, some workers, real data, and everything stopped at the end."""
+    from client.demo import run_demo
+
+    raise typer.Exit(run_demo(rounds=rounds, workers=workers, task=task, keep=keep))
+
+
+# ---------------------------------------------------------------- jobs
+
+
+@app.command(cls=PassedOn, add_help_option=False)
+def submit(context: typer.Context) -> None:
+    """Send a job and print its id."""
+    from client.submit_job import make_app
+
+    program = context.command_path
+    make_app(program)(context.args, prog_name=program)
+
+
+@app.command()
+def jobs(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """List the jobs, oldest first."""
+    with coordinator(url, token) as api:
+        found = api.jobs()
+    if as_json:
+        print_messages(found)
+    elif found:
+        header = ["JOB", "NAME", "TASK", "STATE", "ROUND", "ACCURACY", "REASON"]
+        shown.print_table(header, [_job_cells(job) for job in found], right={"ROUND", "ACCURACY"})
+    else:
+        typer.echo("no job yet: `lydian submit --help` says how to send one", err=True)
+
+
+@app.command()
+def watch(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Watch a job until it is over; Ctrl-C leaves it running.
+
+    With --json every fact is one JSON object on a line; a closed round has type "round", and the last line type "job".
+    """
+    from client import watching
+
+    with coordinator(url, token) as api:
+        ending = watching.watch(api, api.job(job), as_json=as_json)
+    raise typer.Exit(ending)
+
+
+@app.command()
+def logs(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Print every trouble of a job, with its traceback."""
+    with coordinator(url, token) as api:
+        entries = api.logs(job)
+    if as_json:
+        print_messages(entries)
+        return
+    for entry in entries:
+        typer.echo(shown.one_line(f"{entry.at}  {entry.worker}  {entry.where}: {entry.sentence} ({entry.code})"))
+        if entry.detail:
+            typer.echo(shown.printable(entry.detail.rstrip()))
+    if not entries:
+        typer.echo(f"{job} had no trouble", err=True)
+
+
+@app.command()
+def cancel(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """End a job; the models of its closed rounds stay."""
+    with coordinator(url, token) as api:
+        _print_job(api.cancel(job), as_json=as_json)
+
+
+@app.command()
+def pause(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Hand out no more work of a job until it is resumed."""
+    with coordinator(url, token) as api:
+        _print_job(api.pause(job), as_json=as_json)
+
+
+@app.command()
+def resume(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Go on with a paused job where it stood."""
+    with coordinator(url, token) as api:
+        _print_job(api.resume(job), as_json=as_json)
+
+
+@app.command()
+def pull(
+    job: JobArgument,
+    target: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the model goes (safetensors).")],
+    number: Annotated[
+        int | None, typer.Option("--round", min=0, metavar="N", help="The model after this round.")
+    ] = None,
+    best: Annotated[bool, typer.Option("--best", help="The model that was evaluated best.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite the file.")] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+) -> None:
+    """Fetch a job's newest model as a safetensors file.
+
+    In Python: model.load_state_dict(safetensors.torch.load_file(FILE))
+    """
+    from client.pulling import pull_model
+
+    if best and number is not None:
+        raise typer.BadParameter("--best and --round name two models: keep one")
+    which = "best" if best else "newest" if number is None else str(number)
+    with coordinator(url, token) as api:
+        pull_model(api, job, target, which=which, force=force)
+    typer.echo(target)
+
+
+# ---------------------------------------------------------------- workers
+
+
+@app.command()
+def workers(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """List the workers and what they do."""
+    with coordinator(url, token) as api:
+        found = api.workers()
+    if as_json:
+        print_messages(found)
+    elif found:
+        header = ["WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "DOING", "SPEED", "REASON"]
+        shown.print_table(header, [_worker_cells(worker) for worker in found], right={"SEEN", "SPEED"})
+    else:
+        typer.echo("no worker yet: `lydian serve` prints the line that starts one", err=True)
+
+
+@app.command()
+def drain(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="The worker's id.")],
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a worker finish what it does and give it nothing more."""
+    with coordinator(url, token) as api:
+        view = api.drain(worker)
+    if as_json:
+        print_message(view)
+    else:
+        typer.echo(shown.one_line(f"{view.name} is {view.state}: {view.reason}"))
+
+
+@token_app.command()
+def join(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Print a new token that lets a worker join."""
+    from common.messages import TokenRequest
+
+    with coordinator(url, token) as api:
+        answer = api.new_token(TokenRequest(scope="join"))
+    if as_json:
+        print_message(answer)
+    else:
+        typer.echo(answer.token)
+
+
+@token_app.callback()
+def about_tokens() -> None:
+    """Tokens for workers."""
+
+
+def main() -> NoReturn:
+    """Run `lydian`."""
+    run_program(app, "lydian")
+
+
+# ---------------------------------------------------------------- cells
+
+
+def _print_job(view: "JobView", *, as_json: bool) -> None:
+    if as_json:
+        print_message(view)
+    else:
+        typer.echo(shown.one_line(f"{view.id} is {view.state}: {view.reason}"))
+
+
+def _job_cells(job: "JobView") -> list[str]:
+    accuracy = shown.measure(job.metrics.get("accuracy"))
+    cells = [job.id, job.name, job.task, job.state, f"{job.round}/{job.rounds}", accuracy, job.reason]
+    return [shown.one_line(cell) for cell in cells]
+
+
+def _worker_cells(worker: "WorkerView") -> list[str]:
+    speed = worker.progress.samples_per_s if worker.progress else None
+    torch = worker.hardware.torch
+    cells = [
+        worker.id,
+        worker.name,
+        worker.state,
+        f"{shown.duration(worker.last_seen_s)} ago" if worker.last_seen_s >= 0 else shown.NOTHING,
+        _device(worker),
+        torch.version,
+        worker.assignment or shown.NOTHING,
+        shown.NOTHING if speed is None else f"{speed:,.0f}/s",
+        worker.reason,
+    ]
+    return [shown.one_line(cell) for cell in cells]
+
+
+def _device(worker: "WorkerView") -> str:
+    """The device that the worker trains on, with the GPU's name where its number tells which that is."""
+    device = worker.hardware.torch.device
+    kind, _, number = device.partition(":")
+    names = {gpu.index: gpu.name for gpu in worker.hardware.gpus}
+    name = names.get(int(number or 0)) if kind == "cuda" and (number or len(names) == 1) else None
+    return f"{device} {name}" if name else device
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+"""`lydian watch`: a job's events, shown as they come.
+
+The board is pure: facts in, rows out. Three views show it: lines of JSON, plain lines for a pipe, and a picture that
+renews itself on a terminal. A watcher only looks: ending it changes nothing.
+
+    api.events ──▶ follow ──▶ view.show(event) ──▶ Board.take(fact) ──▶ plain_line | render
+"""
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol, get_args
+
+import typer
+from pydantic import ValidationError
+
+from client import shown
+from client.calling import Ending
+from common.api import CoordinatorApi
+from common.facts import (
+    Evaluated,
+    EvaluationGivenUp,
+    Extended,
+    Fact,
+    HandedBack,
+    Initialised,
+    Late,
+    Now,
+    RoundClosed,
+    StateChanged,
+    Submitted,
+    WorkerNow,
+)
+from common.messages import OVER, JobView, Message, Progress
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SHOWN_ROUNDS = 10  # rows of the table on a terminal
+SHOWN_TROUBLES = 3
+ETA_ROUNDS = 5  # rounds whose mean length foretells the rest
+QUIET_S = 30.0  # seconds without a line after which plain output says what is awaited
+BUSY = frozenset({"training", "aggregating", "evaluating"})  # states in which rounds speak for themselves
+
+Event = Mapping[str, Any]
+_FACTS: dict[str, type[Message]] = {k.model_fields["type"].default: k for k in (*get_args(get_args(Fact)[0]), Now)}
+
+
+def read_event(event: Event) -> Message | None:
+    """The fact that an event is; None for one that this version does not know, or cannot read.
+
+    Fields that a newer coordinator added are passed over: a watcher shows what it understands.
+    """
+    kind = _FACTS.get(str(event.get("type")))
+    if kind is None:
+        return None
+    try:
+        return kind.model_validate({name: value for name, value in event.items() if name in kind.model_fields})
+    except ValidationError:
+        return None
+
+
+# ---------------------------------------------------------------- the board
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One closed round, and its evaluation, which may come later."""
+
+    closed: RoundClosed
+    evaluation: Evaluated | None = None
+
+    def measured(self, name: str) -> float | None:
+        """A metric of the evaluation; of the round itself if it brought one of that name."""
+        found = self.evaluation.metrics.get(name) if self.evaluation else None
+        return found if found is not None else self.closed.metrics.get(name)
+
+
+class Board:
+    """What is known of a job: takes its facts in order, answers what to show. Shows nothing itself."""
+
+    def __init__(self, job: JobView) -> None:
+        self.job = job
+        self.state: str = job.state
+        self.reason = job.reason
+        self.rows: dict[int, Row] = {}
+        self.best: int | None = None  # the round whose model measured best
+        self.now: Now | None = None
+        self.troubles: deque[str] = deque(maxlen=SHOWN_TROUBLES)
+        self.waiting: str | None = None
+
+    def take(self, fact: Message) -> None:
+        """Learn a fact."""
+        self.waiting = None
+        match fact:
+            case RoundClosed():
+                self.rows[fact.round] = Row(fact)
+            case Evaluated():
+                self.best = fact.round if fact.best else self.best
+                if fact.round in self.rows:
+                    self.rows[fact.round] = replace(self.rows[fact.round], evaluation=fact)
+            case Now():
+                self.now, self.state, self.reason = fact, fact.state, fact.reason
+            case StateChanged():
+                self.now, self.state, self.reason = None, fact.state, fact.reason
+            case HandedBack() | Late() | Extended() | EvaluationGivenUp():
+                self.troubles.append(plain_line(fact, self) or "")
+            case _:
+                pass
+
+    @property
+    def over(self) -> bool:
+        """Whether the job has ended."""
+        return self.state in OVER
+
+    @property
+    def progress(self) -> float:
+        """Rounds done, the open one by the share of its updates that are in."""
+        now, closed = self.now, next(reversed(self.rows), 0)
+        part = now.received / now.shards if now and now.shards and now.round > closed else 0.0
+        return min(closed + part, float(self.job.rounds))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Foretold from the mean of the last rounds; None before the first and after the end."""
+        lengths = [row.closed.seconds for row in self.last(ETA_ROUNDS)]
+        if not lengths or self.over:
+            return None
+        return sum(lengths) / len(lengths) * (self.job.rounds - self.progress)
+
+    def last(self, rounds: int) -> list[Row]:
+        """The newest closed rounds, oldest first."""
+        return list(islice(reversed(self.rows.values()), rounds))[::-1]
+
+
+# ---------------------------------------------------------------- plain
+
+
+def plain_line(fact: Message, board: Board) -> str | None:
+    """The line about a fact in a pipe; None where a person is not served by one. No control characters."""
+    line = _plain_line(fact, board)
+    return None if line is None else shown.one_line(line)
+
+
+def _plain_line(fact: Message, board: Board) -> str | None:
+    match fact:
+        case Submitted():
+            return f"submitted: {fact.spec.task}, {shown.several(fact.spec.rounds, 'round')}"
+        case Initialised():
+            return f"model built: {shown.several(fact.facts.parameters, 'parameter')}, {shown.size(fact.size)}"
+        case StateChanged():
+            return f"{fact.state}: {fact.reason}"
+        case RoundClosed():
+            return _round_line(fact, board.job.rounds)
+        case Evaluated():
+            found = ", ".join(f"{name} {shown.measure(value)}" for name, value in fact.metrics.items())
+            return f"evaluation of round {fact.round}: {found}{' (best)' if fact.best else ''}"
+        case EvaluationGivenUp():
+            return f"round {fact.round} is not evaluated: {fact.reason}"
+        case HandedBack():
+            work = f"{fact.kind} of round {fact.round}, shard {fact.shard}, attempt {fact.attempt}"
+            return f"{fact.worker_name} gave back {work}: {fact.sentence} ({fact.code})"
+        case Late():
+            return f"an update of round {fact.round}, shard {fact.shard} came too late and is not used"
+        case Extended():
+            return f"round {fact.round} gets more time: {fact.reason}"
+        case _:
+            return None
+
+
+def _round_line(fact: RoundClosed, rounds: int) -> str:
+    parts = [
+        shown.duration(fact.seconds),
+        shown.several(fact.workers, "worker"),
+        shown.several(fact.samples, "sample"),
+        f"down {shown.size(fact.bytes_down)}",
+        f"up {shown.size(fact.bytes_up)}",
+        *(f"{name.replace('_', ' ')} {shown.measure(value)}" for name, value in fact.metrics.items()),
+        *([f"{shown.several(fact.left_out, 'shard')} left out"] if fact.left_out else []),
+    ]
+    return f"round {fact.round} of {rounds}: {', '.join(parts)}"
+
+
+# ---------------------------------------------------------------- a terminal
+
+
+def round_table(rows: Collection[Row], best: int | None) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of rounds; the best has a star. A metric has a column when a round has it."""
+    names = {name for row in rows if row.evaluation for name in row.evaluation.metrics}
+    ordered = sorted(names, key=lambda name: (name != "accuracy", name))
+    header = ["round", "seconds", "workers", "samples", "↓", "↑", "train loss", *ordered]
+    return header, [_cells(row, ordered, "*" if row.closed.round == best else "") for row in rows]
+
+
+def _cells(row: Row, metrics: Iterable[str], star: str) -> list[str]:
+    closed = row.closed
+    return [
+        f"{star} {closed.round}".lstrip(),
+        shown.duration(closed.seconds),
+        shown.count(closed.workers),
+        shown.count(closed.samples),
+        shown.size(closed.bytes_down),
+        shown.size(closed.bytes_up),
+        shown.measure(closed.metrics.get("train_loss")),
+        *(shown.measure(row.measured(name)) for name in metrics),
+    ]
+
+
+def render(board: Board) -> "RenderableType":
+    """The picture of a job on a terminal: state, progress, workers, the last rounds, the last troubles."""
+    from rich import box
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    job = board.job
+    colour = {"finished": "green", "failed": "red", "cancelled": "yellow"}.get(board.state, "cyan")
+    head = Text.assemble(
+        (job.id, "bold"), f"  {job.name}  ", (board.state, colour), f"  {shown.one_line(board.reason)}"
+    )
+    left = board.seconds_left
+    bar = Table.grid(padding=(0, 1))
+    bar.add_row(
+        Text(f"round {int(board.progress)}/{job.rounds}"),
+        ProgressBar(total=job.rounds, completed=board.progress, width=40),
+        Text("" if left is None else f"about {shown.duration(left)} left"),
+    )
+    parts: list[RenderableType] = [head, bar]
+    if board.waiting:
+        parts.append(Text(shown.one_line(board.waiting), style="yellow"))
+    if board.now and board.now.workers:
+        parts.append(_worker_grid(board.now.workers))
+    if board.rows:
+        header, cells = round_table(board.last(SHOWN_ROUNDS), board.best)
+        table = Table(*header, box=box.SIMPLE_HEAD)
+        for column in table.columns:
+            column.justify = "right"
+        for row in cells:
+            table.add_row(*row, style="bold" if row[0].startswith("*") else None)
+        parts.append(table)
+    parts += [Text(trouble, style="yellow") for trouble in board.troubles]
+    return Group(*parts)
+
+
+def _worker_grid(workers: Iterable[WorkerNow]) -> "RenderableType":
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for worker in workers:
+        cells = [worker.worker, worker.doing, *progress_cells(worker.progress)]
+        grid.add_row(*(Text(shown.one_line(cell)) for cell in cells))
+    return grid
+
+
+def progress_cells(progress: Progress | None) -> tuple[str, str, str, str]:
+    """What a worker does, its steps, its speed and its loss; empty where it has not said."""
+    if progress is None:
+        return "", "", "", ""
+    steps = f"{progress.step}/{progress.steps}" if progress.steps else str(progress.step or "")
+    speed = "" if progress.samples_per_s is None else f"{progress.samples_per_s:,.0f} samples/s"
+    loss = "" if progress.loss is None else f"loss {shown.measure(progress.loss)}"
+    return progress.doing, steps, speed, loss
+
+
+# ---------------------------------------------------------------- views
+
+
+class View(Protocol):
+    """Whatever shows a job's events."""
+
+    def opened(self) -> AbstractContextManager[object]:
+        """Shown while this lasts."""
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+
+    def waiting(self, sentence: str) -> None:
+        """Say that the coordinator is away."""
+
+
+class JsonView:
+    """One JSON object a line: every fact as it came; `now` events, which are no facts, are left out."""
+
+    def opened(self) -> AbstractContextManager[object]:
+        """Nothing to open."""
+        return nullcontext()
+
+    def show(self, event: Event) -> None:
+        """Print one fact."""
+        if event.get("type") != Now.model_fields["type"].default:
+            typer.echo(json.dumps(event))
+
+    def waiting(self, sentence: str) -> None:
+        """Say it on stderr."""
+        typer.echo(sentence, err=True)
+
+
+class PlainView:
+    """One line a closed round, evaluation, change or trouble; and what is awaited, where that is news."""
+
+    def __init__(self, board: Board, clock: Callable[[], float] = time.monotonic) -> None:
+        self.board = board
+        self._clock = clock
+        self._last_line, self._last_at = "", clock()
+        self._is_away = False
+
+    def opened(self) -> AbstractContextManager[object]:
+        """Nothing to open."""
+        return nullcontext()
+
+    def show(self, event: Event) -> None:
+        """Print the line about one event, if it has one."""
+        fact = read_event(event)
+        if fact is None:
+            return
+        self._is_away = False
+        self.board.take(fact)
+        line = self._awaited(fact) if isinstance(fact, Now) else plain_line(fact, self.board)
+        if line is not None:
+            typer.echo(line)
+            self._last_line, self._last_at = line, self._clock()
+
+    def waiting(self, sentence: str) -> None:
+        """Say it on stderr, once each time the coordinator goes away."""
+        if not self._is_away:
+            self._is_away = True
+            typer.echo(shown.one_line(sentence), err=True)
+
+    def _awaited(self, now: Now) -> str | None:
+        """What the job waits for: at once while no round runs, and where a round has been quiet for long."""
+        line = shown.one_line(f"{now.state}: {now.reason}")
+        is_quiet = now.state not in BUSY or self._clock() - self._last_at > QUIET_S
+        return line if is_quiet and line != self._last_line else None
+
+
+class LiveView:
+    """A picture on a terminal, drawn four times a second by a thread of rich's, however fast the events come."""
+
+    def __init__(self, board: Board, *, keep: bool = True) -> None:
+        from rich.live import Live
+
+        self.board = board
+        self._lock = threading.Lock()
+        self._live: Live = Live(get_renderable=self._draw, refresh_per_second=4, transient=not keep)
+
+    def opened(self) -> AbstractContextManager[object]:
+        """The picture, which stays or goes at the end as was chosen."""
+        return self._live
+
+    def show(self, event: Event) -> None:
+        """Learn from one event."""
+        fact = read_event(event)
+        if fact is not None:
+            with self._lock:
+                self.board.take(fact)
+
+    def waiting(self, sentence: str) -> None:
+        """Show that the coordinator is away, until the next event."""
+        with self._lock:
+            self.board.waiting = sentence
+
+    def _draw(self) -> "RenderableType":
+        with self._lock:
+            return render(self.board)
+
+
+def view_for(board: Board, *, as_json: bool, keep: bool = True) -> View:
+    """The view that fits: JSON when asked for, a picture on a terminal, else plain lines."""
+    if as_json:
+        return JsonView()
+    return LiveView(board, keep=keep) if shown.fancy() else PlainView(board)
+
+
+def follow(events: Iterable[Event], view: View) -> str:
+    """Show events until they end; the state that the job ended in."""
+    state = ""
+    with view.opened():
+        for event in events:
+            view.show(event)
+            if event.get("type") == "job":
+                state = str(event["state"])
+    return state
+
+
+def watch(api: CoordinatorApi, job: JobView, *, as_json: bool) -> Ending:
+    """Show a job until it is over.
+
+    Returns:
+        The exit code for how it ended.
+    """
+    view = view_for(Board(job), as_json=as_json)
+    try:
+        state = follow(api.events(job.id, on_wait=view.waiting), view)
+    except KeyboardInterrupt:
+        going_on = f"{job.id} goes on; `lydian watch {job.id}` shows it again, `lydian cancel {job.id}` ends it"
+        typer.echo(going_on, err=True)
+        return Ending.INTERRUPTED
+    return {"finished": Ending.FINE, "cancelled": Ending.CANCELLED}.get(state, Ending.FAILED)

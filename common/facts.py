@@ -1,0 +1,201 @@
+"""What happened to a job: the facts that the journal keeps, the state is rebuilt from, and `lydian watch` streams.
+
+One shape for all three, so that a line of `lydian watch --json` is the truth itself. A fact says what was decided,
+never what should be decided: replaying facts needs no rule. Ids rise by one; `at` is for people and decides nothing.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from common.messages import Count, Digest, JobSpec, Kind, Message, Metrics, ModelFacts, Name, Progress, State
+
+
+class Submitted(Message):
+    """A job was taken. Its first fact."""
+
+    type: Literal["submitted"] = "submitted"
+    spec: JobSpec
+    task_digest: Digest | None = Field(None, description="of the user's task file; None for a built-in task")
+    key: str = Field(description="the submitter's idempotency key")
+
+
+class StateChanged(Message):
+    """The job's state changed by something else than a round: started, paused, resumed, ended."""
+
+    type: Literal["job"] = "job"
+    state: State
+    reason: str
+
+
+class HandedOut(Message):
+    """A task of the job was given to a worker, as its next attempt."""
+
+    type: Literal["handed_out"] = "handed_out"
+    kind: Kind
+    round: Count
+    shard: Count
+    attempt: int
+    worker: Name = Field(description="the worker's id")
+
+
+class HandedBack(Message):
+    """An attempt ended without a result: it failed, expired, was released, or its result was refused."""
+
+    type: Literal["handed_back"] = "handed_back"
+    kind: Kind
+    round: Count
+    shard: Count
+    attempt: int
+    worker: Name
+    worker_name: str
+    code: str = Field(description="expired, released, refused codes, or what the worker gave (messages.Abandon)")
+    sentence: str
+    detail: str = ""
+
+
+class Initialised(Message):
+    """The model was built from the seed: version 0."""
+
+    type: Literal["initialised"] = "initialised"
+    attempt: int
+    worker: Name
+    digest: Digest
+    size: Count
+    facts: ModelFacts
+
+
+class Shard(Message):
+    """One shard of a round."""
+
+    shard: Count
+    start: Count = 0
+    stop: Count = Field(0, description="samples [start, stop) of the job's order")
+    worker: Name | None = Field(None, description="the only worker that can train it: its own data")
+
+    @property
+    def samples(self) -> int | None:
+        """Samples in the shard; None while only its worker knows."""
+        return None if self.worker is not None else self.stop - self.start
+
+
+class Opened(Message):
+    """A round began."""
+
+    type: Literal["opened"] = "opened"
+    round: Count
+    base: Digest
+    shards: tuple[Shard, ...]
+    reason: str
+
+
+class Accepted(Message):
+    """An update counts."""
+
+    type: Literal["accepted"] = "accepted"
+    round: Count
+    shard: Count
+    attempt: int
+    worker: Name
+    worker_name: str
+    digest: Digest
+    samples: Count
+    steps: Count
+    seconds: float
+    metrics: Metrics
+    bytes_down: Count
+    bytes_up: Count
+
+
+class Late(Message):
+    """An update came after its round had closed. Recorded, not used."""
+
+    type: Literal["late"] = "late"
+    round: Count
+    shard: Count
+    attempt: int
+    worker: Name
+
+
+class Extended(Message):
+    """The deadline passed below the quorum: the round gets its time once more."""
+
+    type: Literal["extended"] = "extended"
+    round: Count
+    reason: str
+
+
+class Frozen(Message):
+    """The set of updates that will be averaged is decided; nothing changes it any more."""
+
+    type: Literal["frozen"] = "frozen"
+    round: Count
+    shards: tuple[Count, ...]
+    reason: str
+
+
+class RoundClosed(Message):
+    """A round was averaged; its model is durable."""
+
+    type: Literal["round"] = "round"
+    round: Count
+    seconds: float
+    workers: Count = Field(description="workers whose updates count")
+    shards: Count
+    left_out: Count = Field(0, description="shards without an update in time")
+    samples: Count
+    bytes_down: Count
+    bytes_up: Count
+    digest: Digest
+    size: Count
+    metrics: dict[str, float] = Field(default_factory=dict, description="means over the updates: train_loss …")
+
+
+class Evaluated(Message):
+    """The model of a round was measured on the held-out split."""
+
+    type: Literal["evaluation"] = "evaluation"
+    round: Count
+    attempt: int
+    worker: Name
+    metrics: dict[str, float]
+    samples: Count
+    seconds: float
+    best: bool
+
+
+class EvaluationGivenUp(Message):
+    """The model of a round could not be measured; the job goes on."""
+
+    type: Literal["evaluation_given_up"] = "evaluation_given_up"
+    round: Count
+    reason: str
+
+
+Fact = Annotated[
+    Submitted | StateChanged | HandedOut | HandedBack | Initialised | Opened | Accepted | Late | Extended | Frozen
+    | RoundClosed | Evaluated | EvaluationGivenUp,
+    Field(discriminator="type"),
+]  # fmt: skip
+FACT: TypeAdapter[Fact] = TypeAdapter(Fact)
+
+
+class WorkerNow(Message):
+    """What one worker does for the job at this moment."""
+
+    worker: str
+    doing: str
+    progress: Progress | None = None
+
+
+class Now(Message):
+    """Where the job stands at this moment. Streamed beside the facts, never kept, so it has no id."""
+
+    type: Literal["now"] = "now"
+    state: State
+    reason: str = Field(description="what is awaited, in words")
+    round: Count
+    rounds: Count
+    received: Count = Field(description="updates in, of this round")
+    shards: Count
+    workers: tuple[WorkerNow, ...] = ()

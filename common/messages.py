@@ -1,0 +1,365 @@
+"""What coordinator, workers and client say to each other: one frozen class a message.
+
+Unknown fields are refused, bounds sit on the fields, and no torch is imported. docs/protocol.md tells the calls.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, in hex")]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Metrics = dict[str, tuple[float, float]]
+"""Metric name -> (sum, count), so that means over workers are exact: the mean is sum / count."""
+
+Kind = Literal["init", "train", "evaluate"]
+State = Literal[
+    "queued", "initialising", "training", "aggregating", "evaluating", "paused", "finished", "failed", "cancelled"
+]
+OVER: frozenset[str] = frozenset({"finished", "failed", "cancelled"})
+Trust = Literal["none", "listed", "any"]
+
+
+class Message(BaseModel):
+    """Frozen, and refuses what it does not know. NaN and infinity travel as strings, since JSON has neither."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+# ---------------------------------------------------------------- the job
+
+
+class TrainSection(Message):
+    """`[train]`: what a worker does with its shard."""
+
+    local_epochs: int | None = Field(None, ge=1, description="passes over the shard in a round (default 1)")
+    local_steps: int | None = Field(None, ge=1, description="optimiser steps in a round, instead of epochs")
+    local_seconds: float | None = Field(None, gt=0, description="seconds of training in a round, instead of epochs")
+    batch_size: int = Field(32, ge=1, description="samples a step")
+    lr: float = Field(0.1, gt=0, description="learning rate of the default optimiser, SGD")
+    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the default optimiser")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the default optimiser")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [n for n in ("local_epochs", "local_steps", "local_seconds") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both set; a round has one length: keep one of them")
+        return self
+
+
+class DataSection(Message):
+    """`[data]`: how the training set is cut into shards."""
+
+    partition: Literal["iid", "dirichlet", "labels", "local"] = Field(
+        "iid", description="iid; dirichlet (label skew by alpha); labels (k label shards each); local (own data)"
+    )
+    alpha: float = Field(0.5, gt=0, description="dirichlet: small is skewed, large is even")
+    labels_per_shard: int = Field(2, ge=1, description="labels: label-sorted pieces a shard gets")
+    shards: Literal["auto"] | Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        "auto", description="auto (one a live worker) or a number of virtual clients"
+    )
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the shards that trains in a round")
+    name: Name | None = Field(None, description="the data's name in `lydian work --data NAME=PATH` (default: the task)")
+
+
+class RoundSection(Message):
+    """`[round]`: when a round starts and when it closes."""
+
+    min_workers: int = Field(1, ge=1, description="live workers needed before the job starts")
+    quorum: Literal["all"] | Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        "all", description="updates that close a round: all, a count (3) or a share (0.75)"
+    )
+    deadline: float | None = Field(None, gt=0, description="seconds for a round to reach its quorum; extended once")
+    evaluate_every: int = Field(1, ge=0, description="rounds between evaluations (0: only the last round)")
+
+
+class AggregationSection(Message):
+    """`[aggregation]`: how updates become the next model."""
+
+    algorithm: Literal["fedavg"] = Field("fedavg", description="the outer step")
+    robust: Literal["none"] = Field("none", description="the robust rule before the mean")
+    update: Literal["fp32"] = Field("fp32", description="how an update travels: fp32 sends the model's own dtypes")
+    norm_bound: float | None = Field(None, gt=0, description="refuse an update further than this from its base (L2)")
+
+
+class JobSpec(Message):
+    """A whole job, as a job file says it. Every key is also a flag of `lydian submit`."""
+
+    task: Name = Field(description="a built-in task, or the name of the task file")
+    rounds: int = Field(5, ge=1, le=1_000_000)
+    seed: int = Field(0, ge=0, lt=2**63, description="seeds initialisation, partition, order of samples, dropout")
+    name: Name | None = Field(None, description="shown to people (default: the task)")
+    target: float | None = Field(None, description="stop when target_metric reaches this")
+    target_metric: str = Field("accuracy", description="higher is better, unless it is a loss, error or perplexity")
+    train: TrainSection = TrainSection()
+    data: DataSection = DataSection()
+    round: RoundSection = RoundSection()
+    aggregation: AggregationSection = AggregationSection()
+    config: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
+        default_factory=dict, description="handed to the task as it is"
+    )
+
+
+class JobRequest(Message):
+    """`POST /v1/jobs`. The same key again gives the same job."""
+
+    spec: JobSpec
+    task_source: str | None = Field(None, max_length=1 << 20, description="the task file's text, unless built in")
+    key: str = Field(min_length=1, max_length=200, description="idempotency key")
+
+
+# ---------------------------------------------------------------- the machine
+
+
+class Gpu(Message):
+    """One GPU as its driver reports it."""
+
+    index: int
+    name: str
+    memory: Count = Field(description="bytes")
+    driver: str
+    capability: tuple[int, int] | None = Field(None, description="compute capability, e.g. (8, 9)")
+
+
+class TorchBuild(Message):
+    """What the child that trains says about its torch."""
+
+    version: str
+    device: str = Field(description="the device that the child trains on: cpu, cuda, cuda:1, mps, xpu")
+    cuda: str | None = Field(None, description="CUDA version of the build, None for a CPU build")
+    architectures: tuple[str, ...] = Field((), description="what the build has kernels for, e.g. sm_86")
+    threads: int = Field(ge=1, description="CPU threads that the child computes with")
+
+
+class Hardware(Message):
+    """The machine that a worker runs on."""
+
+    hostname: str
+    system: str = Field(description="e.g. Linux-6.1-x86_64")
+    python: str
+    cpu: str
+    cores: int = Field(ge=1)
+    memory: Count = Field(description="bytes")
+    gpus: tuple[Gpu, ...] = ()
+    torch: TorchBuild
+
+
+class Registration(Message):
+    """`POST /v1/workers`: with a join token the first time, with the worker's own credential ever after."""
+
+    name: Name
+    protocol: int
+    version: str
+    start_id: str = Field(min_length=1, max_length=64, description="new at each start of the worker process")
+    hardware: Hardware
+    data: tuple[Name, ...] = Field((), description="names of data folders that the worker's owner offers")
+    trust: Trust = Field("none", description="which task files that are not built in this worker runs")
+    trusted: tuple[Digest, ...] = Field((), max_length=10_000, description="the task files that are listed")
+
+
+class Welcome(Message):
+    """The coordinator's answer to a registration."""
+
+    worker_id: str
+    credential: str | None = Field(None, description="the worker's own token; None when it came with it")
+    protocol: int
+    heartbeat_s: float
+    ttl_s: float
+    reason: str
+
+
+# ---------------------------------------------------------------- the work
+
+
+class TaskRef(Message):
+    """Which task file: a built-in one by name, or a user's by digest."""
+
+    name: Name
+    digest: Digest | None = Field(None, description="of the user's task file; None for a built-in task")
+
+
+class ModelRef(Message):
+    """One version of the model."""
+
+    digest: Digest
+    size: Count = Field(description="bytes of the safetensors file")
+
+
+class Range(Message):
+    """A shard as samples [start, stop) of the job's seeded order of the training set (common.sharding)."""
+
+    start: Count
+    stop: Count
+
+
+class Assignment(Message):
+    """One piece of work for one worker: (job, round, shard, attempt). `attempt` is the fencing token."""
+
+    id: Name = Field(description="the same for every attempt")
+    attempt: int = Field(ge=1)
+    job: Name
+    kind: Kind
+    round: Count = Field(description="the round trained (1…), or whose model is evaluated; 0 for init")
+    shard: Count = 0
+    shards: int = Field(ge=1, description="shards that the training set is cut into")
+    samples: Range | None = Field(None, description="train: None means the worker's own data, all of it")
+    train_samples: Count = Field(0, description="samples in the training set where the model was built; 0: not known")
+    task: TaskRef
+    spec: JobSpec
+    base: ModelRef | None = Field(None, description="the model to train or evaluate; None for init")
+    ttl_s: float
+    max_bytes: Count = Field(description="the most an upload for this may have")
+
+
+class PollRequest(Message):
+    """`POST /v1/workers/{w}/poll`. The same claim_key again gives the same assignment: a lost answer costs nothing."""
+
+    start_id: str = Field(min_length=1, max_length=64)
+    claim_key: str = Field(min_length=1, max_length=64)
+    wait_s: float = Field(25.0, ge=0, le=60)
+    loaded: tuple[Name, ...] = Field((), description="jobs whose data and model the worker keeps in memory")
+
+
+class PollAnswer(Message):
+    """Work, or jobs that are over and may be forgotten, or both."""
+
+    assignment: Assignment | None = None
+    forget: tuple[Name, ...] = ()
+
+
+class Progress(Message):
+    """Where the worker stands with its assignment. Shown, never journalled."""
+
+    doing: Literal["downloading", "loading", "training", "evaluating", "uploading"]
+    step: Count = 0
+    steps: Count | None = Field(None, description="steps in all, when that is known")
+    samples: Count = Field(0, description="samples done so far")
+    samples_per_s: float | None = None
+    loss: float | None = None
+
+
+class Heartbeat(Message):
+    """`POST /v1/workers/{w}/heartbeat`: renews the lease of an assignment."""
+
+    start_id: str = Field(min_length=1, max_length=64)
+    assignment: Name
+    attempt: int = Field(ge=1)
+    progress: Progress
+
+
+class HeartbeatAnswer(Message):
+    """What the worker is to do with the assignment."""
+
+    order: Literal["continue", "drain", "superseded", "cancelled"]
+    reason: str
+
+
+class ModelFacts(Message):
+    """What the worker that built the model found out; the coordinator, having no torch, cannot."""
+
+    parameters: Count = Field(description="trainable numbers in the model")
+    train_samples: Count = Field(description="samples in the task's train split on that worker")
+    test_samples: Count = Field(description="samples in the task's test split; 0: there is none, nothing is evaluated")
+    bounds: tuple[Count, ...] = Field((), description="shard k is [bounds[k], bounds[k+1]) of the job's order")
+
+
+class Submission(Message):
+    """`POST /v1/updates/{assignment}/submit`: this is my result, the bytes of which are already with you."""
+
+    attempt: int = Field(ge=1)
+    digest: Digest | None = Field(None, description="of the uploaded file; None for an evaluation")
+    samples: Count = Field(0, description="samples in the shard that was trained")
+    steps: Count = 0
+    seconds: float = Field(0.0, ge=0, description="seconds of training")
+    metrics: Metrics = Field(default_factory=dict, max_length=100)
+    bytes_down: Count = Field(0, description="bytes downloaded for this assignment")
+    facts: ModelFacts | None = Field(None, description="init only")
+
+
+class Receipt(Message):
+    """The coordinator's answer to a submission that counts."""
+
+    repeat: bool = Field(description="it had been accepted before; nothing changed")
+    reason: str = Field(description="where the round now stands, for the worker's log")
+
+
+class Abandon(Message):
+    """`POST /v1/updates/{assignment}/abandon`: the worker will not finish this, and says why."""
+
+    attempt: int = Field(ge=1)
+    code: Literal["released", "task_failed", "task_exited", "task_stalled", "out_of_memory", "no_data", "not_trusted",
+                  "unknown_task", "bad_task", "worker_error"]  # fmt: skip
+    sentence: str = Field(max_length=2_000)
+    detail: str = Field("", max_length=200_000, description="traceback and the last lines of the child's output")
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+class JobView(Message):
+    """One job as `lydian jobs` shows it."""
+
+    id: str
+    name: str
+    task: str
+    state: State
+    reason: str
+    submitted_at: str = Field(description="ISO 8601, the coordinator's clock")
+    round: int = Field(description="rounds closed so far")
+    rounds: int
+    model: ModelRef | None = Field(None, description="the newest model")
+    metrics: dict[str, float] = Field(default_factory=dict, description="newest evaluation")
+    metrics_round: int | None = None
+    best_round: int | None = None
+    best_value: float | None = None
+    parameters: int | None = None
+    spec: JobSpec
+
+
+class LogEntry(Message):
+    """One trouble of a job, whole: what `lydian logs` prints."""
+
+    id: int
+    at: str
+    worker: str
+    where: str = Field(description="e.g. round 3, shard 2, attempt 1")
+    code: str
+    sentence: str
+    detail: str
+
+
+class WorkerView(Message):
+    """One worker as `lydian workers` shows it."""
+
+    id: str
+    name: str
+    state: Literal["idle", "working", "gone", "draining", "set aside"]
+    reason: str
+    last_seen_s: float = Field(description="seconds since its last call")
+    version: str
+    hardware: Hardware
+    data: tuple[str, ...]
+    trust: Trust
+    assignment: str | None = None
+    progress: Progress | None = None
+
+
+class TokenRequest(Message):
+    """`POST /v1/tokens`."""
+
+    scope: Literal["join"] = "join"
+
+
+class TokenAnswer(Message):
+    """A new token: shown once, kept only as its hash."""
+
+    token: str
+
+
+class VersionView(Message):
+    """`GET /version`."""
+
+    version: str
+    protocol: int

@@ -1,0 +1,110 @@
+"""`python -m server`, which is `lydian serve`: run the coordinator."""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from socket import socket
+from typing import Annotated
+
+import typer
+import uvicorn
+
+from common import __version__
+from common.errors import LydianError
+from common.tailscale import tailscale_status
+from server.app import create_app
+from server.binding import Binding, choose, open_sockets
+from server.settings import Settings
+
+KEEP_ALIVE_S = 75  # longer than a poll waits: a worker's connection outlives its polls
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, that says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Load the state, then listen, then say so."""
+        await super().startup(sockets)
+        if self.started and not self.should_exit:
+            self._on_ready()
+
+
+@app.command()
+def serve(
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="Address to listen on (default: the tailnet's and loopback, or loopback).", envvar="LYDIAN_HOST"
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.", envvar="LYDIAN_PORT")] = 8470,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Journal, models and tokens.", envvar="LYDIAN_STATE_DIR")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow 0.0.0.0 and ::, whoever can reach them.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """Run the coordinator until SIGTERM or Ctrl-C.
+
+    Prints `ready URL` on stdout when it listens, and on stderr the line to paste on the workers.
+
+    Examples:
+
+    `lydian serve`
+
+    `lydian serve --host 127.0.0.1 --port 8470 --state-dir /var/lib/lydian`
+    """
+    if version:
+        typer.echo(__version__)
+        return
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for chatty in ("httpx2", "httpcore2", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        settings = Settings.from_environment()
+        if state_dir is not None:
+            settings = replace(settings, state_dir=state_dir)
+        _run(settings, host, port, insecure=insecure)
+    except LydianError as error:
+        typer.echo(error.lines(), err=True)
+        raise typer.Exit(1) from error
+
+
+def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> None:
+    status, why_none = (None, "") if host else tailscale_status()
+    binding = choose(host, status, why_none, insecure=insecure)
+    sockets = open_sockets(binding.hosts, port)
+    config = uvicorn.Config(
+        create_app(settings), log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S, workers=1
+    )
+    server = Server(config, on_ready=lambda: _announce(settings, binding, sockets[0].getsockname()[1]))
+    server.run(sockets=sockets)
+    if not server.started:
+        raise typer.Exit(1)
+
+
+def _announce(settings: Settings, binding: Binding, port: int) -> None:
+    url = binding.url(port)
+    join = (settings.state_dir / "join.token").read_text().strip()
+    typer.echo(f"{binding.reason}\nadmin token: {settings.state_dir / 'admin.token'}", err=True)
+    typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}\n", err=True)
+    typer.echo(f"ready {url}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    app()

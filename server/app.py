@@ -1,0 +1,130 @@
+"""The coordinator as an ASGI application: `uvicorn server.app:app`, or `lydian serve`.
+
+One process, one event loop. The state is loaded before the first connection is accepted, and the folder is locked, so
+that a second coordinator on it ends at once.
+"""
+
+import asyncio
+import logging
+import signal
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from http import HTTPStatus
+from types import FrameType
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from common import __version__
+from common.errors import BadRequestError, LydianError, NotFoundError, UnavailableError
+from server.auth import Scope, Tokens, guard_logs, token_file
+from server.coordinator import Coordinator
+from server.routes import jobs, models, public, tokens, updates, workers
+from server.settings import Settings
+from server.store import Journal, lock_folder
+
+log = logging.getLogger("lydian.app")
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application. Nothing is read or written before it starts.
+
+    Args:
+        settings: where and how to run; None reads LYDIAN_* from the environment when the application starts.
+    """
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        guard_logs()
+        chosen = settings or Settings.from_environment()
+        chosen.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with lock_folder(chosen.state_dir):
+            journal = Journal.open(chosen.state_dir / "journal.sqlite")
+            try:
+                known = Tokens(journal)
+                scopes: tuple[Scope, ...] = ("admin", "join")
+                for scope in scopes:
+                    token_file(chosen.state_dir, f"{scope}.token", scope, known)
+                coordinator = Coordinator.open(chosen, journal, known)
+                app.state.coordinator = coordinator
+                await coordinator.start()
+                try:
+                    with _answering_waits_on_sigterm(coordinator):
+                        yield
+                finally:
+                    await coordinator.stop()
+            finally:
+                journal.close()
+
+    app = FastAPI(
+        title="LydianAI distributed training",
+        version=__version__,
+        lifespan=life,
+        openapi_url=None,  # served behind a token, by routes.public
+        docs_url=None,
+        redoc_url=None,
+    )
+    for module in (public, jobs, workers, updates, models, tokens):
+        app.include_router(module.router)
+    app.add_exception_handler(LydianError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+    return app
+
+
+@contextmanager
+def _answering_waits_on_sigterm(coordinator: Coordinator) -> Iterator[None]:
+    """End long polls and event streams when the process is told to stop.
+
+    The server waits for open connections before it ends the application; without this it would wait for ever.
+    """
+    loop = asyncio.get_running_loop()
+    before: dict[signal.Signals, Any] = {}
+
+    def caught(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(coordinator.end_waits)
+        handler = before[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, caught)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    """One shape for every error: code, sentence, what to do."""
+    assert isinstance(error, LydianError)  # noqa: S101 - registered for it
+    log.info("%s %s: %d %s: %s", request.method, request.url.path, error.status, error.code, error)
+    headers = {"Retry-After": "1"} if isinstance(error, UnavailableError) else {}
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.answer(), status_code=error.status, headers=headers)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+    """A body or a parameter that is not of the call's shape: every fault in one sentence."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101
+    faults = [f"{'.'.join(str(part) for part in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()]
+    return await _answer_error(request, BadRequestError("; ".join(faults)[:2000]))
+
+
+async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+    """What the framework refuses by itself: no such path, no such method."""
+    assert isinstance(error, HTTPException)  # noqa: S101
+    sentence = f"{request.method} {request.url.path}: {error.detail}"
+    kind = NotFoundError if error.status_code == HTTPStatus.NOT_FOUND else BadRequestError
+    answer = kind(sentence, code="no_such_call", advice="docs/protocol.md lists the calls.").answer()
+    return JSONResponse(answer, status_code=error.status_code, headers=error.headers)
+
+
+app = create_app()

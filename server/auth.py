@@ -1,0 +1,222 @@
+"""Tokens: who calls, and what they may.
+
+    lyd_<scope>_<id>_<43 characters>      scopes: admin (people), join (new workers), work (one worker each)
+
+The id is public: to find a token, to revoke it, to speak of it. The rest is 256 random bits that are shown once; only
+their SHA-256 is kept, and no slow hash is needed, since nobody guesses 256 bits. No secret goes into an error or a log.
+"""
+
+import hashlib
+import hmac
+import logging
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import BadRequestError, ForbiddenError, LydianError, UnauthenticatedError
+from server.store import Journal, sync
+
+Scope = Literal["admin", "join", "work"]
+
+_TOKEN = re.compile(r"lyd_(admin|join|work)_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+_BEARER = re.compile(r"bearer +([^ ]+)", re.IGNORECASE)
+_ANYWHERE = re.compile(r"lyd_([a-z]+)_([0-9a-f]+)_[A-Za-z0-9_-]+")
+
+log = logging.getLogger("lydian.auth")
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who calls: the holder of one token."""
+
+    scope: str
+    token_id: str
+    worker: str | None  # the worker's id, for a work token
+
+
+class Tokens:
+    """The tokens of one coordinator: all in memory, each in the journal before it is given out."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._known = {token.id: token for token in journal.tokens()}
+
+    def issue(self, scope: Scope, worker: str | None = None) -> str:
+        """Make a token. It is returned this once and kept nowhere.
+
+        Args:
+            scope: what it may do.
+            worker: for `work`, and only for it: the worker's id.
+
+        Raises:
+            BadRequestError: a work token without a worker, or another one with.
+            NotFoundError: there is no such worker.
+        """
+        if (scope == "work") != (worker is not None):
+            raise BadRequestError(f"a token of scope {scope} for worker {worker}: a worker goes with scope work alone")
+        token_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
+        self._journal.token_add(token_id, scope, _hash(secret), worker)
+        self._reload()
+        return f"lyd_{scope}_{token_id}_{secret}"
+
+    def check(self, header: str | None) -> Principal:
+        """Who sent this `Authorization` header.
+
+        Raises:
+            UnauthenticatedError: there is no token in it (`no_token`), or one that does not count (`bad_token`).
+        """
+        if not header:
+            raise UnauthenticatedError("the call came without a token", code="no_token")
+        found = _BEARER.fullmatch(header.strip())
+        parts = _TOKEN.fullmatch(found[1]) if found else None
+        if parts is None:
+            raise UnauthenticatedError("the Authorization header is not of the form 'Bearer lyd_SCOPE_ID_SECRET'")
+        scope, token_id, secret = parts.groups()
+        known = self._known.get(token_id)
+        if known is None or known.scope != scope or not hmac.compare_digest(known.secret_hash, _hash(secret)):
+            raise UnauthenticatedError(f"the token lyd_{scope}_{token_id}_… is not known to this coordinator")
+        if known.revoked_at is not None:
+            raise UnauthenticatedError(f"the token lyd_{scope}_{token_id}_… was revoked at {known.revoked_at}")
+        return Principal(known.scope, known.id, known.worker)
+
+    def revoke(self, token_id: str) -> None:
+        """Let a token count no more, from the next call on. Twice is once.
+
+        Raises:
+            NotFoundError: there is no such token.
+        """
+        self._journal.token_revoke(token_id)
+        self._reload()
+
+    def _reload(self) -> None:
+        self._known = {token.id: token for token in self._journal.tokens()}
+
+
+def require(principal: Principal, *scopes: Scope) -> None:
+    """Let only tokens of these scopes pass.
+
+    Raises:
+        ForbiddenError: the token has another scope.
+    """
+    if principal.scope not in scopes:
+        raise ForbiddenError(
+            f"this takes a token of scope {' or '.join(scopes)}; lyd_{principal.scope}_{principal.token_id}_… "
+            f"has scope {principal.scope}"
+        )
+
+
+def token_file(folder: Path, name: str, scope: Scope, tokens: Tokens) -> str:
+    """The token that lies in a file of the state folder, for the people of this machine; made when there is none.
+
+    A file whose token does not count here, from another journal or revoked, gets a new one.
+
+    Args:
+        folder: the state folder.
+        name: of the file, such as `admin.token`.
+        scope: admin or join.
+        tokens: where a new token is made.
+
+    Raises:
+        LydianError: the file can be neither read nor written (`token_file_unusable`).
+    """
+    path = folder / name
+    try:
+        if path.exists():
+            _tighten(path)
+            held = path.read_text(encoding="ascii", errors="replace").strip()
+            if _counts(held, scope, tokens):
+                return held
+            log.warning("the token in %s is not known here as one of scope %s: a new one takes its place", path, scope)
+        token = tokens.issue(scope)
+        _write_private(path, f"{token}\n")
+    except OSError as error:
+        raise LydianError(
+            f"the token file {path} can be neither read nor written: {error}",
+            code="token_file_unusable",
+            advice="Give this user the right to read and write it, or delete it: a new one is made.",
+        ) from error
+    return token
+
+
+def _counts(token: str, scope: Scope, tokens: Tokens) -> bool:
+    try:
+        return tokens.check(f"Bearer {token}").scope == scope
+    except UnauthenticatedError:
+        return False
+
+
+def _tighten(path: Path) -> None:
+    mode = path.stat().st_mode & 0o777
+    if mode & 0o077:
+        path.chmod(0o600)
+        log.warning("%s could be read by others (mode %04o): now it is its owner's alone (0600)", path, mode)
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that nobody else can read at any moment, and that is there whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)  # of a process that died in here
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(text)
+    sync(part)
+    part.replace(path)
+    sync(path.parent)
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- logs
+
+
+def redact(text: str) -> str:
+    """The text with every token's secret cut off; its scope and id stay, to say which it was."""
+    return _ANYWHERE.sub(r"lyd_\1_\2_…", text)
+
+
+class RedactTokens(logging.Filter):
+    """Cuts the secrets of tokens out of log records: message, arguments, traceback.
+
+    Belongs on handlers (`guard_logs`): on a logger it would see only what is logged through that very logger, not what
+    its children pass up.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record where needed; every record passes."""
+        if record.exc_info and not record.exc_text:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)  # formatters use it where it is set
+        if record.exc_text:
+            record.exc_text = redact(record.exc_text)
+        if record.stack_info:
+            record.stack_info = redact(record.stack_info)
+        record.msg = _redacted(record.msg)
+        if isinstance(record.args, tuple):  # kept apart from the message: some formatters want them
+            record.args = tuple(_redacted(each) for each in record.args)
+        try:
+            rendered = record.getMessage()
+        except (TypeError, ValueError, KeyError):
+            return True  # arguments that do not fit the message: the handler says so, with the redacted ones
+        if redact(rendered) != rendered:  # in what an object says of itself, or put together from pieces
+            record.msg, record.args = redact(rendered), None
+        return True
+
+
+def _redacted(value: object) -> Any:  # noqa: ANN401 - a log record takes anything
+    return redact(value) if isinstance(value, str) else value
+
+
+def guard_logs() -> None:
+    """Put RedactTokens on every handler of this process, uvicorn's too. To be called when logging has been set up."""
+    loggers = [
+        logging.root,
+        *(each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)),
+    ]
+    handlers = [handler for logger in loggers for handler in logger.handlers]
+    for handler in [*handlers, *([logging.lastResort] if logging.lastResort else [])]:
+        if not any(isinstance(each, RedactTokens) for each in handler.filters):
+            handler.addFilter(RedactTokens())

@@ -1,0 +1,283 @@
+"""Weight files, named by what is in them, and uploads on their way to becoming one.
+
+    folder/parts/NAME.part ──adopt──▶ folder/blobs/ab/ab12…   (the SHA-256 of its bytes)
+
+A file under its digest is whole, unless a power cut took bytes of one that was adopted without waiting for the disk.
+Nothing that came over the network becomes a path: digests are 64 hex digits, part names a few plain characters. Knows
+nothing of jobs or tensors; who needs which file is the caller's to say (`sweep`).
+"""
+
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Self
+
+from common.errors import BadRequestError, ConflictError, DiskFullError, NotFoundError
+from common.ranges import Ranges, gaps, with_range
+from server.store import sync
+
+MAX_RANGES = 1000  # separate pieces of one upload: bounds its memory, and the header that lists them
+BLOCK = 512  # bytes; the unit of st_blocks, whatever the file system
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", re.IGNORECASE)
+
+
+class Blobs:
+    """The files of one state folder. Calls may come from any thread; two on the same digest do no harm."""
+
+    def __init__(self, folder: Path, *, reserve_bytes: int) -> None:
+        """Make the folders where they are missing.
+
+        Args:
+            folder: the state folder; blobs/ and parts/ lie in it, on one file system.
+            reserve_bytes: room that uploads and models leave to the journal.
+        """
+        self._blobs, self._parts = folder / "blobs", folder / "parts"
+        self._reserve_bytes = reserve_bytes
+        for each in (self._blobs, self._parts):
+            each.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    # ------------------------------------------------------------ whole files
+
+    def path(self, digest: str) -> Path:
+        """Where the file of this digest is, or would be.
+
+        Raises:
+            BadRequestError: it is no SHA-256 in small hex digits.
+        """
+        if _DIGEST.fullmatch(digest) is None:
+            raise BadRequestError(f"{digest[:80]!r} is no SHA-256 in 64 small hex digits", code="bad_digest")
+        return self._blobs / digest[:2] / digest
+
+    def has(self, digest: str) -> bool:
+        """Whether there is a file of this digest. Its bytes are not looked at."""
+        return self.path(digest).is_file()
+
+    def size(self, digest: str) -> int:
+        """Bytes of the file of this digest.
+
+        Raises:
+            NotFoundError: there is none (`unknown_blob`).
+        """
+        try:
+            return self.path(digest).stat().st_size
+        except FileNotFoundError:
+            raise NotFoundError(f"there is no file {digest[:12]}… here", code="unknown_blob") from None
+
+    def adopt(self, part: Path, digest: str, durable: bool) -> None:
+        """Give a finished file the name of its bytes. The caller has checked that the digest is theirs.
+
+        Args:
+            part: the file, closed; gone afterwards.
+            digest: SHA-256 of its bytes.
+            durable: return only when it would survive a power cut. Otherwise it survives a killed process, and after a
+                power cut may be gone, or there with too few bytes.
+        """
+        target = self.path(digest)
+        target.parent.mkdir(exist_ok=True, mode=0o700)
+        # A file that is there may be a durable one, of a model that no update changed: it must not become less safe.
+        durable = durable or target.exists()
+        if durable:
+            sync(part)
+        part.replace(target)
+        if durable:
+            sync(target.parent)
+            sync(self._blobs)  # the name of target.parent, should it be new
+
+    def put_bytes(self, data: bytes, durable: bool = True) -> str:
+        """Keep bytes; returns their digest.
+
+        Raises:
+            DiskFullError: there is no room; nothing was written.
+        """
+        self.check_room(len(data))
+        digest = hashlib.sha256(data).hexdigest()
+        part = self.part(f"bytes.{digest}.{secrets.token_hex(4)}")
+        try:
+            part.write_bytes(data)
+            self.adopt(part, digest, durable)
+        finally:
+            part.unlink(missing_ok=True)
+        return digest
+
+    def remove(self, digest: str) -> None:
+        """Delete the file of this digest, if there is one. Whoever has it open reads on."""
+        self.path(digest).unlink(missing_ok=True)
+
+    def sweep(self, keep: Collection[str]) -> int:
+        """Delete every file whose digest is not in `keep`. Returns the bytes that were freed."""
+        freed = 0
+        for path, about in _files(self._blobs, "[0-9a-f][0-9a-f]/*"):
+            if path.name not in keep and _DIGEST.fullmatch(path.name):
+                freed += about.st_size
+                path.unlink(missing_ok=True)
+        return freed
+
+    # ------------------------------------------------------------ files on their way
+
+    def part(self, name: str) -> Path:
+        """Where to write a file before it has its digest's name.
+
+        Raises:
+            BadRequestError: the name is none of letters, digits, dots, dashes and underscores, or too long.
+        """
+        if _PART.fullmatch(name) is None:
+            raise BadRequestError(f"{name[:80]!r} cannot be the name of a file", code="bad_name")
+        return self._parts / f"{name}.part"
+
+    def clear_parts(self, older_than_s: float) -> int:
+        """Delete parts that were last written to so many seconds ago; 0: all. Returns the bytes that were freed."""
+        freed, now = 0, time.time()
+        for path, about in _files(self._parts, "*.part"):
+            if older_than_s <= 0 or now - about.st_mtime >= older_than_s:
+                freed += about.st_blocks * BLOCK
+                path.unlink(missing_ok=True)
+        return freed
+
+    def check_room(self, wanted: int) -> None:
+        """Make sure that `wanted` more bytes fit, beside the reserve and what open uploads have still to bring.
+
+        Raises:
+            DiskFullError: they do not.
+        """
+        disk = os.statvfs(self._parts)
+        free, promised = disk.f_bavail * disk.f_frsize, self._promised()
+        if wanted > free - promised - self._reserve_bytes:
+            raise DiskFullError(
+                f"{wanted} bytes do not fit: {free} are free in {self._parts.parent}, of which "
+                f"{promised} are promised to uploads under way and {self._reserve_bytes} reserved for the journal"
+            )
+
+    def _promised(self) -> int:
+        """Bytes that open uploads have still to bring: a part has its full length at once, its blocks by and by."""
+        return sum(max(about.st_size - about.st_blocks * BLOCK, 0) for _, about in _files(self._parts, "*.part"))
+
+
+class Staging:
+    """One upload under way: a file of known size that is filled by pieces in any order. Not for several threads."""
+
+    def __init__(self, path: Path, size: int, descriptor: int) -> None:
+        self.path = path
+        self.size = size  # bytes, when complete
+        self.ranges: Ranges = ()  # bytes that are here
+        self._descriptor: int | None = descriptor
+        self._prefix = hashlib.sha256()  # of bytes [0, _hashed) as they are in the file
+        self._hashed: int | None = 0  # None: a byte below was written again, so that the hash is worth nothing
+
+    @classmethod
+    def open(cls, path: Path, size: int) -> Self:
+        """Begin an upload of `size` bytes at `path`. What was there is gone."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.truncate(descriptor, size)  # takes no room; tells check_room what is to come
+        except OSError:
+            os.close(descriptor)
+            raise
+        return cls(path, size, descriptor)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put bytes at their place. The same bytes again change nothing.
+
+        Raises:
+            BadRequestError: they reach beyond the upload (`out_of_range`), or lie in too many separate pieces
+                (`too_many_pieces`); nothing was written.
+            ConflictError: the upload was closed (`upload_closed`); nothing was written.
+            OSError: the disk did not take them; `ranges` says what it took.
+        """
+        stop = offset + len(data)
+        if self._descriptor is None:
+            raise ConflictError("the upload is complete and being looked at", code="upload_closed")
+        if offset < 0 or stop > self.size:
+            raise BadRequestError(f"bytes {offset} to {stop} are not in an upload of {self.size}", code="out_of_range")
+        if len(with_range(self.ranges, offset, stop)) > MAX_RANGES:
+            raise BadRequestError(
+                f"the upload has {MAX_RANGES} separate pieces, and byte {offset} would begin another",
+                code="too_many_pieces",
+                advice="Fill the gaps between the pieces first.",
+            )
+        left = memoryview(data)
+        while left:
+            written = os.pwrite(self._descriptor, left, offset)
+            self._follow(offset, left[:written])
+            self.ranges = with_range(self.ranges, offset, offset + written)
+            left, offset = left[written:], offset + written
+
+    def _follow(self, offset: int, data: memoryview) -> None:
+        """Keep the running hash true to the file: go on with it, or give it up."""
+        if self._hashed is None or offset > self._hashed:
+            return
+        if offset < self._hashed:
+            self._hashed = None
+            return
+        self._prefix.update(data)
+        self._hashed += len(data)
+
+    @property
+    def missing(self) -> Ranges:
+        """The bytes that are not here yet."""
+        return gaps(self.ranges, self.size)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is here."""
+        return not self.missing
+
+    @property
+    def digest(self) -> str | None:
+        """SHA-256 of the whole file, when its bytes came once and in order; None: it must be read to know."""
+        return self._prefix.hexdigest() if self._hashed == self.size else None
+
+    def close(self) -> None:
+        """Take no more bytes. The file stays, and what is known of it. Twice is once."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def discard(self) -> None:
+        """Take no more bytes, and delete the file."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+
+def parse_content_range(header: str | None, length: int | None) -> tuple[int, int, int]:
+    """What bytes a PUT brings: (start, stop, total), stop excluded.
+
+    Args:
+        header: the value of Content-Range, `bytes FIRST-LAST/TOTAL`; None: the body is the whole.
+        length: the value of Content-Length; None: not announced.
+
+    Raises:
+        BadRequestError: it is malformed, the total is left open, or the length is another than the range's.
+
+    Source: RFC 9110, sections 14.4 and 14.5.
+    """
+    if header is None:
+        if length is None or length < 0:
+            raise BadRequestError("a PUT needs Content-Range or Content-Length: how long will it be?")
+        return 0, length, length
+    found = _CONTENT_RANGE.fullmatch(header.strip())
+    if found is None:
+        raise BadRequestError(f"Content-Range {header[:80]!r} is not of the form 'bytes FIRST-LAST/TOTAL'")
+    first, last, total = (int(number) for number in found.groups())
+    if not first <= last < total:
+        raise BadRequestError(f"Content-Range {header[:80]!r} does not hold: FIRST <= LAST < TOTAL is needed")
+    if length is not None and length != last + 1 - first:
+        raise BadRequestError(
+            f"Content-Range {header[:80]!r} has {last + 1 - first} bytes and Content-Length announces {length}"
+        )
+    return first, last + 1, total
+
+
+def _files(folder: Path, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+    """Files and what is known of them; one that another thread took away meanwhile is none."""
+    for path in folder.glob(pattern):
+        try:
+            yield path, path.stat()
+        except FileNotFoundError:
+            continue

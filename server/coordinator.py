@@ -1,0 +1,779 @@
+"""The coordinator: owns the state and the clock, and carries out what server.rounds decides.
+
+Every change of state happens synchronously on the event loop: decide (rounds), journal (store), evolve, publish. Only
+bytes are handled off the loop: looking at an update, averaging, fsync. What a phase calls for is found by looking at
+the phase (`_settle`), not by remembering what was started; so a restarted coordinator goes on by looking once.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterable, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+from common import __version__
+from common.errors import (
+    BadTaskError,
+    BadUpdateError,
+    ConflictError,
+    DiskFullError,
+    ForbiddenError,
+    LateError,
+    LydianError,
+    NotFoundError,
+    SupersededError,
+    UnavailableError,
+    VersionSkewError,
+)
+from common.facts import Accepted, HandedBack, HandedOut, Initialised, RoundClosed, Submitted
+from common.messages import (
+    Abandon,
+    Assignment,
+    Heartbeat,
+    HeartbeatAnswer,
+    JobRequest,
+    ModelRef,
+    PollAnswer,
+    PollRequest,
+    Range,
+    Receipt,
+    Registration,
+    Submission,
+    TaskRef,
+    Welcome,
+)
+from common.tasks import BUILTIN
+from server import folding, rounds
+from server.auth import Tokens
+from server.blobs import Blobs, Staging
+from server.events import Hub
+from server.fleet import Fleet, Lease, Timing, Worker
+from server.naming import assignment_id, new_id, parse_assignment
+from server.optimizers import outer_step
+from server.rounds import Aggregating, Job, Limits, Step, Task, Training
+from server.settings import Settings
+from server.store import Journal, StoredFact
+
+PROTOCOLS = (1,)  # served; the newest last
+REAPER_S = 1.0  # between two looks at leases and deadlines
+HEADER_ROOM = 1 << 20  # bytes that an update's file may be larger than its base's
+
+log = logging.getLogger("lydian.coordinator")
+
+AssignmentKey = tuple[str, int]  # assignment id, attempt
+
+
+@dataclass
+class Coordinator:
+    """All state of one coordinator. Made by `open`, run by `start`, ended by `stop`."""
+
+    settings: Settings
+    journal: Journal
+    blobs: Blobs
+    tokens: Tokens
+    hub: Hub
+    clock: Callable[[], float] = time.monotonic
+    jobs: dict[str, Job] = field(default_factory=dict)  # by id, oldest first
+    submitted_at: dict[str, str] = field(default_factory=dict)  # job id -> ISO time
+    models: dict[str, dict[int, ModelRef]] = field(default_factory=dict)  # job id -> round -> a model that is kept
+    fleet: Fleet = field(default_factory=Fleet)
+
+    def __post_init__(self) -> None:
+        self.fleet.timing = Timing(self.settings.ttl_s, self.settings.heartbeat_s)
+        self._limits = Limits(failures=self.settings.max_attempts, expiries=self.settings.max_expiries)
+        self._by_key: dict[str, str] = {}  # idempotency key -> job id
+        self._kept: dict[str, deque[int]] = {}  # job id -> rounds whose models are kept, oldest first
+        self._round_began: dict[str, float] = {}  # job id -> wall clock of the open round, for its displayed seconds
+        self._uploads: dict[AssignmentKey, Staging] = {}
+        self._locks: dict[AssignmentKey, asyncio.Lock] = {}
+        self._arriving: set[str] = set()  # digests of updates that have their name and no fact yet
+        self._dropped: set[str] = set()  # digests of models that are kept no more, not yet deleted
+        self._averaging: dict[str, asyncio.Task[None]] = {}
+        self._looks: dict[str, asyncio.TimerHandle] = {}
+        self._changed = asyncio.Event()
+        self._reaper: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    # ------------------------------------------------------------ life
+
+    @classmethod
+    def open(cls, settings: Settings, journal: Journal, tokens: Tokens) -> Self:
+        """Rebuild the state from the journal."""
+        blobs = Blobs(settings.state_dir, reserve_bytes=settings.reserve_bytes)
+        self = cls(settings, journal, blobs, tokens, Hub())
+        now = self.clock()
+        recent: dict[str, tuple[str, int]] = {}  # worker id -> the last job and round it had work of
+        for stored in journal.facts():
+            self._replay(stored, now)
+            if isinstance(stored.fact, HandedOut):
+                recent[stored.fact.worker] = (stored.job, stored.fact.round)
+        for row in journal.workers():
+            self.fleet.workers[row.id] = Worker(row.id, row.registration, set_aside=row.set_aside_reason)
+        active = {job.id: job for job in self.jobs.values() if not job.over}
+        for worker_id, (job_id, round_index) in recent.items():
+            if job_id in active and round_index >= active[job_id].closed and worker_id in self.fleet.workers:
+                self.fleet.seen(worker_id, now)
+        for job in active.values():
+            self.fleet.adopt(((job.id, *out) for out in rounds.outstanding(job)), now)
+        return self
+
+    async def start(self) -> None:
+        """Verify what the open rounds stand on, and go on where the last coordinator stopped."""
+        self.blobs.clear_parts(older_than_s=0.0)
+        self.blobs.sweep(self._needed())
+        for job in [job for job in self.jobs.values() if not job.over]:
+            await self._verify(job)
+            self._settle(job.id)
+        self._reaper = asyncio.create_task(self._reap(), name="reaper")
+
+    async def stop(self) -> None:
+        """Hand out nothing more; what is being averaged is averaged again by the next coordinator."""
+        self.end_waits()
+        tasks = [*self._averaging.values(), *([self._reaper] if self._reaper else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for timer in self._looks.values():
+            timer.cancel()
+        for staging in self._uploads.values():
+            staging.close()
+
+    def end_waits(self) -> None:
+        """Answer everybody who waits: the coordinator is stopping."""
+        self._stopping = True
+        self._wake()
+        self.hub.close()
+
+    def _replay(self, stored: StoredFact, now: float) -> None:
+        fact = stored.fact
+        if isinstance(fact, Submitted):
+            self.jobs[stored.job] = rounds.new_job(stored.job, fact)
+            self._by_key[fact.key] = stored.job
+            self.submitted_at[stored.job] = stored.at
+        else:
+            self.jobs[stored.job] = rounds.evolve(self.jobs[stored.job], fact, now)
+        self._note(stored)
+
+    async def _verify(self, job: Job) -> None:
+        """After a power cut a file may be gone or short under a right name. A lost update's shard is open again."""
+        if job.model is not None and not await asyncio.to_thread(self._intact, job.model.digest):
+            self._apply(job.id, rounds.fail(job, f"the model {job.model.digest[:12]}… is damaged on the disk"))
+            return
+        phase = job.inner
+        updates = phase.accepted.values() if isinstance(phase, Training) else ()
+        for update in updates:
+            if not await asyncio.to_thread(self._intact, update.digest):
+                sentence = f"the update {update.digest[:12]}… is not whole on the disk after a restart"
+                back = self._back(
+                    Task("train", update.round, update.shard), update.attempt, update.worker, "lost", sentence
+                )
+                self._apply(job.id, Step((back,), sentence))
+
+    def _intact(self, digest: str) -> bool:
+        path = self.blobs.path(digest)
+        return path.exists() and folding.file_digest(path) == digest
+
+    # ------------------------------------------------------------ the one way to change a job
+
+    def _apply(self, job_id: str, step: Step) -> Job:
+        """Journal a decision, make it the state, tell who listens, and do what the new phase calls for."""
+        for stored in self.journal.append(job_id, step.facts) if step.facts else ():
+            self._replay(stored, self.clock())
+            self.hub.publish(stored)
+        if step.facts:
+            log.info("%s: %s", job_id, step.reason)
+            if any(not isinstance(fact, HandedOut | Accepted) for fact in step.facts):
+                self._wake()
+            self._settle(job_id)
+        return self.jobs[job_id]
+
+    def _note(self, stored: StoredFact) -> None:
+        """Keep the indexes that are derived from facts."""
+        match stored.fact:
+            case Initialised() as fact:
+                self._keep(stored.job, 0, ModelRef(digest=fact.digest, size=fact.size))
+            case RoundClosed() as fact:
+                self._keep(stored.job, fact.round, ModelRef(digest=fact.digest, size=fact.size))
+
+    def _keep(self, job_id: str, round_index: int, model: ModelRef) -> None:
+        """Keep the newest models and the best one; forget the others."""
+        models = self.models.setdefault(job_id, {})
+        models[round_index] = model
+        job = self.jobs[job_id]
+        wanted = {job.best_round, job.metrics_round, *job.evaluations, *sorted(models)[-self.settings.keep_models :]}
+        for old in [r for r in models if r not in wanted]:
+            self._dropped.add(models.pop(old).digest)
+
+    def _settle(self, job_id: str) -> None:
+        """Do what the job's phase calls for. Safe to call at any time, any number of times."""
+        job, now = self.jobs[job_id], self.clock()
+        if (timer := self._looks.pop(job_id, None)) is not None:
+            timer.cancel()
+        if job.over:
+            self._forget(job_id)
+            return
+        step = rounds.close_if_due(job, self.fleet.live(now), now)
+        if step.facts:
+            self._apply(job_id, step)
+            return
+        if step.look_again_at is not None:
+            delay = max(step.look_again_at - now, 0.0)
+            self._looks[job_id] = asyncio.get_running_loop().call_later(delay, self._settle, job_id)
+        if isinstance(job.inner, Aggregating) and job_id not in self._averaging:
+            self._averaging[job_id] = asyncio.create_task(self._average(job_id, job.inner), name=f"average {job_id}")
+        self.hub.touch(job_id)
+
+    def _forget(self, job_id: str) -> None:
+        """Drop what an ended job held: leases, half uploads, updates that were not averaged."""
+        for lease in [lease for lease in self.fleet.leases.values() if lease.job == job_id]:
+            self.fleet.release(lease.worker, job_id, lease.task)
+        for key in [key for key in self._uploads if key[0].startswith(f"{job_id}.")]:
+            self._uploads.pop(key).discard()
+        self.hub.touch(job_id)
+
+    def _wake(self) -> None:
+        """Let every waiting poll look again."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # ------------------------------------------------------------ jobs
+
+    def submit(self, request: JobRequest) -> Job:
+        """Take a job. The same key again gives the job that was made for it."""
+        if (known := self._by_key.get(request.key)) is not None:
+            job = self.jobs[known]
+            if job.spec != request.spec:
+                raise ConflictError(f"the key {request.key!r} was used for another job, {known}", code="key_reused")
+            return job
+        spec, digest = request.spec, None
+        if request.task_source is not None:
+            data = request.task_source.encode()
+            digest = hashlib.sha256(data).hexdigest()
+            self.blobs.put_bytes(data)
+        elif spec.task not in BUILTIN:
+            names = ", ".join(sorted(BUILTIN))
+            raise BadTaskError(
+                f"there is no built-in task {spec.task!r}: {names}", advice="Send your own with --task FILE.py."
+            )
+        job_id = new_id(spec.name or spec.task)
+        taken = Submitted(spec=spec, task_digest=digest, key=request.key)
+        for stored in self.journal.append(job_id, (taken,)):
+            self._replay(stored, self.clock())
+            self.hub.publish(stored)
+        log.info("%s: submitted", job_id)
+        self._run_queue()
+        return self.jobs[job_id]
+
+    def job(self, job_id: str) -> Job:
+        """The job of this id."""
+        try:
+            return self.jobs[job_id]
+        except KeyError:
+            raise NotFoundError(f"there is no job {job_id[:80]!r}", code="unknown_job") from None
+
+    def command(self, job_id: str, decide: Callable[[Job, str], Step], who: str) -> Job:
+        """Pause, resume or cancel a job."""
+        job = self._apply(job_id, decide(self.job(job_id), who))
+        self._run_queue()
+        return job
+
+    def model(self, job_id: str, which: str) -> ModelRef:
+        """A model of a job: `newest`, `best`, or a round's number."""
+        job, models = self.job(job_id), self.models.get(job_id, {})
+        if which == "newest" and job.model is not None:
+            return job.model
+        number = job.best_round if which == "best" else int(which) if which.isdecimal() else None
+        if number is not None and number in models:
+            return models[number]
+        kept = ", ".join(str(n) for n in sorted(models)) or "none yet"
+        state = f"it is {job.phase.state}, {job.closed} rounds closed"
+        raise NotFoundError(
+            f"{job_id} has no model {which[:20]!r}: {state}; rounds kept: {kept}",
+            code="unknown_model",
+            advice="Ask for one of the rounds kept, `newest`, or `best` after an evaluation.",
+        )
+
+    def _run_queue(self) -> None:
+        """Let jobs leave the queue that can, oldest first."""
+        now = self.clock()
+        older: list[Job] = []
+        for job in [job for job in self.jobs.values() if not job.over]:
+            if isinstance(job.phase, rounds.Queued):
+                self._apply(job.id, rounds.begin(job, self.fleet.serving(job, now), self.fleet.spare(job, older, now)))
+            older.append(self.jobs[job.id])
+
+    # ------------------------------------------------------------ workers
+
+    def register(self, registration: Registration, known: str | None) -> Welcome:
+        """A worker introduces itself, for the first time (with a join token) or again (with its own)."""
+        if registration.protocol not in PROTOCOLS:
+            sides = "the coordinator" if registration.protocol > PROTOCOLS[-1] else "this worker"
+            raise VersionSkewError(
+                f"worker {registration.version} speaks protocol {registration.protocol}, "
+                f"coordinator {__version__} speaks {', '.join(map(str, PROTOCOLS))}",
+                advice=f"Upgrade {sides}.",
+            )
+        now = self.clock()
+        worker_id = known or new_id(registration.name)
+        self.journal.worker_put(worker_id, registration)
+        credential = None if known else self.tokens.issue("work", worker=worker_id)
+        for lease in self.fleet.register(worker_id, registration, now):
+            self._give_back(lease, "expired", f"{registration.name} was started anew")
+        self._run_queue()
+        self._settle_all()
+        reason = f"welcome{' back' if known else ''}, {registration.name}"
+        return Welcome(
+            worker_id=worker_id,
+            credential=credential,
+            protocol=PROTOCOLS[-1],
+            heartbeat_s=self.settings.heartbeat_s,
+            ttl_s=self.settings.ttl_s,
+            reason=reason,
+        )
+
+    def worker(self, worker_id: str) -> Worker:
+        """The worker of this id."""
+        try:
+            return self.fleet.workers[worker_id]
+        except KeyError:
+            raise NotFoundError(f"there is no worker {worker_id[:80]!r}", code="unknown_worker") from None
+
+    def drain(self, worker_id: str) -> Worker:
+        """Give a worker nothing more; what it does, it finishes."""
+        worker = self.worker(worker_id)
+        worker.draining = True
+        self._wake()
+        return worker
+
+    def leave(self, worker_id: str, start_id: str) -> None:
+        """A worker says goodbye: nobody waits for it."""
+        worker = self._called(worker_id, start_id)
+        worker.left = True
+        lease = self.fleet.leases.get(worker_id)
+        if lease is not None:
+            self._give_back(lease, "released", f"{worker.name} said goodbye")
+        self._settle_all()
+
+    async def poll(
+        self, worker_id: str, request: PollRequest, disconnected: Callable[[], Awaitable[bool]]
+    ) -> PollAnswer | None:
+        """Wait for work. Answered the moment there is some; None when `wait_s` have passed without."""
+        worker = self._called(worker_id, request.start_id)
+        until = self.clock() + min(request.wait_s, self.settings.poll_s)
+        worker.polling += 1
+        try:
+            self._run_queue()
+            while True:
+                if self._stopping:
+                    raise UnavailableError("the coordinator is stopping", code="stopping")
+                changed = self._changed
+                if (answer := self._claim(worker, request)) is not None:
+                    return answer
+                left = until - self.clock()
+                if left <= 0:
+                    return None
+                try:
+                    async with asyncio.timeout(left):
+                        await changed.wait()
+                except TimeoutError:
+                    return None
+                if await disconnected():
+                    return None
+                self._called(worker_id, request.start_id)
+        finally:
+            worker.polling -= 1
+
+    def _called(self, worker_id: str, start_id: str) -> Worker:
+        worker = self.worker(worker_id)
+        ours = worker.registration.start_id
+        if start_id != ours:
+            raise SupersededError(
+                f"another process works as {worker.name} since this one registered",
+                advice="If two machines share one state folder, give each its own; else start the worker again.",
+            )
+        return self.fleet.seen(worker_id, self.clock())
+
+    def _claim(self, worker: Worker, request: PollRequest) -> PollAnswer | None:
+        """Work for a worker that asks, or what it may forget; None: nothing yet."""
+        forget = tuple(j for j in request.loaded if j not in self.jobs or self.jobs[j].over)
+        lease = self.fleet.leases.get(worker.id)
+        if lease is not None and lease.claim_key == request.claim_key:  # our answer was lost on the way
+            return PollAnswer(assignment=self._assignment(lease), forget=forget)
+        if lease is not None:
+            self._give_back(lease, "released", f"{worker.name} asked for new work instead")
+        choice = self.fleet.choose(worker.id, list(self.jobs.values()))
+        if choice is None:
+            return PollAnswer(forget=forget) if forget else None
+        job, task = choice
+        step = rounds.hand_out(job, task, worker.id)
+        attempt = rounds.tries_of(job, task).attempt + 1
+        lease = self.fleet.grant(job.id, task, attempt, worker.id, self.clock(), request.claim_key)
+        self._apply(job.id, step)
+        return PollAnswer(assignment=self._assignment(lease), forget=forget)
+
+    def _assignment(self, lease: Lease) -> Assignment:
+        job, task = self.jobs[lease.job], lease.task
+        base, samples = job.model, None
+        shards = len(job.facts.bounds) - 1 if job.facts and job.facts.bounds else 1
+        match task.kind, job.inner:
+            case "init", _:
+                shards, base = self._shards_to_cut(job), None
+            case "train", Training() as phase:
+                shard = phase.shards[task.shard]
+                base = phase.base
+                samples = None if shard.worker else Range(start=shard.start, stop=shard.stop)
+            case _:
+                base = job.evaluations[task.round].model
+        return Assignment(
+            id=assignment_id(job.id, task),
+            attempt=lease.attempt,
+            job=job.id,
+            kind=task.kind,
+            round=task.round,
+            shard=task.shard,
+            shards=shards,
+            samples=samples,
+            train_samples=job.facts.train_samples if job.facts else 0,
+            task=TaskRef(name=job.spec.task, digest=job.task_digest),
+            spec=job.spec,
+            base=base,
+            ttl_s=self.settings.ttl_s,
+            max_bytes=base.size + HEADER_ROOM if base else self.settings.max_model_bytes,
+        )
+
+    def _shards_to_cut(self, job: Job) -> int:
+        wanted = job.spec.data.shards
+        return max(len(self.fleet.places(job, self.clock())), 1) if wanted == "auto" else wanted
+
+    def heartbeat(self, worker_id: str, beat: Heartbeat) -> HeartbeatAnswer:
+        """Renew a lease. Says whether the work still counts."""
+        worker = self._called(worker_id, beat.start_id)
+        job_id, task = parse_assignment(beat.assignment)
+        job, now = self.job(job_id), self.clock()
+        lease = self.fleet.lease_of(worker_id, job_id, task, beat.attempt)
+        if lease is None and self._may_have_back(job, task, beat.attempt, worker_id):
+            lease = self.fleet.grant(job_id, task, beat.attempt, worker_id, now)
+        if job.over:
+            return HeartbeatAnswer(order="cancelled", reason=f"the job is {job.phase.state}: {job.reason}")
+        if lease is None:
+            return HeartbeatAnswer(order="superseded", reason=f"{task} is not with this worker any more")
+        self.fleet.renew(lease, beat.progress, now)
+        self.hub.touch(job_id)
+        if worker.draining:
+            return HeartbeatAnswer(order="drain", reason="finish this, then leave")
+        return HeartbeatAnswer(order="continue", reason=job.reason)
+
+    def _may_have_back(self, job: Job, task: Task, attempt: int, worker_id: str) -> bool:
+        """Whether a lease that ran out may live again: nobody else got the task meanwhile."""
+        tries = rounds.tries_of(job, task)
+        newest = tries.attempt == attempt and attempt > 0 and tries.workers[-1] == worker_id
+        free = task not in self.fleet.held(job.id) and worker_id not in self.fleet.leases
+        return newest and free and rounds.is_open(job, task)
+
+    def abandon(self, worker_id: str, name: str, reason: Abandon) -> None:
+        """A worker gives an assignment back, and says why."""
+        job_id, task = parse_assignment(name)
+        job = self.job(job_id)
+        self._check_owner(job, task, reason.attempt, worker_id)
+        self.fleet.release(worker_id, job_id, task)
+        self._drop_upload((name, reason.attempt))
+        back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail)
+        self._apply(job_id, rounds.hand_back(job, back, self._limits))
+        self._fail_if_nobody_can(job_id)
+
+    def _give_back(self, lease: Lease, code: str, sentence: str) -> None:
+        """Take a lease away without a result."""
+        self.fleet.release(lease.worker, lease.job, lease.task)
+        back = self._back(lease.task, lease.attempt, lease.worker, code, sentence)
+        self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
+
+    def _back(self, task: Task, attempt: int, worker_id: str, code: str, sentence: str, detail: str = "") -> HandedBack:
+        known = self.fleet.workers.get(worker_id)
+        return HandedBack(
+            kind=task.kind,
+            round=task.round,
+            shard=task.shard,
+            attempt=attempt,
+            worker=worker_id,
+            worker_name=known.name if known else worker_id,
+            code=code,
+            sentence=sentence,
+            detail=detail,
+        )
+
+    def _fail_if_nobody_can(self, job_id: str) -> None:
+        job, now = self.jobs[job_id], self.clock()
+        able = [w for w in self.fleet.live(now) if w in job.excluded or w in self.fleet.serving(job, now)]
+        self._apply(job_id, rounds.fail_if_nobody_can(job, able))
+
+    # ------------------------------------------------------------ updates
+
+    def _check_owner(self, job: Job, task: Task, attempt: int, worker_id: str) -> None:
+        """A worker reaches its own attempts alone; those of others are not there for it."""
+        tries = rounds.tries_of(job, task)
+        if rounds.is_open(job, task) and not (
+            1 <= attempt <= tries.attempt and tries.workers[attempt - 1] == worker_id
+        ):
+            raise NotFoundError(
+                f"attempt {attempt} at {task} was not given to this worker",
+                code="unknown_attempt",
+                advice="Poll for work.",
+            )
+
+    def held_ranges(self, worker_id: str, name: str, attempt: int) -> tuple[tuple[int, int], ...]:
+        """The bytes of an upload that are here already."""
+        job_id, task = parse_assignment(name)
+        self._check_owner(self.job(job_id), task, attempt, worker_id)
+        staging = self._uploads.get((name, attempt))
+        return staging.ranges if staging else ()
+
+    async def receive(
+        self, worker_id: str, name: str, attempt: int, span: tuple[int, int, int], body: AsyncIterable[bytes]
+    ) -> None:
+        """Write bytes [start, stop) of an upload of `total` bytes to their place, as they come."""
+        start, stop, total = span
+        staging = self._staging(worker_id, name, attempt, total)
+        at = start
+        async for chunk in body:
+            if at + len(chunk) > stop:
+                raise BadUpdateError(
+                    f"more than the {stop - start} bytes announced came for {name}", code="wrong_length"
+                )
+            try:
+                staging.write(at, chunk)
+            except OSError as error:
+                self._drop_upload((name, attempt))
+                raise DiskFullError(f"byte {at} of {name} could not be written: {error}") from error
+            at += len(chunk)
+        if at != stop:
+            raise BadUpdateError(f"{at - start} of {stop - start} bytes announced came for {name}", code="wrong_length")
+        self.fleet.seen(worker_id, self.clock())
+
+    def _staging(self, worker_id: str, name: str, attempt: int, total: int) -> Staging:
+        job_id, task = parse_assignment(name)
+        job = self.job(job_id)
+        self._check_owner(job, task, attempt, worker_id)
+        if not rounds.is_open(job, task):
+            raise LateError(f"{task} takes no more results: {job.reason}")
+        if task.kind == "evaluate":
+            raise ForbiddenError("an evaluation has no bytes to upload", code="no_upload")
+        most = job.model.size + HEADER_ROOM if job.model and task.kind == "train" else self.settings.max_model_bytes
+        if total > most:
+            raise BadUpdateError(
+                f"{name} announces {total} bytes, where at most {most} are possible", code="wrong_length"
+            )
+        key = (name, attempt)
+        staging = self._uploads.get(key)
+        if staging is not None and staging.size != total:
+            raise BadUpdateError(f"{name} announced {staging.size} bytes before and {total} now", code="wrong_length")
+        if staging is None:
+            self.blobs.check_room(total)
+            staging = self._uploads[key] = Staging.open(self.blobs.part(f"{name}.{attempt}"), total)
+        return staging
+
+    def _drop_upload(self, key: AssignmentKey) -> None:
+        if (staging := self._uploads.pop(key, None)) is not None:
+            staging.discard()
+
+    async def take(self, worker_id: str, name: str, submission: Submission) -> Receipt:
+        """Let a result count, at most once, after its bytes have been looked at."""
+        job_id, task = parse_assignment(name)
+        lock = self._locks.setdefault((name, submission.attempt), asyncio.Lock())
+        try:
+            async with lock:
+                return await self._take(worker_id, self.job(job_id), task, name, submission)
+        finally:
+            if not lock.locked():
+                self._locks.pop((name, submission.attempt), None)
+
+    async def _take(self, worker_id: str, job: Job, task: Task, name: str, submission: Submission) -> Receipt:
+        if (repeat := self._accepted_before(job, task, submission, worker_id)) is not None:
+            return repeat
+        try:
+            rounds.judge(job, task, submission, worker_id)
+        except LateError:
+            self._drop_upload((name, submission.attempt))
+            self._apply(job.id, rounds.late(task, submission.attempt, worker_id))
+            raise
+        except BadUpdateError as error:
+            self._refuse(job.id, task, submission.attempt, worker_id, error)
+            raise
+        if task.kind == "evaluate":
+            self.fleet.release(worker_id, job.id, task)
+            after = self._apply(job.id, rounds.take_evaluation(job, task.round, submission, worker_id))
+            self._run_queue()
+            return Receipt(repeat=False, reason=after.reason)
+        digest, size = await self._look_at(job, task, name, submission, worker_id)
+        try:
+            return self._count(job.id, task, submission, worker_id, digest, size)
+        finally:
+            self._arriving.discard(digest)
+
+    def _accepted_before(self, job: Job, task: Task, submission: Submission, worker_id: str) -> Receipt | None:
+        """The same answer as before, if this very result was taken before."""
+        for stored in self.journal.results(job.id, task.kind, task.round, task.shard):
+            fact = stored.fact
+            same = (getattr(fact, "attempt", None), getattr(fact, "worker", None)) == (submission.attempt, worker_id)
+            if same and getattr(fact, "digest", None) == submission.digest:
+                return Receipt(repeat=True, reason=job.reason)
+        return None
+
+    async def _look_at(
+        self, job: Job, task: Task, name: str, submission: Submission, worker_id: str
+    ) -> tuple[str, int]:
+        """Check the uploaded bytes off the loop, and give them their name."""
+        key = (name, submission.attempt)
+        staging = self._uploads.get(key)
+        if staging is None or not staging.complete or submission.digest is None:
+            held = sum(stop - start for start, stop in staging.ranges) if staging else 0
+            of = staging.size if staging else "an unknown number of"
+            raise ConflictError(
+                f"{held} of {of} bytes of {name} are here",
+                code="incomplete",
+                advice="Upload the rest, then submit again.",
+            )
+        base = self.blobs.path(job.model.digest) if task.kind == "train" and job.model else None
+        bound = job.spec.aggregation.norm_bound
+        staging.close()
+        try:
+            await asyncio.to_thread(folding.inspect, staging.path, base, digest=submission.digest, norm_bound=bound)
+        except BadUpdateError as error:
+            self._drop_upload(key)
+            if error.code != "digest_mismatch":  # damaged on the way: sent again, nobody's fault
+                self._refuse(job.id, task, submission.attempt, worker_id, error)
+            raise
+        self._arriving.add(submission.digest)
+        await asyncio.to_thread(self.blobs.adopt, staging.path, submission.digest, durable=task.kind == "init")
+        self._uploads.pop(key, None)
+        return submission.digest, staging.size
+
+    def _count(
+        self, job_id: str, task: Task, submission: Submission, worker_id: str, digest: str, size: int
+    ) -> Receipt:
+        """The bytes are good: decide once more, since time has passed, and let them count."""
+        job, now = self.jobs[job_id], self.clock()
+        rounds.judge(job, task, submission, worker_id)
+        if task.kind == "init":
+            if submission.facts is None:
+                raise BadUpdateError(
+                    "the model came without its facts (parameters, samples, bounds)", code="bad_update"
+                )
+            made = Initialised(
+                attempt=submission.attempt, worker=worker_id, digest=digest, size=size, facts=submission.facts
+            )
+            step = rounds.take_init(job, made, self.fleet.places(job, now), now)
+        else:
+            update = Accepted(
+                round=task.round,
+                shard=task.shard,
+                attempt=submission.attempt,
+                worker=worker_id,
+                worker_name=self.worker(worker_id).name,
+                digest=digest,
+                samples=submission.samples,
+                steps=submission.steps,
+                seconds=submission.seconds,
+                metrics=submission.metrics,
+                bytes_down=submission.bytes_down,
+                bytes_up=size,
+            )
+            step = rounds.take_update(job, update)
+        self.fleet.release(worker_id, job_id, task)
+        after = self._apply(job_id, step)
+        return Receipt(repeat=False, reason=after.reason)
+
+    def _refuse(self, job_id: str, task: Task, attempt: int, worker_id: str, error: LydianError) -> None:
+        """A result that must not count: the task is handed out again, and the worker gets a strike."""
+        worker = self.worker(worker_id)
+        self.fleet.release(worker_id, job_id, task)
+        worker.strikes += 1
+        if worker.strikes >= self.settings.strikes and worker.set_aside is None:
+            worker.set_aside = f"{worker.strikes} results were refused, the last: {error}"
+            self.journal.worker_set_aside(worker_id, worker.set_aside)
+            log.warning("%s is set aside: %s", worker.name, worker.set_aside)
+        back = self._back(task, attempt, worker_id, error.code, str(error))
+        self._apply(job_id, rounds.hand_back(self.jobs[job_id], back, self._limits))
+
+    # ------------------------------------------------------------ averaging
+
+    async def _average(self, job_id: str, phase: Aggregating) -> None:
+        """Fold the frozen updates into the next model, make it durable, and close the round."""
+        job = self.jobs[job_id]
+        try:
+            model = await asyncio.to_thread(self._fold, job, phase)
+        except (OSError, DiskFullError, BadUpdateError) as error:
+            log.exception("%s: round %d could not be averaged", job_id, phase.round)
+            self._averaging.pop(job_id, None)
+            if isinstance(error, BadUpdateError):
+                self._apply(
+                    job_id, rounds.fail(self.jobs[job_id], f"round {phase.round} could not be averaged: {error}")
+                )
+            else:
+                why = f"the coordinator, since round {phase.round} could not be averaged: {error}"
+                self._apply(job_id, rounds.pause(self.jobs[job_id], why))
+            return
+        self._averaging.pop(job_id, None)
+        job, now = self.jobs[job_id], self.clock()
+        if job.inner == phase:
+            step = rounds.close(job, model, seconds=now - phase.opened_at, places=self.fleet.places(job, now), now=now)
+            self._apply(job_id, step)
+        self._discard(phase)
+        self._run_queue()
+
+    def _fold(self, job: Job, phase: Aggregating) -> ModelRef:
+        self.blobs.check_room(phase.base.size)
+        target = self.blobs.part(f"{job.id}.model.{phase.round}")
+        updates = [(self.blobs.path(update.digest), update.samples) for update in phase.accepted]
+        step = outer_step(job.spec.aggregation.algorithm)
+        digest = folding.average(self.blobs.path(phase.base.digest), updates, target, step=step)
+        size = target.stat().st_size
+        self.blobs.adopt(target, digest, durable=True)
+        return ModelRef(digest=digest, size=size)
+
+    def _discard(self, phase: Aggregating) -> None:
+        """Delete the updates of a closed round, and models that are kept no more, unless something else needs them."""
+        idle = {update.digest for update in phase.accepted} | self._dropped
+        for digest in idle - self._needed() - self._arriving:
+            self.blobs.remove(digest)
+        self._dropped.clear()
+
+    def _needed(self) -> set[str]:
+        needed = {model.digest for models in self.models.values() for model in models.values()}
+        for job in self.jobs.values():
+            needed |= {job.task_digest} if job.task_digest else set()
+            if job.over:
+                continue
+            needed |= {evaluation.model.digest for evaluation in job.evaluations.values()}
+            match job.inner:
+                case Training(base=base, accepted=accepted):
+                    needed |= {base.digest, *(update.digest for update in accepted.values())}
+                case Aggregating(base=base, accepted=frozen):
+                    needed |= {base.digest, *(update.digest for update in frozen)}
+        return needed
+
+    # ------------------------------------------------------------ time
+
+    async def _reap(self) -> None:
+        """Take expired leases away and keep deadlines, once a second. Notices when it stood still itself."""
+        last = self.clock()
+        while True:
+            await asyncio.sleep(REAPER_S)
+            now = self.clock()
+            if now - last > self.settings.ttl_s / 2:
+                log.warning("the coordinator stood still for %.1f s; every lease is extended", now - last)
+                self.fleet.extend_all(now)
+            last = now
+            for lease in self.fleet.expired(now):
+                name = self.fleet.workers[lease.worker].name if lease.worker in self.fleet.workers else lease.worker
+                sentence = f"{name} has not been heard of for {self.settings.ttl_s:g} s"
+                back = self._back(lease.task, lease.attempt, lease.worker, "expired", sentence)
+                self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
+            self._run_queue()
+            self._settle_all()
+
+    def _settle_all(self) -> None:
+        for job in [job for job in self.jobs.values() if not job.over]:
+            self._settle(job.id)

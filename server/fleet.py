@@ -1,0 +1,251 @@
+"""The fleet: who is alive, who holds what, and which job's work a worker gets.
+
+Pure: no clock, network, disk or tensor; the caller passes `now` in monotonic seconds. Nothing here is journalled: after
+a restart the workers introduce themselves by their next call, and `adopt` gives each one lease time to do so.
+
+Policy of the queue, in three sentences. Jobs are served in the order of submission: a worker that asks gets the oldest
+running job's next open task. A job leaves the queue when as many workers as its `min_workers` can serve it and are not
+needed by older jobs. A job needs as many workers as its rounds have shards; with `shards = auto`, all of them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.messages import Progress, Registration
+from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
+
+PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Durations of the leases, in seconds."""
+
+    ttl_s: float = 40.0
+    heartbeat_s: float = 10.0
+
+
+@dataclass
+class Lease:
+    """One attempt at one task, held by one worker until it expires."""
+
+    job: str
+    task: Task
+    attempt: int
+    worker: str
+    expires_at: float  # monotonic seconds
+    claim_key: str = ""
+    progress: Progress | None = None
+
+
+@dataclass
+class Worker:
+    """What is known of a worker while the coordinator runs."""
+
+    id: str
+    registration: Registration
+    seen_at: float | None = None  # monotonic seconds of its last call; None: not since the coordinator started
+    polling: int = 0  # polls that wait for work right now
+    left: bool = False  # said goodbye
+    draining: bool = False
+    set_aside: str | None = None
+    strikes: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name its owner gave it."""
+        return self.registration.name
+
+
+@dataclass
+class Fleet:
+    """Workers and their leases. A worker holds at most one lease; a task is held by at most one worker."""
+
+    timing: Timing = Timing()
+    workers: dict[str, Worker] = field(default_factory=dict)
+    leases: dict[str, Lease] = field(default_factory=dict)  # worker id -> its lease
+
+    # ------------------------------------------------------------ who is there
+
+    def register(self, worker_id: str, registration: Registration, now: float) -> list[Lease]:
+        """A worker introduces itself. Returns the leases that its earlier life held, which are void now."""
+        known = self.workers.get(worker_id)
+        reborn = known is not None and known.registration.start_id != registration.start_id
+        worker = Worker(worker_id, registration, seen_at=now)
+        if known is not None:
+            worker.set_aside, worker.strikes, worker.polling = known.set_aside, known.strikes, known.polling
+        self.workers[worker_id] = worker
+        void = self.leases.pop(worker_id, None) if reborn else None
+        return [void] if void else []
+
+    def seen(self, worker_id: str, now: float) -> Worker:
+        """A worker called."""
+        worker = self.workers[worker_id]
+        worker.seen_at, worker.left = now, False
+        return worker
+
+    def is_live(self, worker: Worker, now: float) -> bool:
+        """Whether the worker has called within one lease time, or waits in a poll."""
+        if worker.left or worker.seen_at is None:
+            return False
+        return worker.polling > 0 or now - worker.seen_at <= self.timing.ttl_s
+
+    def live(self, now: float) -> list[str]:
+        """Ids of the live workers that may get work, by name."""
+        able = [w for w in self.workers.values() if self.is_live(w, now) and w.set_aside is None and not w.draining]
+        return [w.id for w in sorted(able, key=lambda w: (w.name, w.id))]
+
+    def serving(self, job: Job, now: float) -> list[str]:
+        """Ids of the live workers that could do this job's work."""
+        return [w for w in self.live(now) if w not in job.excluded and why_not(self.workers[w], job) is None]
+
+    def places(self, job: Job, now: float) -> list[str]:
+        """Ids of the workers that a round is cut for: those that serve, and those that vanished a short while ago."""
+        serving = self.serving(job, now)
+        expected = (
+            w.id
+            for w in self.workers.values()
+            if w.id not in serving
+            and w.seen_at is not None
+            and now - w.seen_at <= PLACE_KEPT_S
+            and not (w.left or w.draining or w.set_aside or w.id in job.excluded)
+            and why_not(w, job) is None
+        )
+        return [*serving, *sorted(expected)]
+
+    # ------------------------------------------------------------ who holds what
+
+    def held(self, job: str) -> frozenset[Task]:
+        """The job's tasks that some worker holds."""
+        return frozenset(lease.task for lease in self.leases.values() if lease.job == job)
+
+    def lease_of(self, worker_id: str, job: str, task: Task, attempt: int) -> Lease | None:
+        """The worker's lease, if it is on this attempt."""
+        lease = self.leases.get(worker_id)
+        same = lease is not None and (lease.job, lease.task, lease.attempt) == (job, task, attempt)
+        return lease if same else None
+
+    def grant(self, job: str, task: Task, attempt: int, worker_id: str, now: float, claim_key: str = "") -> Lease:
+        """Give a task to a worker for one lease time."""
+        lease = Lease(job, task, attempt, worker_id, now + self.timing.ttl_s, claim_key)
+        self.leases[worker_id] = lease
+        return lease
+
+    def adopt(self, outstanding: Iterable[tuple[str, Task, int, str]], now: float) -> None:
+        """After a restart, leave every attempt that is out with its worker for one lease time."""
+        for job, task, attempt, worker_id in outstanding:
+            self.grant(job, task, attempt, worker_id, now)
+
+    def renew(self, lease: Lease, progress: Progress | None, now: float) -> None:
+        """The holder is still at work."""
+        lease.expires_at = now + self.timing.ttl_s
+        lease.progress = progress or lease.progress
+
+    def release(self, worker_id: str, job: str, task: Task) -> None:
+        """The task is not with this worker any more; freeing twice is freeing."""
+        lease = self.leases.get(worker_id)
+        if lease is not None and (lease.job, lease.task) == (job, task):
+            del self.leases[worker_id]
+
+    def expired(self, now: float) -> list[Lease]:
+        """Leases that ran out. They are taken away."""
+        gone = [lease for lease in self.leases.values() if lease.expires_at <= now]
+        for lease in gone:
+            del self.leases[lease.worker]
+        return gone
+
+    def extend_all(self, now: float) -> None:
+        """The coordinator itself stood still: nobody could renew, so everybody gets a whole lease time."""
+        for lease in self.leases.values():
+            lease.expires_at = now + self.timing.ttl_s
+        for worker in self.workers.values():
+            if worker.seen_at is not None and not worker.left:
+                worker.seen_at = now
+
+    # ------------------------------------------------------------ who gets what
+
+    def choose(self, worker_id: str, jobs: Sequence[Job]) -> tuple[Job, Task] | None:
+        """The next task for a worker: the oldest job's that has one for it.
+
+        Args:
+            worker_id: a live worker without a lease.
+            jobs: all jobs, oldest first.
+        """
+        worker = self.workers[worker_id]
+        if worker.set_aside is not None or worker.draining:
+            return None
+        for job in jobs:
+            if job.over or isinstance(job.phase, Paused | Queued) or why_not(worker, job) is not None:
+                continue
+            task = next_task(job, worker_id, self.held(job.id))
+            if task is not None:
+                return job, task
+        return None
+
+    def spare(self, job: Job, older: Sequence[Job], now: float) -> int:
+        """How many of the workers that could serve this job no older job needs."""
+        serving = set(self.serving(job, now))
+        for other in older:
+            if other.over or isinstance(other.phase, Paused | Queued):
+                continue
+            theirs = [w for w in self.serving(other, now) if w in serving]
+            serving.difference_update(theirs[: workers_needed(other, len(theirs))])
+        return len(serving)
+
+
+def workers_needed(job: Job, serving: int) -> int:
+    """How many of its serving workers a running job can keep busy."""
+    match job.inner:
+        case Aggregating() if job.inner.round >= job.spec.rounds:
+            return 1
+        case _ if job.inner.state == "evaluating":
+            return len(job.evaluations)
+    data = job.spec.data
+    if data.shards == "auto" or data.partition == "local":
+        return serving
+    return min(serving, max(int(data.shards * data.fraction), 1))
+
+
+def why_not(worker: Worker, job: Job) -> str | None:
+    """Why this worker cannot do this job's work; None: it can."""
+    registration = worker.registration
+    if job.task_digest is not None and registration.trust == "none":
+        return f"{worker.name} runs built-in tasks only (--trust none)"
+    if job.task_digest is not None and registration.trust == "listed" and job.task_digest not in registration.trusted:
+        return f"{worker.name} has not listed task {job.task_digest[:12]}…"
+    wanted = job.spec.data.name or job.spec.task
+    if job.spec.data.partition == "local" and wanted not in registration.data:
+        return f"{worker.name} offers no data named {wanted} (--data {wanted}=PATH)"
+    return None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a worker is shown: its state and why."""
+
+    state: Literal["idle", "working", "gone", "draining", "set aside"]
+    reason: str
+
+
+def standing(fleet: Fleet, worker: Worker, now: float, describe: Callable[[Lease], str]) -> Standing:
+    """What a worker is doing, in words."""
+    lease = fleet.leases.get(worker.id)
+    if worker.set_aside is not None:
+        return Standing("set aside", worker.set_aside)
+    if worker.left:
+        return Standing("gone", "it said goodbye")
+    if not fleet.is_live(worker, now):
+        away = "not seen since the coordinator started" if worker.seen_at is None else "no call for a lease time"
+        return Standing("gone", away)
+    if worker.draining:
+        return Standing("draining", describe(lease) if lease else "takes no more work")
+    return Standing("working", describe(lease)) if lease else Standing("idle", "waiting for work")
+
+
+def why_nobody(fleet: Fleet, job: Job, now: float) -> str:
+    """Why live workers cannot serve a job, one clause a worker; empty if some can, or none is live."""
+    reasons: Mapping[str, str | None] = {w: why_not(fleet.workers[w], job) for w in fleet.live(now)}
+    if not reasons or any(reason is None and w not in job.excluded for w, reason in reasons.items()):
+        return ""
+    return "; ".join(reason or job.excluded[w] for w, reason in reasons.items())

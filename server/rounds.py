@@ -1,0 +1,850 @@
+"""The round machine: what a job is doing, which result counts, when a round is averaged, and why.
+
+Pure: no clock, network, disk or tensor. The caller passes `now` in monotonic seconds. A decision looks at a Job and
+answers with a Step: the facts that follow (common.facts) and why, in words. `evolve` applies one fact to a Job; nothing
+else changes one, so that replaying the journal gives the state back.
+
+    Queued ──▶ Initialising ──▶ Training ⇄ Aggregating ──▶ Evaluating ──▶ Finished
+       Paused wraps any of these; Failed and Cancelled end any of these.
+
+Which worker holds what is not known here (server.fleet); only the attempts are, since they fence.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TypeVar, assert_never
+
+from common.errors import BadUpdateError, ConflictError, JobOverError, LateError, NotFoundError, SupersededError
+from common.facts import (
+    Accepted,
+    Evaluated,
+    EvaluationGivenUp,
+    Extended,
+    Fact,
+    Frozen,
+    HandedBack,
+    HandedOut,
+    Initialised,
+    Late,
+    Opened,
+    RoundClosed,
+    Shard,
+    StateChanged,
+    Submitted,
+)
+from common.messages import JobSpec, Kind, ModelFacts, ModelRef, State, Submission
+from common.sharding import cohort, cut
+
+V = TypeVar("V")
+
+GRACE = 0.1  # once the quorum is in, stragglers get this share of the time that it took
+NOT_THE_TASKS_FAULT = frozenset({"released", "expired", "lost"})
+NOT_FOR_THIS_WORKER = frozenset({"no_data", "not_trusted", "unknown_task"})
+
+
+# ---------------------------------------------------------------- what there is
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How often a task may fail before it is given up."""
+
+    failures: int = 5  # of the task's own code, or refused results
+    expiries: int = 20  # leases that ran out: a task that kills every agent looks like this
+    evaluation_failures: int = 3
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit of work inside a job."""
+
+    kind: Kind
+    round: int
+    shard: int = 0
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "init":
+                return "initialisation"
+            case "train":
+                return f"round {self.round}, shard {self.shard}"
+            case "evaluate":
+                return f"evaluation of round {self.round}"
+
+
+@dataclass(frozen=True)
+class Tries:
+    """What became of the attempts at one task. Attempt n belongs to workers[n - 1]; the newest may still be out."""
+
+    workers: tuple[str, ...] = ()
+    failures: int = 0
+    expiries: int = 0
+    out: bool = False
+
+    @property
+    def attempt(self) -> int:
+        """The newest attempt's number; 0 before the first."""
+        return len(self.workers)
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Waiting for workers."""
+
+    state: State = field(default="queued", init=False)
+
+
+@dataclass(frozen=True)
+class Initialising:
+    """A worker builds the model from the seed."""
+
+    tries: Tries = Tries()
+    state: State = field(default="initialising", init=False)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A round is open: shards are trained and updates come in."""
+
+    round: int
+    base: ModelRef
+    shards: Mapping[int, Shard]
+    opened_at: float  # monotonic seconds
+    tries: Mapping[int, Tries] = field(default_factory=dict)
+    accepted: Mapping[int, Accepted] = field(default_factory=dict)
+    quorum_at: float | None = None  # monotonic seconds at which the quorum was reached
+    extended: bool = False
+    state: State = field(default="training", init=False)
+
+
+@dataclass(frozen=True)
+class Aggregating:
+    """The set of updates is frozen and is being averaged."""
+
+    round: int
+    base: ModelRef
+    accepted: tuple[Accepted, ...]  # in shard order: the order of summation
+    left_out: int
+    opened_at: float
+    state: State = field(default="aggregating", init=False)
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Every round is closed; the last evaluations are awaited."""
+
+    state: State = field(default="evaluating", init=False)
+
+
+@dataclass(frozen=True)
+class Paused:
+    """No work is handed out. What is out may come in, and a frozen round is averaged."""
+
+    before: "Queued | Initialising | Training | Aggregating | Evaluating"
+    state: State = field(default="paused", init=False)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All rounds done, or the target reached."""
+
+    state: State = field(default="finished", init=False)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Ended without its last round."""
+
+    state: State = field(default="failed", init=False)
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """Ended by a person."""
+
+    state: State = field(default="cancelled", init=False)
+
+
+Active = Queued | Initialising | Training | Aggregating | Evaluating
+Over = Finished | Failed | Cancelled
+Phase = Active | Paused | Over
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model that is to be measured, whatever the rounds do meanwhile."""
+
+    model: ModelRef
+    tries: Tries = Tries()
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decisions need to know of one job."""
+
+    id: str
+    spec: JobSpec
+    task_digest: str | None
+    phase: Phase
+    reason: str
+    facts: ModelFacts | None = None
+    model: ModelRef | None = None  # the newest version
+    closed: int = 0  # rounds closed
+    evaluations: Mapping[int, Evaluation] = field(default_factory=dict)  # round -> its pending evaluation
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the newest evaluated round
+    metrics_round: int | None = None
+    best_round: int | None = None
+    best_value: float | None = None
+    excluded: Mapping[str, str] = field(default_factory=dict)  # worker id -> why it cannot do this job
+
+    @property
+    def over(self) -> bool:
+        """Whether the job has ended."""
+        return isinstance(self.phase, Over)
+
+    @property
+    def inner(self) -> Active | Over:
+        """The phase, looking through a pause."""
+        return self.phase.before if isinstance(self.phase, Paused) else self.phase
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decision: the facts to journal, why in words, and when to look again if nothing happens before."""
+
+    facts: tuple[Fact, ...] = ()
+    reason: str = ""
+    look_again_at: float | None = None  # monotonic seconds
+
+
+# ---------------------------------------------------------------- starting, pausing, ending
+
+
+def begin(job: Job, serving: Sequence[str], spare: int) -> Step:
+    """Leave the queue when enough workers are there for it.
+
+    Args:
+        job: the job that waits.
+        serving: ids of the live workers that could do this job's work.
+        spare: how many of them no older job needs.
+    """
+    wanted = job.spec.round.min_workers
+    if not isinstance(job.phase, Queued):
+        return Step(reason=job.reason)
+    if spare < wanted:
+        taken = f", {len(serving) - spare} of them with older jobs" if spare < len(serving) else ""
+        refused = "".join(f"; {why}" for why in sorted(set(job.excluded.values())))
+        return Step(reason=f"waiting for {wanted} workers: {len(serving)} can serve it{taken}{refused}")
+    reason = f"{spare} workers are there, {wanted} needed: a worker builds the model"
+    return Step((StateChanged(state="initialising", reason=reason),), reason)
+
+
+def pause(job: Job, who: str) -> Step:
+    """Hand out no more work until resumed. Pausing twice is pausing."""
+    _refuse_if_over(job)
+    reason = f"paused by {who}"
+    return Step(reason=job.reason) if isinstance(job.phase, Paused) else Step((_changed("paused", reason),), reason)
+
+
+def resume(job: Job, who: str) -> Step:
+    """Go on where the job stood. Resuming a job that runs changes nothing."""
+    _refuse_if_over(job)
+    if not isinstance(job.phase, Paused):
+        return Step(reason=job.reason)
+    reason = f"resumed by {who}"
+    return Step((_changed(job.phase.before.state, reason),), reason)
+
+
+def cancel(job: Job, who: str) -> Step:
+    """End the job; its closed rounds stay. Cancelling twice is cancelling."""
+    if isinstance(job.phase, Cancelled):
+        return Step(reason=job.reason)
+    _refuse_if_over(job)
+    reason = f"cancelled by {who} after {job.closed} of {job.spec.rounds} rounds"
+    return Step((_changed("cancelled", reason),), reason)
+
+
+def fail(job: Job, why: str) -> Step:
+    """End the job because it cannot go on."""
+    _refuse_if_over(job)
+    return Step((_changed("failed", why),), why)
+
+
+def fail_if_nobody_can(job: Job, live: Iterable[str]) -> Step:
+    """End the job when every live worker has said that it cannot do it: no data, or not trusted."""
+    live = set(live)
+    if job.over or not job.excluded or not live or not live <= job.excluded.keys():
+        return Step(reason=job.reason)
+    said = "; ".join(sorted({job.excluded[worker] for worker in live}))
+    return fail(job, f"none of the {len(live)} live workers can do this job: {said}")
+
+
+# ---------------------------------------------------------------- handing out work
+
+
+def next_task(job: Job, worker: str, held: frozenset[Task]) -> Task | None:
+    """The task of this job that the worker should do next; None when there is nothing for it.
+
+    Training goes first, since a round waits for it; but an evaluation that lags two rounds behind goes before, so that
+    a fleet which is never idle is still measured.
+
+    Args:
+        job: the job.
+        worker: the worker's id.
+        held: this job's tasks that some worker holds a lease on.
+    """
+    if worker in job.excluded:
+        return None
+    match job.phase:
+        case Initialising():
+            task = Task("init", 0)
+            return None if task in held else task
+        case Training() as phase:
+            waiting = _evaluations(job, held)
+            if waiting and waiting[0].round <= phase.round - 2:
+                return waiting[0]
+            return next(iter([*_open_shards(phase, worker, held), *waiting]), None)
+        case Aggregating() | Evaluating():
+            return next(iter(_evaluations(job, held)), None)
+        case _:
+            return None
+
+
+def _open_shards(phase: Training, worker: str, held: frozenset[Task]) -> list[Task]:
+    tasks = (
+        Task("train", phase.round, number)
+        for number, shard in phase.shards.items()
+        if number not in phase.accepted and shard.worker in (None, worker)
+    )
+    return [task for task in tasks if task not in held]
+
+
+def _evaluations(job: Job, held: frozenset[Task]) -> list[Task]:
+    tasks = (Task("evaluate", round_index) for round_index in sorted(job.evaluations))
+    return [task for task in tasks if task not in held]
+
+
+def hand_out(job: Job, task: Task, worker: str) -> Step:
+    """Give the task to the worker, as the next attempt."""
+    tries = tries_of(job, task)
+    fact = HandedOut(kind=task.kind, round=task.round, shard=task.shard, attempt=tries.attempt + 1, worker=worker)
+    return Step((fact,), f"{task}, attempt {fact.attempt}")
+
+
+def hand_back(job: Job, back: HandedBack, limits: Limits) -> Step:
+    """An attempt ended without a result. Decides whether that ends the task, and with it the job."""
+    task = Task(back.kind, back.round, back.shard)
+    if job.over or not is_open(job, task):
+        return Step((back,), f"{task} had been settled: {back.sentence}")
+    tries = _counted(tries_of(job, task), back)
+    blame = f"{task} on {back.worker_name}: {back.sentence}"
+    if back.code == "bad_task":
+        return Step((back, _changed("failed", blame)), blame)
+    if task.kind == "evaluate" and tries.failures >= limits.evaluation_failures:
+        reason = f"{task} given up after {tries.failures} failures, the last: {back.sentence}"
+        given_up = EvaluationGivenUp(round=task.round, reason=reason)
+        return Step((back, given_up, *_finish_if_last(job, task.round, reason)), reason)
+    if tries.failures >= limits.failures or tries.expiries >= limits.expiries:
+        ended = f"{tries.failures} failures and {tries.expiries} lost leases"
+        reason = f"{task} was given up after {ended}, the last on {back.worker_name}: {back.sentence}"
+        return Step((back, _changed("failed", reason)), reason)
+    return Step((back,), blame)
+
+
+def _counted(tries: Tries, back: HandedBack) -> Tries:
+    failed = back.code not in NOT_THE_TASKS_FAULT | NOT_FOR_THIS_WORKER
+    return replace(
+        tries,
+        failures=tries.failures + failed,
+        expiries=tries.expiries + (back.code == "expired"),
+        out=tries.out and back.attempt != tries.attempt,
+    )
+
+
+def tries_of(job: Job, task: Task) -> Tries:
+    """What became of the attempts at a task so far. Of a task that is not open any more: nothing."""
+    match task.kind, job.inner:
+        case "init", Initialising(tries=tries):
+            return tries
+        case "train", Training(round=task.round) as phase:
+            return phase.tries.get(task.shard, Tries())
+        case "evaluate", _ if task.round in job.evaluations:
+            return job.evaluations[task.round].tries
+        case _:
+            return Tries()
+
+
+def is_open(job: Job, task: Task) -> bool:
+    """Whether a result for this task could still count."""
+    if job.over:
+        return False
+    match task.kind, job.inner:
+        case "init", Initialising():
+            return True
+        case "train", Training(round=task.round) as phase:
+            return task.shard in phase.shards and task.shard not in phase.accepted
+        case "evaluate", _:
+            return task.round in job.evaluations
+        case _:
+            return False
+
+
+def outstanding(job: Job) -> list[tuple[Task, int, str]]:
+    """(task, attempt, worker) of every attempt that is out: what a restarted coordinator leaves with its workers."""
+    tasks: list[Task] = []
+    if not job.over:
+        match job.inner:
+            case Initialising():
+                tasks.append(Task("init", 0))
+            case Training() as phase:
+                tasks += [Task("train", phase.round, shard) for shard in phase.tries]
+        tasks += [Task("evaluate", round_index) for round_index in job.evaluations]
+    found = [(task, tries_of(job, task)) for task in tasks]
+    return [(task, tries.attempt, tries.workers[-1]) for task, tries in found if tries.out and is_open(job, task)]
+
+
+# ---------------------------------------------------------------- results
+
+
+def take_init(job: Job, made: Initialised, places: Sequence[str], now: float) -> Step:
+    """The model was built. Opens the first round."""
+    _refuse_if_over(job)
+    if not isinstance(job.inner, Initialising):
+        raise SupersededError("the model of this job was built by another attempt")
+    _refuse_if_never_given(job, Task("init", 0), made.attempt, made.worker)
+    _check_bounds(job.spec, made.facts)
+    begun = evolve(job, made, now)
+    return Step((made, open_round(begun, 1, places)), f"model of {made.facts.parameters:,} parameters built")
+
+
+def _check_bounds(spec: JobSpec, facts: ModelFacts) -> None:
+    """Refuse a cut of the training set that leaves samples out, or has another number of shards than the job."""
+    if spec.data.partition == "local":
+        return
+    bounds, shards = facts.bounds, spec.data.shards
+    rising = all(low < high for low, high in pairwise(bounds))
+    whole = len(bounds) >= 2 and (bounds[0], bounds[-1]) == (0, facts.train_samples)
+    if not (rising and whole and shards in ("auto", len(bounds) - 1)):
+        sentence = f"{facts.train_samples} samples were cut at {list(bounds[:9])}, which is no cut into {shards} shards"
+        raise BadUpdateError(sentence, code="bad_samples")
+
+
+def open_round(job: Job, round_index: int, places: Sequence[str]) -> Opened:
+    """Decide which shards the round has.
+
+    `shards = auto` with iid data: one a place, cut evenly, so that the cut follows the fleet. Otherwise the cut was
+    made at initialisation, and `fraction` of it is drawn. Private data: one shard a worker that has some.
+
+    Args:
+        job: with its model and facts known.
+        round_index: the round to open, from 1.
+        places: ids of the workers that serve this job: live, or gone for so short a time that they are expected back.
+    """
+    data, facts, model = job.spec.data, job.facts, job.model
+    assert facts is not None  # noqa: S101 - Initialised came before
+    assert model is not None  # noqa: S101
+    if data.partition == "local":
+        owners = sorted(places)
+        chosen = cohort(len(owners), data.fraction, seed=job.spec.seed, round_index=round_index) if owners else ()
+        shards = tuple(Shard(shard=number, worker=owners[number]) for number in chosen)
+        reason = f"round {round_index}: {len(shards)} workers train on their own data"
+    else:
+        bounds: Sequence[int] = facts.bounds
+        if data.shards == "auto" and data.partition == "iid":
+            bounds = cut(facts.train_samples, [1.0] * min(max(len(places), 1), facts.train_samples))
+        chosen = cohort(len(bounds) - 1, data.fraction, seed=job.spec.seed, round_index=round_index)
+        shards = tuple(Shard(shard=k, start=bounds[k], stop=bounds[k + 1]) for k in chosen)
+        samples = sum(bounds[k + 1] - bounds[k] for k in chosen)
+        reason = f"round {round_index}: {len(shards)} of {len(bounds) - 1} shards, {samples} samples"
+    return Opened(round=round_index, base=model.digest, shards=shards, reason=reason)
+
+
+def judge(job: Job, task: Task, submission: Submission, worker: str) -> Accepted | None:
+    """Whether a submitted result may still count, before anybody looks at its bytes.
+
+    Returns:
+        None: it may. The update as it was accepted before: it is a repeat, and its sender gets the same answer again.
+
+    Raises:
+        JobOverError, SupersededError, LateError: it can count no more.
+        NotFoundError: this attempt was never given to this worker.
+        BadUpdateError: it claims more samples than the shard has.
+    """
+    if task.kind == "train":
+        standing = _standing(job, task)
+        if standing is not None:
+            if standing.attempt == submission.attempt and standing.digest == submission.digest:
+                return standing
+            raise SupersededError(f"{task}: attempt {standing.attempt} by {standing.worker_name} counts")
+    _refuse_if_over(job)
+    if not is_open(job, task):
+        raise LateError(f"{task} takes no more results: {job.reason}")
+    _refuse_if_never_given(job, task, submission.attempt, worker)
+    if task.kind == "train":
+        _check_samples(job, task, submission.samples)
+    return None
+
+
+def take_update(job: Job, update: Accepted) -> Step:
+    """Let an update count whose bytes have been looked at. At most one counts a shard."""
+    task = Task("train", update.round, update.shard)
+    if not is_open(job, task):  # it was, before the bytes were looked at
+        raise LateError(f"{task} takes no more results: {job.reason}")
+    phase = job.inner
+    assert isinstance(phase, Training)  # noqa: S101 - is_open says so
+    return Step((update,), f"round {update.round}: {len(phase.accepted) + 1} of {len(phase.shards)} updates are in")
+
+
+def late(task: Task, attempt: int, worker: str) -> Step:
+    """Keep a record of a result that came too late."""
+    fact = Late(round=task.round, shard=task.shard, attempt=attempt, worker=worker)
+    return Step((fact,), f"{task} came too late from {worker}")
+
+
+def close_if_due(job: Job, live: Iterable[str], now: float) -> Step:
+    """Freeze the round's updates when all are in, or the quorum is and the stragglers' grace is over.
+
+    Below the quorum at the deadline the round is extended once, then the job fails and names what is missing. A shard
+    that only a worker which is gone could train is not waited for, once anything else is in.
+    """
+    phase = job.inner
+    if not isinstance(phase, Training):
+        return Step(reason=job.reason)
+    live = set(live)
+    missing = [s for s in phase.shards.values() if s.shard not in phase.accepted]
+    awaited = [s for s in missing if s.worker is None or s.worker in live or not phase.accepted]
+    held, total, waited = len(phase.accepted), len(phase.accepted) + len(awaited), now - phase.opened_at
+    quorum = quorum_of(job.spec, total)
+    tally = f"{held} of {total} updates after {waited:.1f} s"
+    if not phase.shards:
+        return Step(reason=f"round {phase.round}: no live worker offers data for it")
+    if not awaited:
+        return _freeze(phase, f"round {phase.round} closed: {tally}")
+    look_again: list[float] = []
+    if held >= quorum:
+        reached = phase.quorum_at if phase.quorum_at is not None else now
+        until = reached + GRACE * (reached - phase.opened_at)
+        if now >= until:
+            return _freeze(phase, f"round {phase.round} closed by quorum {quorum}: {tally}")
+        look_again.append(until)
+    elif job.spec.round.deadline is not None and not isinstance(job.phase, Paused):
+        until = phase.opened_at + job.spec.round.deadline * (2 if phase.extended else 1)
+        if now >= until:
+            return _deadline(job, phase, awaited, quorum, tally)
+        look_again.append(until)
+    numbers = ", ".join(str(s.shard) for s in awaited[:8]) + (" …" if len(awaited) > 8 else "")
+    reason = f"round {phase.round}: {tally}, quorum {quorum}; awaiting shard {numbers}"
+    return Step(reason=reason, look_again_at=min(look_again, default=None))
+
+
+def _freeze(phase: Training, reason: str) -> Step:
+    return Step((Frozen(round=phase.round, shards=tuple(sorted(phase.accepted)), reason=reason),), reason)
+
+
+def _deadline(job: Job, phase: Training, awaited: Sequence[Shard], quorum: int, tally: str) -> Step:
+    names = ", ".join(f"shard {s.shard}" for s in awaited)
+    if not phase.extended:
+        reason = f"round {phase.round} reached its deadline with {tally}, quorum {quorum}; it gets its time once more"
+        return Step((Extended(round=phase.round, reason=reason),), reason)
+    return fail(job, f"round {phase.round} missed its quorum of {quorum} twice: {tally}; missing: {names}")
+
+
+def quorum_of(spec: JobSpec, total: int) -> int:
+    """Updates that close a round of `total` shards."""
+    match spec.round.quorum:
+        case "all":
+            return max(total, 1)
+        case int(count):
+            return max(min(count, total), 1)
+        case share:
+            return max(math.ceil(share * total), 1)
+
+
+def close(job: Job, model: ModelRef, *, seconds: float, places: Sequence[str], now: float) -> Step:
+    """The frozen round was averaged into `model`, which is durable. Opens the next round, or ends the job."""
+    phase = job.inner
+    if not isinstance(phase, Aggregating):
+        raise ConflictError(f"round {job.closed} of {job.id} is not being averaged: the job is {job.phase.state}")
+    updates = phase.accepted
+    closed = RoundClosed(
+        round=phase.round,
+        seconds=round(seconds, 6),
+        workers=len({u.worker for u in updates}),
+        shards=len(updates),
+        left_out=phase.left_out,
+        samples=sum(u.samples for u in updates),
+        bytes_down=sum(u.bytes_down for u in updates),
+        bytes_up=sum(u.bytes_up for u in updates),
+        digest=model.digest,
+        size=model.size,
+        metrics=means(u.metrics for u in updates),
+    )
+    after = evolve(job, closed, now)
+    if phase.round < job.spec.rounds:
+        opened = open_round(after, phase.round + 1, places)
+        return Step((closed, opened), opened.reason)
+    if after.evaluations:
+        reason = f"{phase.round} rounds done; the last evaluation is awaited"
+        return Step((closed, _changed("evaluating", reason)), reason)
+    reason = f"{phase.round} rounds done"
+    return Step((closed, _changed("finished", reason)), reason)
+
+
+def take_evaluation(job: Job, round_index: int, submission: Submission, worker: str) -> Step:
+    """A model was measured. May end the job: the target is reached, or this was what it waited for."""
+    metrics = means([submission.metrics])
+    metric = job.spec.target_metric
+    value = metrics.get(metric)
+    best = value is not None and _better(metric, value, job.best_value)
+    samples = max((int(count) for _, count in submission.metrics.values()), default=0)
+    fact = Evaluated(
+        round=round_index,
+        attempt=submission.attempt,
+        worker=worker,
+        metrics=metrics,
+        samples=samples,
+        seconds=submission.seconds,
+        best=best,
+    )
+    shown = ", ".join(f"{name} {number:.4f}" for name, number in metrics.items())
+    target = job.spec.target
+    if target is not None and value is not None and (value == target or _better(metric, value, target)):
+        reason = f"{metric} {value:.4f} reached the target {target} at round {round_index}"
+        return Step((fact, _changed("finished", reason)), reason)
+    reason = f"{job.spec.rounds} rounds done; {shown} at round {round_index}"
+    return Step((fact, *_finish_if_last(job, round_index, reason)), f"round {round_index}: {shown}")
+
+
+def _finish_if_last(job: Job, round_index: int, reason: str) -> tuple[Fact, ...]:
+    last = isinstance(job.inner, Evaluating) and set(job.evaluations) <= {round_index}
+    return (_changed("finished", reason),) if last else ()
+
+
+def evaluates(job: Job, round_index: int) -> bool:
+    """Whether the model of this round is measured."""
+    every = job.spec.round.evaluate_every
+    measurable = job.facts is not None and job.facts.test_samples > 0
+    return measurable and (round_index == job.spec.rounds or (every > 0 and round_index % every == 0))
+
+
+def means(metrics: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Means of (sum, count) pairs over all parts, by name; a name whose count is zero says nothing and is left out."""
+    total: dict[str, list[tuple[float, float]]] = {}
+    for part in metrics:
+        for name, pair in part.items():
+            total.setdefault(name, []).append(pair)
+    sums = {name: (math.fsum(s for s, _ in pairs), math.fsum(c for _, c in pairs)) for name, pairs in total.items()}
+    return {name: value / count for name, (value, count) in sums.items() if count > 0}
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of this metric is the better one."""
+    return any(word in metric.lower() for word in ("loss", "error", "perplexity"))
+
+
+def _better(metric: str, value: float, than: float | None) -> bool:
+    if than is None:
+        return not math.isnan(value)
+    return value < than if lower_is_better(metric) else value > than
+
+
+# ---------------------------------------------------------------- facts into state
+
+
+def new_job(job_id: str, fact: Submitted) -> Job:
+    """A job, from its first fact."""
+    return Job(job_id, fact.spec, fact.task_digest, Queued(), "in the queue")
+
+
+def evolve(job: Job, fact: Fact, now: float) -> Job:
+    """The job after one more fact. Knows no rule about what should happen: the fact has been decided."""
+    match fact:
+        case StateChanged():
+            return _evolve_state(job, fact, now)
+        case HandedOut():
+            return _with_tries(job, Task(fact.kind, fact.round, fact.shard), _given(fact.worker))
+        case HandedBack():
+            return _evolve_back(job, fact)
+        case Initialised():
+            model = ModelRef(digest=fact.digest, size=fact.size)
+            return replace(job, facts=fact.facts, model=model, reason="the model was built")
+        case Opened():
+            return _evolve_opened(job, fact, now)
+        case Accepted():
+            return _evolve_accepted(job, fact, now)
+        case Extended():
+            return _with_inner(replace(job, reason=fact.reason), replace(_training(job), extended=True))
+        case Frozen():
+            return _evolve_frozen(job, fact)
+        case RoundClosed():
+            return _evolve_closed(job, fact)
+        case Evaluated():
+            return _evolve_evaluated(job, fact)
+        case EvaluationGivenUp():
+            return replace(job, evaluations=_without(job.evaluations, fact.round), reason=fact.reason)
+        case Submitted() | Late():
+            return job
+        case _:
+            assert_never(fact)
+
+
+def _evolve_state(job: Job, fact: StateChanged, now: float) -> Job:
+    phase: Phase
+    match fact.state:
+        case "paused" if not isinstance(job.phase, Paused | Over):
+            phase = Paused(job.phase)
+        case "finished":
+            phase = Finished()
+        case "failed":
+            phase = Failed()
+        case "cancelled":
+            phase = Cancelled()
+        case "initialising" if isinstance(job.phase, Queued):
+            phase = Initialising()
+        case "evaluating" if isinstance(job.inner, Aggregating | Training):
+            return _with_inner(replace(job, reason=fact.reason), Evaluating())
+        case _ if isinstance(job.phase, Paused):  # resumed: the state named is the one before
+            phase = _resumed(job.phase.before, now)
+        case _:
+            raise ConflictError(f"{job.id} is {job.phase.state} and cannot become {fact.state}")
+    over = isinstance(phase, Over)
+    return replace(job, phase=phase, reason=fact.reason, evaluations={} if over else job.evaluations)
+
+
+def _resumed(phase: Active, now: float) -> Active:
+    """The phase after a pause: the round's time starts again, since nobody was given work meanwhile."""
+    if not isinstance(phase, Training):
+        return phase
+    return replace(phase, opened_at=now, quorum_at=None if phase.quorum_at is None else now)
+
+
+def _evolve_back(job: Job, fact: HandedBack) -> Job:
+    task = Task(fact.kind, fact.round, fact.shard)
+    if fact.code in NOT_FOR_THIS_WORKER:
+        job = replace(job, excluded={**job.excluded, fact.worker: fact.sentence})
+    phase = job.inner
+    if fact.code == "lost" and isinstance(phase, Training) and phase.round == fact.round:
+        accepted = _without(phase.accepted, fact.shard)
+        return _with_inner(job, replace(phase, accepted=accepted, quorum_at=None))
+    if not is_open(job, task):
+        return job
+    return _with_tries(job, task, _counted(tries_of(job, task), fact))
+
+
+def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
+    assert job.model is not None  # noqa: S101 - a round opens on a model
+    shards = {shard.shard: shard for shard in fact.shards}
+    phase = Training(round=fact.round, base=job.model, shards=shards, opened_at=now)
+    return _with_inner(replace(job, reason=fact.reason), phase)
+
+
+def _evolve_accepted(job: Job, fact: Accepted, now: float) -> Job:
+    phase = _training(job)
+    if fact.shard in phase.accepted:
+        raise ConflictError(f"round {fact.round}, shard {fact.shard} of {job.id} is accepted twice")
+    accepted = {**phase.accepted, fact.shard: fact}
+    tries = phase.tries.get(fact.shard, Tries())
+    reached = phase.quorum_at is None and len(accepted) >= quorum_of(job.spec, len(phase.shards))
+    phase = replace(
+        phase,
+        accepted=accepted,
+        tries={**phase.tries, fact.shard: replace(tries, out=False)},
+        quorum_at=now if reached else phase.quorum_at,
+    )
+    reason = f"round {fact.round}: {len(accepted)} of {len(phase.shards)} updates are in"
+    return _with_inner(replace(job, reason=reason), phase)
+
+
+def _evolve_frozen(job: Job, fact: Frozen) -> Job:
+    phase = _training(job)
+    updates = tuple(phase.accepted[shard] for shard in fact.shards)
+    left_out = len(phase.shards) - len(updates)
+    frozen = Aggregating(phase.round, phase.base, updates, left_out, phase.opened_at)
+    return _with_inner(replace(job, reason=fact.reason), frozen)
+
+
+def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
+    model = ModelRef(digest=fact.digest, size=fact.size)
+    pending = job.evaluations
+    if evaluates(job, fact.round):
+        pending = {**pending, fact.round: Evaluation(model)}
+    return replace(job, model=model, closed=fact.round, evaluations=pending)
+
+
+def _evolve_evaluated(job: Job, fact: Evaluated) -> Job:
+    job = replace(job, evaluations=_without(job.evaluations, fact.round))
+    if job.metrics_round is None or fact.round > job.metrics_round:
+        job = replace(job, metrics=fact.metrics, metrics_round=fact.round)
+    if fact.best:
+        job = replace(job, best_round=fact.round, best_value=fact.metrics[job.spec.target_metric])
+    return job
+
+
+def _given(worker: str) -> Callable[[Tries], Tries]:
+    return lambda tries: replace(tries, workers=(*tries.workers, worker), out=True)
+
+
+def _with_tries(job: Job, task: Task, change: Callable[[Tries], Tries] | Tries) -> Job:
+    tries = change if isinstance(change, Tries) else change(tries_of(job, task))
+    match task.kind, job.inner:
+        case "init", Initialising():
+            return _with_inner(job, Initialising(tries))
+        case "train", Training(round=task.round) as phase:
+            return _with_inner(job, replace(phase, tries={**phase.tries, task.shard: tries}))
+        case "evaluate", _ if task.round in job.evaluations:
+            changed = replace(job.evaluations[task.round], tries=tries)
+            return replace(job, evaluations={**job.evaluations, task.round: changed})
+        case _:
+            return job
+
+
+def _with_inner(job: Job, phase: Active) -> Job:
+    return replace(job, phase=Paused(phase) if isinstance(job.phase, Paused) else phase)
+
+
+def _training(job: Job) -> Training:
+    if not isinstance(job.inner, Training):
+        raise ConflictError(f"{job.id} is {job.inner.state}, not training")
+    return job.inner
+
+
+def _standing(job: Job, task: Task) -> Accepted | None:
+    """The update that counts for this shard, while its round is remembered."""
+    match job.inner:
+        case Training(round=task.round) as phase:
+            return phase.accepted.get(task.shard)
+        case Aggregating(round=task.round, accepted=accepted):
+            return next((update for update in accepted if update.shard == task.shard), None)
+        case _:
+            return None
+
+
+def _check_samples(job: Job, task: Task, samples: int) -> None:
+    phase = _training(job)
+    most = phase.shards[task.shard].samples
+    if samples < 1 or (most is not None and samples > most):
+        allowed = "at least 1" if most is None else f"1 to {most}"
+        raise BadUpdateError(f"{task} claims {samples} samples, where {allowed} are possible", code="bad_samples")
+
+
+def _refuse_if_never_given(job: Job, task: Task, attempt: int, worker: str) -> None:
+    tries = tries_of(job, task)
+    if not (1 <= attempt <= tries.attempt) or tries.workers[attempt - 1] != worker:
+        raise NotFoundError(
+            f"attempt {attempt} at {task} was not given to this worker", code="unknown_attempt", advice="Poll for work."
+        )
+
+
+def _refuse_if_over(job: Job) -> None:
+    if job.over:
+        raise JobOverError(f"{job.id} is {job.phase.state}: {job.reason}")
+
+
+def _changed(state: State, reason: str) -> Fact:
+    return StateChanged(state=state, reason=reason)
+
+
+def _without(mapping: Mapping[int, V], key: int) -> dict[int, V]:
+    return {k: v for k, v in mapping.items() if k != key}

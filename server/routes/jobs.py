@@ -1,0 +1,89 @@
+"""Jobs: submit, look, pause, resume, cancel, follow, and fetch the model."""
+
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query
+from fastapi.responses import Response, StreamingResponse
+
+from common.messages import JobRequest, JobView, LogEntry
+from server import rounds, views
+from server.events import follow
+from server.rounds import Job, Step
+from server.routes.access import AdminDep, CoordinatorDep
+from server.routes.models import weights_response
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+
+@router.post("", status_code=201)
+async def submit_job(request: JobRequest, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+    """Take a job. Idempotent by the request's key, so that a lost answer costs nothing."""
+    return views.job_view(coordinator, coordinator.submit(request))
+
+
+@router.get("")
+async def list_jobs(coordinator: CoordinatorDep, _: AdminDep) -> list[JobView]:
+    """All jobs, oldest first."""
+    return [views.job_view(coordinator, job) for job in coordinator.jobs.values()]
+
+
+@router.get("/{job}")
+async def get_job(job: str, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+    """One job."""
+    return views.job_view(coordinator, coordinator.job(job))
+
+
+@router.post("/{job}/cancel")
+async def cancel_job(job: str, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+    """End a job. POST, because it acts; twice is once."""
+    return _command(coordinator, job, rounds.cancel)
+
+
+@router.post("/{job}/pause")
+async def pause_job(job: str, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+    """Hand out no more work of a job."""
+    return _command(coordinator, job, rounds.pause)
+
+
+@router.post("/{job}/resume")
+async def resume_job(job: str, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+    """Go on with a paused job."""
+    return _command(coordinator, job, rounds.resume)
+
+
+def _command(coordinator: CoordinatorDep, job: str, decide: Callable[[Job, str], Step]) -> JobView:
+    return views.job_view(coordinator, coordinator.command(job, decide, "a user"))
+
+
+@router.get("/{job}/logs")
+async def get_logs(job: str, coordinator: CoordinatorDep, _: AdminDep) -> list[LogEntry]:
+    """Every trouble of a job, with its traceback."""
+    return list(views.log_entries(coordinator, coordinator.job(job)))
+
+
+@router.get("/{job}/model")
+async def get_model(
+    job: str, coordinator: CoordinatorDep, _: AdminDep, which: Annotated[str, Query(max_length=20)] = "newest"
+) -> Response:
+    """The job's model as safetensors: `newest`, `best`, or a round's number. Tied weights are in it once."""
+    return weights_response(coordinator, coordinator.model(job, which).digest)
+
+
+@router.get("/{job}/events")
+async def get_events(
+    job: str,
+    coordinator: CoordinatorDep,
+    _: AdminDep,
+    last_event_id: Annotated[int, Header(ge=0)] = 0,
+) -> StreamingResponse:
+    """Server-sent events: every fact after Last-Event-ID, then new ones as they happen, with `now` between them."""
+    known = coordinator.job(job).id
+
+    def situation() -> str | None:
+        current = coordinator.jobs[known]
+        return None if current.over else views.now_of(coordinator, current).model_dump_json()
+
+    stream: AsyncIterator[bytes] = follow(coordinator.hub, coordinator.journal, known, last_event_id, situation)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(stream, media_type="text/event-stream", headers=headers)

@@ -1,0 +1,43 @@
+"""Results of assignments: bytes by ranges, then one call that lets them count."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from common.messages import Abandon, Receipt, Submission
+from common.ranges import format_ranges
+from server.blobs import parse_content_range
+from server.routes.access import CoordinatorDep, WorkerDep
+
+router = APIRouter(prefix="/v1/updates", tags=["updates"])
+
+Attempt = Annotated[int, Query(ge=1, lt=2**31)]
+
+
+@router.head("/{assignment}")
+async def held_ranges(assignment: str, attempt: Attempt, coordinator: CoordinatorDep, worker: WorkerDep) -> Response:
+    """Which bytes of an upload are here, in the header Lydian-Ranges."""
+    ranges = coordinator.held_ranges(worker, assignment, attempt)
+    return Response(headers={"Lydian-Ranges": format_ranges(ranges)})
+
+
+@router.put("/{assignment}", status_code=204)
+async def upload(
+    assignment: str, attempt: Attempt, request: Request, coordinator: CoordinatorDep, worker: WorkerDep
+) -> None:
+    """Take bytes of an update. PUT with Content-Range, because sending a range twice changes nothing."""
+    length = request.headers.get("Content-Length")
+    span = parse_content_range(request.headers.get("Content-Range"), int(length) if length else None)
+    await coordinator.receive(worker, assignment, attempt, span, request.stream())
+
+
+@router.post("/{assignment}/submit")
+async def submit(assignment: str, submission: Submission, coordinator: CoordinatorDep, worker: WorkerDep) -> Receipt:
+    """Let a result count. Twice is once, and gets the same answer."""
+    return await coordinator.take(worker, assignment, submission)
+
+
+@router.post("/{assignment}/abandon", status_code=204)
+async def abandon(assignment: str, reason: Abandon, coordinator: CoordinatorDep, worker: WorkerDep) -> None:
+    """Give an assignment back, saying why."""
+    coordinator.abandon(worker, assignment, reason)

@@ -1,0 +1,89 @@
+"""Where and how a coordinator runs: read once, at the start, from LYDIAN_* in the environment.
+
+Only the names below are read; LYDIAN_URL and LYDIAN_TOKEN are for workers and clients.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Self
+
+import platformdirs
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
+
+from common.errors import LydianError
+
+PREFIX = "LYDIAN_"
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Bytes = Annotated[int, Field(ge=0, lt=2**53)]
+Times = Annotated[int, Field(ge=1, le=1_000_000)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+def default_state_dir() -> Path:
+    """The coordinator's folder where none is named: under XDG_STATE_HOME."""
+    return Path(platformdirs.user_state_dir("lydian")) / "coordinator"
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class Settings:
+    """All that can be set; a value that is not allowed cannot be held. Each description says what is allowed."""
+
+    state_dir: Folder = Field(default_factory=default_state_dir, description="a folder")
+    host: str = Field(default="127.0.0.1", min_length=1, max_length=255, description="the address to listen on")
+    port: int = Field(default=8470, ge=0, le=65_535, description="a port from 1 to 65535, or 0 for any that is free")
+    ttl_s: Seconds = Field(default=40.0, description="seconds above 0, of a worker's silence that end its lease")
+    heartbeat_s: Seconds = Field(default=10.0, description="seconds above 0 between two heartbeats")
+    poll_s: Seconds = Field(default=25.0, description="seconds above 0, the longest that a poll waits for work")
+    reserve_bytes: Bytes = Field(default=64 << 20, description="bytes of disk, 0 or more, kept for the journal")
+    max_model_bytes: Bytes = Field(default=64 << 30, description="bytes, 0 or more, that a new model may have")
+    max_attempts: Times = Field(default=5, description="a number from 1 on: failures of one task that end its job")
+    max_expiries: Times = Field(
+        default=20, description="a number from 1 on: workers gone with one task that end its job"
+    )
+    strikes: Times = Field(default=3, description="a number from 1 on: refused results that set a worker aside")
+    keep_models: Times = Field(default=5, description="a number from 1 on: newest models of a job that are kept")
+    insecure: bool = Field(default=False, description="true or false: listen on every address, without encryption")
+
+    @model_validator(mode="after")
+    def _one_beat_may_be_lost(self) -> Self:
+        if self.heartbeat_s > self.ttl_s / 2:
+            raise ValueError(
+                f"heartbeats every {self.heartbeat_s:g} s are too rare for leases of {self.ttl_s:g} s, since one may "
+                "be lost: LYDIAN_HEARTBEAT_S is at most half of LYDIAN_TTL_S"
+            )
+        return self
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+        """The settings that LYDIAN_* name; the others have their defaults. An empty value is none.
+
+        Args:
+            environment: None: the process's own.
+
+        Raises:
+            LydianError: a value is not allowed (`bad_setting`): its name, the value, and what is allowed.
+        """
+        given = os.environ if environment is None else environment
+        named = {field.name: given.get(PREFIX + field.name.upper()) for field in fields(cls)}
+        try:
+            return TypeAdapter(cls).validate_python({name: value for name, value in named.items() if value})
+        except ValidationError as error:
+            raise LydianError(
+                "; ".join(_sentence(fault) for fault in error.errors(include_url=False)),
+                code="bad_setting",
+                advice="Set it to what is allowed, or unset it for the default.",
+            ) from error
+
+
+def _sentence(fault: ErrorDetails) -> str:
+    """One fault in words; one that has no place concerns several settings, and names them itself."""
+    if not fault["loc"]:
+        return str(fault["ctx"]["error"])
+    name = str(fault["loc"][0])
+    allowed = TypeAdapter(Settings).json_schema()["properties"][name]["description"]
+    return f"{PREFIX}{name.upper()}={str(fault['input'])[:80]!r} is not allowed: it is {allowed}"

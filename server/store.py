@@ -1,0 +1,507 @@
+"""The journal: every decision about every job, every token and every worker, in one SQLite file.
+
+The journal is the truth; the coordinator's state is rebuilt from it. What `append` has returned stays, through kill -9
+and power cuts: write-ahead log with synchronous=FULL, one transaction a decision. It knows what facts look like and
+nothing of what they mean; the one rule it keeps itself is that no shard of a round has two accepted updates.
+
+To be used from one thread, the event loop's. Nothing is held open between calls: an iterator over facts reads page by
+page, so that a slow reader neither blocks a writer nor keeps the log from being folded back.
+"""
+
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from pydantic import ValidationError
+
+from common import __version__
+from common.errors import ConflictError, DiskFullError, LydianError, NotFoundError, UnavailableError
+from common.facts import FACT, Fact, HandedBack
+from common.messages import Kind, Registration
+
+SCHEMA = 1  # of the file, in PRAGMA user_version
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}  # schema -> the step from it to the next one
+BUSY_TIMEOUT_S = 5.0  # for a backup or a person's sqlite3 that holds the file
+PAGE = 200  # facts read at a time
+
+# `written_by` is read from files of newer schemas, to say which version wrote them: it stays as it is in every schema.
+_TABLES = """
+CREATE TABLE written_by (
+    schema INTEGER NOT NULL,
+    version TEXT NOT NULL,
+    at TEXT NOT NULL
+);
+CREATE TABLE facts (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    job TEXT NOT NULL,
+    at TEXT NOT NULL,
+    type TEXT NOT NULL,
+    round INTEGER,
+    shard INTEGER,
+    stands INTEGER NOT NULL DEFAULT 1, -- 0: an accepted update whose bytes were lost, and its shard opened again
+    body TEXT NOT NULL
+);
+CREATE INDEX facts_by_job ON facts (job, id);
+CREATE UNIQUE INDEX accepted_once ON facts (job, round, shard) WHERE type = 'accepted' AND stands = 1;
+CREATE INDEX evaluations ON facts (job, round) WHERE type = 'evaluation';
+CREATE TABLE workers (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,
+    registration TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    set_aside_reason TEXT
+);
+CREATE TABLE tokens (
+    id TEXT PRIMARY KEY,
+    scope TEXT NOT NULL,
+    secret_hash TEXT NOT NULL,
+    worker TEXT REFERENCES workers (id),
+    created_at TEXT NOT NULL,
+    revoked_at TEXT
+);
+"""
+
+# Literal types, so that SQLite can use the partial indexes. Initialised is early among its job's facts: it needs none.
+_RESULTS: dict[Kind, str] = {
+    "init": "type = 'initialised'",
+    "train": "type = 'accepted' AND stands = 1 AND round = :round AND shard = :shard",
+    "evaluate": "type = 'evaluation' AND round = :round",
+}
+
+
+@dataclass(frozen=True)
+class StoredFact:
+    """A fact with its place in the journal."""
+
+    id: int
+    at: str  # UTC, ISO 8601; for people, decides nothing
+    job: str
+    fact: Fact
+
+    def json(self) -> str:
+        """The fact as one line of JSON with `id`, `at` and `job` in front: what is streamed to those who watch."""
+        # Spliced: json.dumps would write NaN, which is not JSON, and FACT.dump_json null, which was not measured.
+        head = json.dumps({"id": self.id, "at": self.at, "job": self.job}, separators=(",", ":"))
+        return f"{head[:-1]},{self.fact.model_dump_json()[1:]}"
+
+
+@dataclass(frozen=True)
+class StoredToken:
+    """A token as it is kept: never the secret, only its hash."""
+
+    id: str
+    scope: str
+    secret_hash: str  # SHA-256, in hex
+    worker: str | None
+    created_at: str
+    revoked_at: str | None
+
+
+@dataclass(frozen=True)
+class StoredWorker:
+    """A worker that has joined."""
+
+    id: str
+    registration: Registration
+    created_at: str
+    set_aside_reason: str | None
+
+
+class Journal:
+    """One journal file, open. Made by `Journal.open`."""
+
+    def __init__(self, path: Path, database: sqlite3.Connection) -> None:
+        self.path = path
+        self._database = database
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a journal, make it when there is none, and bring an older one to this version's schema.
+
+        An older file is copied to `NAME.schema-N.backup` beside it first.
+
+        Raises:
+            LydianError: a newer version wrote the file (`journal_too_new`, the file is untouched), or it is no journal
+                or damaged (`journal_damaged`), or the file system cannot keep it (`journal_unfit_disk`).
+        """
+        with _sentences(path):
+            found = _check_before_touching(path)
+            if found is None:
+                path.touch(mode=0o600)  # SQLite gives its -wal and -shm the same
+            database = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            try:
+                _prepare(database, path)
+                if found is None:
+                    _create(database, path)
+                elif found < SCHEMA:
+                    _migrate(database, path, found)
+            except BaseException:
+                database.close()
+                raise
+        return cls(path, database)
+
+    def close(self) -> None:
+        """Close the file. Twice is once."""
+        self._database.close()
+
+    def backup(self, target: Path) -> None:
+        """Copy the journal as it is now to `target`, whole and consistent."""
+        with _sentences(self.path):
+            _backup(self._database, target)
+
+    # ------------------------------------------------------------ facts
+
+    def append(self, job: str, facts: Sequence[Fact]) -> list[StoredFact]:
+        """Keep facts of one job, all or none. When this returns, they are on the disk.
+
+        Raises:
+            ConflictError: the shard has an accepted update already (`accepted_before`); nothing was kept.
+            DiskFullError: no room; nothing was kept.
+        """
+        return self.append_all([(job, fact) for fact in facts])
+
+    def append_all(self, facts: Iterable[tuple[str, Fact]]) -> list[StoredFact]:
+        """Keep facts of several jobs, (job, fact) each, all or none; see `append`."""
+        at, stored = _now(), list[StoredFact]()
+        with self._transaction():
+            for job, fact in facts:
+                stored.append(StoredFact(self._insert(job, at, fact), at, job, fact))
+        return stored
+
+    def _insert(self, job: str, at: str, fact: Fact) -> int:
+        place = getattr(fact, "round", None), getattr(fact, "shard", None)
+        values = (job, at, fact.type, *place, fact.model_dump_json())
+        if isinstance(fact, HandedBack) and fact.code == "lost":
+            opened = "UPDATE facts SET stands = 0 WHERE type = 'accepted' AND job = ? AND round = ? AND shard = ?"
+            self._database.execute(opened, (job, *place))
+        statement = "INSERT INTO facts (job, at, type, round, shard, body) VALUES (?, ?, ?, ?, ?, ?)"
+        try:
+            row_id = self._database.execute(statement, values).lastrowid
+        except sqlite3.IntegrityError as error:
+            raise ConflictError(
+                f"shard {place[1]} of round {place[0]} of {job} has an accepted update already", code="accepted_before"
+            ) from error
+        assert row_id is not None  # noqa: S101 - an INSERT has one
+        return row_id
+
+    def facts(
+        self,
+        after: int = 0,
+        job: str | None = None,
+        types: Collection[str] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[StoredFact]:
+        """The facts with an id above `after`, in the order they were kept.
+
+        Reads as it goes: facts that are appended meanwhile are found too.
+
+        Args:
+            after: an id; 0 for all.
+            job: only of this job.
+            types: only of these types (`fact.type`).
+            limit: at most so many.
+
+        Raises:
+            LydianError: a row cannot be read (`journal_damaged`, with its id).
+        """
+        conditions, values = ["id > :after"], dict[str, object]()
+        if job is not None:
+            conditions.append("job = :job")
+            values["job"] = job
+        if types is not None:
+            names = {f"type{number}": name for number, name in enumerate(sorted(set(types)))}
+            conditions.append(f"type IN ({', '.join(f':{name}' for name in names)})")
+            values |= names
+        left = limit
+        while left is None or left > 0:
+            size = PAGE if left is None else min(left, PAGE)
+            values |= {"after": after, "page": size}
+            page = self._select(f"{' AND '.join(conditions)} ORDER BY id LIMIT :page", values)
+            yield from page
+            if len(page) < size:
+                return
+            after, left = page[-1].id, None if left is None else left - len(page)
+
+    def results(self, job: str, kind: Kind, round_index: int, shard: int) -> list[StoredFact]:
+        """The facts by which results of one task were taken: Initialised, Accepted or Evaluated, by its kind."""
+        values = {"job": job, "round": round_index, "shard": shard}
+        return self._select(f"job = :job AND {_RESULTS[kind]} ORDER BY id", values)
+
+    def _select(self, condition: str, values: dict[str, object]) -> list[StoredFact]:
+        statement = f"SELECT id, at, job, body FROM facts WHERE {condition}"  # noqa: S608 - our own words, no values
+        with _sentences(self.path):
+            rows = self._database.execute(statement, values).fetchall()
+        return [self._read(*row) for row in rows]
+
+    def _read(self, row_id: int, at: str, job: str, body: str) -> StoredFact:
+        try:
+            return StoredFact(row_id, at, job, FACT.validate_json(body))
+        except ValidationError as error:
+            raise self._damaged(f"row {row_id} of facts", error) from error
+
+    # ------------------------------------------------------------ workers
+
+    def worker_put(self, worker_id: str, registration: Registration) -> None:
+        """Keep what a worker says about itself; its first day and whether it is set aside stay as they are."""
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO workers (id, name, registration, created_at) VALUES (?, ?, ?, ?)"
+                " ON CONFLICT (id) DO UPDATE SET name = excluded.name, registration = excluded.registration",
+                (worker_id, registration.name, registration.model_dump_json(), _now()),
+            )
+
+    def worker_set_aside(self, worker_id: str, reason: str | None) -> None:
+        """Keep why a worker is given no more work; None: it is again.
+
+        Raises:
+            NotFoundError: there is no such worker.
+        """
+        with self._transaction():
+            statement = "UPDATE workers SET set_aside_reason = ? WHERE id = ?"
+            if self._database.execute(statement, (reason, worker_id)).rowcount == 0:
+                raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+
+    def workers(self) -> list[StoredWorker]:
+        """All workers that ever joined, in that order."""
+        with _sentences(self.path):
+            statement = "SELECT id, registration, created_at, set_aside_reason FROM workers ORDER BY rowid"
+            rows = self._database.execute(statement).fetchall()
+        return [StoredWorker(row[0], self._registration(row[0], row[1]), row[2], row[3]) for row in rows]
+
+    def _registration(self, worker_id: str, text: str) -> Registration:
+        try:
+            return Registration.model_validate_json(text)
+        except ValidationError as error:
+            raise self._damaged(f"the row {worker_id!r} of workers", error) from error
+
+    # ------------------------------------------------------------ tokens
+
+    def token_add(self, token_id: str, scope: str, secret_hash: str, worker: str | None = None) -> None:
+        """Keep a token by the hash of its secret.
+
+        Raises:
+            ConflictError: the id is taken (`token_id_taken`).
+            NotFoundError: there is no such worker.
+        """
+        with self._transaction():
+            try:
+                self._database.execute(
+                    "INSERT INTO tokens (id, scope, secret_hash, worker, created_at) VALUES (?, ?, ?, ?, ?)",
+                    (token_id, scope, secret_hash, worker, _now()),
+                )
+            except sqlite3.IntegrityError as error:
+                if error.sqlite_errorname == "SQLITE_CONSTRAINT_FOREIGNKEY":
+                    raise NotFoundError(f"there is no worker {worker!r}", code="unknown_worker") from error
+                raise ConflictError(f"there is a token {token_id!r} already", code="token_id_taken") from error
+
+    def token_revoke(self, token_id: str) -> None:
+        """Let a token count no more. Revoking it again changes nothing.
+
+        Raises:
+            NotFoundError: there is no such token.
+        """
+        with self._transaction():
+            statement = "UPDATE tokens SET revoked_at = coalesce(revoked_at, ?) WHERE id = ?"
+            if self._database.execute(statement, (_now(), token_id)).rowcount == 0:
+                raise NotFoundError(f"there is no token {token_id!r}", code="unknown_token")
+
+    def tokens(self) -> list[StoredToken]:
+        """All tokens that were ever issued, revoked ones too."""
+        with _sentences(self.path):
+            statement = "SELECT id, scope, secret_hash, worker, created_at, revoked_at FROM tokens ORDER BY rowid"
+            return [StoredToken(*row) for row in self._database.execute(statement).fetchall()]
+
+    # ------------------------------------------------------------ the file
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with _sentences(self.path), _transaction(self._database):
+            yield
+
+    def _damaged(self, what: str, error: ValidationError) -> LydianError:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        return LydianError(
+            f"{what} in {self.path} cannot be read: {where}: {first['msg']}",
+            code="journal_damaged",
+            advice="Start from a backup of the journal, or with another --state-dir.",
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing. IMMEDIATE: whoever else has the file is waited for here, not at the first write."""
+    database.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:  # a full disk makes SQLite roll back by itself
+            database.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Turn what SQLite says into errors that a person can act on."""
+    try:
+        yield
+    except sqlite3.ProgrammingError:
+        raise  # ours: a closed journal, another thread
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", None) or type(error).__name__
+        said = f"{error} ({name})"
+        if name.startswith("SQLITE_FULL"):
+            raise DiskFullError(f"there is no room left for the journal {path}: {said}") from error
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            raise UnavailableError(
+                f"another program held the journal {path} for {BUSY_TIMEOUT_S:g} s: {said}", code="journal_busy"
+            ) from error
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            raise LydianError(
+                f"the journal {path} is damaged, or is none: {said}",
+                code="journal_damaged",
+                advice="Start from a backup of the journal, or with another --state-dir.",
+            ) from error
+        raise LydianError(
+            f"the journal {path} cannot be read or written: {said}",
+            code="journal_unusable",
+            advice="Check the disk, and who may read and write the state folder.",
+        ) from error
+
+
+def _check_before_touching(path: Path) -> int | None:
+    """The schema of the file; None: there is none yet. Read-only, so that a file we must not touch stays as it is."""
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT_S)) as database:
+        found = int(database.execute("PRAGMA user_version").fetchone()[0])
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if found == 0 and not tables:
+            return None  # the process died between making the file and its tables
+        if "written_by" not in tables or found == 0:
+            raise LydianError(
+                f"{path} is an SQLite file of something else: its tables are {', '.join(sorted(tables)) or 'none'}",
+                code="journal_damaged",
+                advice="Start with another --state-dir.",
+            )
+        if found > SCHEMA:
+            (version,) = database.execute("SELECT version FROM written_by ORDER BY rowid DESC LIMIT 1").fetchone()
+            raise LydianError(
+                f"{path} was written by version {version}, with schema {found}; "
+                f"this is version {__version__}, which knows schema {SCHEMA}",
+                code="journal_too_new",
+                advice=f"Start version {version} or newer, or this one with another --state-dir.",
+            )
+    return found
+
+
+def _prepare(database: sqlite3.Connection, path: Path) -> None:
+    (mode,) = database.execute("PRAGMA journal_mode = WAL").fetchone()
+    if mode != "wal":
+        raise LydianError(
+            f"{path} cannot have a write-ahead log (journal mode {mode}): is it on a network file system?",
+            code="journal_unfit_disk",
+            advice="Start with a --state-dir on a local disk.",
+        )
+    database.execute("PRAGMA synchronous = FULL")  # NORMAL loses every commit since the last checkpoint in a power cut
+    database.execute("PRAGMA foreign_keys = ON")
+
+
+def _create(database: sqlite3.Connection, path: Path) -> None:
+    with _transaction(database):
+        for statement in _TABLES.split(";"):  # executescript would commit by itself
+            database.execute(statement)
+        _sign(database)
+    sync(path.parent)
+
+
+def _migrate(database: sqlite3.Connection, path: Path, found: int) -> None:
+    """Bring an older file to SCHEMA, in one transaction, after a copy of it is safe."""
+    _backup(database, path.with_name(f"{path.name}.schema-{found}.backup"))
+    with _transaction(database):
+        for schema in range(found, SCHEMA):
+            MIGRATIONS[schema](database)
+        _sign(database)
+
+
+def _sign(database: sqlite3.Connection) -> None:
+    database.execute("INSERT INTO written_by VALUES (?, ?, ?)", (SCHEMA, __version__, _now()))
+    database.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
+def _backup(database: sqlite3.Connection, target: Path) -> None:
+    with closing(sqlite3.connect(target)) as copy:
+        database.backup(copy)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FolderLock:
+    """A state folder that is this process's own until `close`, or until the process ends in whatever way."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    def close(self) -> None:
+        """Give the folder back. Twice is once. The file stays: removing it would let two processes lock two files."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def lock_folder(folder: Path) -> FolderLock:
+    """Make a state folder this process's own. Two coordinators on one journal would each hand out the same work.
+
+    Raises:
+        LydianError: another process has it (`folder_locked`), or it cannot be written (`folder_unusable`).
+    """
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise LydianError(
+            f"the state folder {folder} cannot be used: {error}",
+            code="folder_unusable",
+            advice="Give this user the right to write there, or start with another --state-dir.",
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise LydianError(
+            f"{folder} is in use by process {holder}",
+            code="folder_locked",
+            advice="Stop that coordinator first, or start this one with another --state-dir.",
+        ) from error
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return FolderLock(descriptor)

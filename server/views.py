@@ -1,0 +1,113 @@
+"""What people and scripts are shown of the coordinator's state. Reads, never changes."""
+
+from collections.abc import Iterator
+
+from common.facts import HandedBack, Now, WorkerNow
+from common.messages import JobView, LogEntry, WorkerView
+from server.coordinator import Coordinator
+from server.fleet import Lease, Worker, standing, why_nobody
+from server.rounds import Job, Paused, Queued, Task, Training, close_if_due
+
+
+def job_view(coordinator: Coordinator, job: Job) -> JobView:
+    """One job as `lydian jobs` shows it."""
+    return JobView(
+        id=job.id,
+        name=job.spec.name or job.spec.task,
+        task=job.spec.task,
+        state=job.phase.state,
+        reason=why(coordinator, job),
+        submitted_at=coordinator.submitted_at[job.id],
+        round=job.closed,
+        rounds=job.spec.rounds,
+        model=job.model,
+        metrics=dict(job.metrics),
+        metrics_round=job.metrics_round,
+        best_round=job.best_round,
+        best_value=job.best_value,
+        parameters=job.facts.parameters if job.facts else None,
+        spec=job.spec,
+    )
+
+
+def why(coordinator: Coordinator, job: Job) -> str:
+    """What the job waits for, in words; for an ended job, why it ended."""
+    now = coordinator.clock()
+    if job.over or isinstance(job.phase, Paused):
+        return job.reason
+    live = coordinator.fleet.live(now)
+    if isinstance(job.phase, Queued):
+        wanted, serving = job.spec.round.min_workers, coordinator.fleet.serving(job, now)
+        nobody = why_nobody(coordinator.fleet, job, now)
+        behind = f"; {nobody}" if nobody else "" if len(serving) < wanted else ", and older jobs go first"
+        return f"waiting for {wanted} workers that can serve it: {len(serving)} of {len(live)} live ones can{behind}"
+    reason = close_if_due(job, live, now).reason if isinstance(job.inner, Training) else job.reason
+    if not coordinator.fleet.held(job.id) and not coordinator.fleet.serving(job, now):
+        reason += f"; no live worker serves it ({why_nobody(coordinator.fleet, job, now) or 'none is live'})"
+    return reason
+
+
+def now_of(coordinator: Coordinator, job: Job) -> Now:
+    """Where the job stands at this moment, with what each of its workers does."""
+    phase = job.inner
+    training = phase if isinstance(phase, Training) else None
+    workers = tuple(
+        WorkerNow(
+            worker=coordinator.fleet.workers[lease.worker].name,
+            doing=str(lease.task),
+            progress=lease.progress,
+        )
+        for lease in coordinator.fleet.leases.values()
+        if lease.job == job.id and lease.worker in coordinator.fleet.workers
+    )
+    return Now(
+        state=job.phase.state,
+        reason=why(coordinator, job),
+        round=training.round if training else job.closed,
+        rounds=job.spec.rounds,
+        received=len(training.accepted) if training else 0,
+        shards=len(training.shards) if training else 0,
+        workers=tuple(sorted(workers, key=lambda w: w.worker)),
+    )
+
+
+def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
+    """One worker as `lydian workers` shows it."""
+    now = coordinator.clock()
+    lease = coordinator.fleet.leases.get(worker.id)
+    shown = standing(coordinator.fleet, worker, now, _doing)
+    waiting = worker.polling > 0
+    return WorkerView(
+        id=worker.id,
+        name=worker.name,
+        state=shown.state,
+        reason=shown.reason,
+        last_seen_s=0.0 if waiting else -1.0 if worker.seen_at is None else round(now - worker.seen_at, 1),
+        version=worker.registration.version,
+        hardware=worker.registration.hardware,
+        data=worker.registration.data,
+        trust=worker.registration.trust,
+        assignment=_doing(lease) if lease else None,
+        progress=lease.progress if lease else None,
+    )
+
+
+def _doing(lease: Lease) -> str:
+    return f"{lease.job}: {lease.task}"
+
+
+def log_entries(coordinator: Coordinator, job: Job) -> Iterator[LogEntry]:
+    """Every trouble of a job, oldest first."""
+    for stored in coordinator.journal.facts(job=job.id, types=("handed_back",)):
+        fact = stored.fact
+        if isinstance(fact, HandedBack):
+            task = Task(fact.kind, fact.round, fact.shard)
+            yield LogEntry(
+                id=stored.id,
+                at=stored.at,
+                worker=fact.worker_name,
+                where=f"{task}, attempt {fact.attempt}",
+                code=fact.code,
+                sentence=fact.sentence,
+                detail=fact.detail,
+            )

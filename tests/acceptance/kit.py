@@ -1,0 +1,190 @@
+"""A real fleet on loopback for acceptance tests: processes that are started, killed, and always ended.
+
+Waits are conditions with a bound, never a fixed sleep; what is awaited is in the message when the bound passes.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from common.api import CoordinatorApi
+from common.errors import UnavailableError
+from common.messages import JobRequest, JobSpec, JobView
+
+T = TypeVar("T")
+
+PATIENCE_S = 90.0  # a bound for a busy machine; nothing is asserted about it
+
+
+def wait_for(what: str, look: Callable[[], T | None], patience_s: float = PATIENCE_S) -> T:
+    """What `look` returns once it is true."""
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until:
+        if found := look():
+            return found
+        time.sleep(0.02)  # between two looks at a condition
+    raise AssertionError(f"waited {patience_s:.0f} s for {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Process:
+    """One process of the fleet, with its output in a file."""
+
+    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+        self.log = log
+        base = {k: v for k, v in os.environ.items() if not k.startswith("LYDIAN_")}
+        with log.open("ab") as out:
+            self.popen = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                env={**base, **environment},
+            )
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+
+    def terminate(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.popen.send_signal(signal.SIGTERM)
+        return self.popen.wait(PATIENCE_S)
+
+
+class LocalFleet:
+    """A coordinator and workers in a folder. Use as a context manager: nothing outlives it."""
+
+    def __init__(self, folder: Path, *, ttl_s: float = 40.0, heartbeat_s: float | None = None) -> None:
+        self.folder, self.port = folder, free_port()
+        self.state = folder / "state"
+        self.environment = {"LYDIAN_TTL_S": str(ttl_s), "LYDIAN_HEARTBEAT_S": str(heartbeat_s or ttl_s / 8)}
+        self.coordinator: Process | None = None
+        self.workers: dict[str, Process] = {}
+        self._starts = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self.start_coordinator()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for process in [*self.workers.values(), *([self.coordinator] if self.coordinator else [])]:
+            process.kill()
+            if kind is not None:
+                sys.stderr.write(f"--- {process.log.name}\n{process.said()[-3000:]}\n")
+        if hasattr(self, "_api"):
+            self._api.close()
+
+    def start_coordinator(self) -> Process:
+        self._starts += 1
+        arguments = ["-m", "server", "--host", "127.0.0.1", "--port", str(self.port), "--state-dir", str(self.state)]
+        process = Process(arguments, self.folder / f"coordinator-{self._starts}.log", self.environment)
+        self.coordinator = process
+        wait_for("the coordinator to listen", lambda: f"ready {self.url}" in process.said() or _raise_if_dead(process))
+        return process
+
+    def start_worker(self, name: str, *arguments: str, environment: dict[str, str] | None = None) -> Process:
+        token = (self.state / "join.token").read_text().strip()
+        common = ("--threads", "1", "--device", "cpu")
+        process = Process(
+            ["-m", "worker", self.url, "--name", name, "--state-dir", str(self.folder / name), *common, *arguments],
+            self.folder / f"{name}.log",
+            {"LYDIAN_TOKEN": token, **(environment or {})},
+        )
+        self.workers[name] = process
+        return process
+
+    def start_workers(self, count: int, *arguments: str) -> None:
+        """Start workers w1 … and wait until all of them poll."""
+        for number in range(1, count + 1):
+            self.start_worker(f"w{number}", *arguments)
+        self.await_workers(count)
+
+    def await_workers(self, count: int) -> None:
+        def there() -> bool:
+            for process in self.workers.values():
+                _raise_if_dead(process)
+            return sum(w.state == "idle" and w.last_seen_s == 0 for w in self.api.workers()) >= count
+
+        wait_for(f"{count} workers to wait for work", there)
+
+    @property
+    def admin_token(self) -> str:
+        return (self.state / "admin.token").read_text().strip()
+
+    @property
+    def api(self) -> CoordinatorApi:
+        if not hasattr(self, "_api"):
+            self._api = CoordinatorApi(self.url, self.admin_token)
+        return self._api
+
+    # ------------------------------------------------------------ jobs
+
+    def submit(self, task_file: Path | None = None, **spec: Any) -> str:
+        source = task_file.read_text() if task_file else None
+        if task_file is not None:
+            spec.setdefault("task", task_file.stem)
+        request = JobRequest(
+            spec=JobSpec.model_validate({"task": "digits", **spec}), task_source=source, key=os.urandom(8).hex()
+        )
+        return self.api.submit_job(request).id
+
+    def facts(self, job: str) -> list[dict[str, Any]]:
+        """Every fact of a job that has ended, or will: waits for its end."""
+        return [event for event in self.api.events(job) if "id" in event]
+
+    def finish(self, job: str, state: str = "finished") -> JobView:
+        view = wait_for(f"{job} to end", lambda: self._over(job))
+        assert view.state == state, view.reason
+        return view
+
+    def _over(self, job: str) -> JobView | None:
+        with contextlib.suppress(UnavailableError):  # the test killed it, and starts it again
+            view = self.api.job(job)
+            return view if view.state in ("finished", "failed", "cancelled") else None
+        return None
+
+    def await_event(self, job: str, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """The first event (facts and `now`) that is wanted."""
+        for event in self.api.events(job):
+            if wanted(event):
+                return event
+        raise AssertionError(f"{job} ended before {what}")
+
+    def pull(self, job: str, which: str = "newest") -> Path:
+        target = self.folder / f"{job}.{which}.safetensors"
+        self.api.pull(job, target, which=which)
+        return target
+
+
+def _raise_if_dead(process: Process) -> bool:
+    if process.popen.poll() is not None:
+        raise AssertionError(f"{process.log.name} ended with {process.popen.returncode}:\n{process.said()[-3000:]}")
+    return False
+
+
+def closed_rounds(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [fact for fact in facts if fact["type"] == "round"]
+
+
+def of_type(facts: list[dict[str, Any]], *types: str) -> Iterator[dict[str, Any]]:
+    return (fact for fact in facts if fact["type"] in types)

@@ -1,0 +1,131 @@
+"""Killed processes: the job ends with the same bytes as if nothing had happened."""
+
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.acceptance.kit import LocalFleet, closed_rounds, of_type, wait_for
+
+pytestmark = pytest.mark.acceptance
+
+JOB = {
+    "rounds": 6,
+    "seed": 5,
+    "data": {"shards": 4},
+    "train": {"local_epochs": 2, "batch_size": 16, "lr": 0.05},
+    "round": {"min_workers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The digest of the job when nobody is killed."""
+    with LocalFleet(tmp_path_factory.mktemp("truth")) as fleet:
+        fleet.start_workers(2)
+        view = fleet.finish(fleet.submit(**JOB))
+        assert view.model is not None
+        yield view.model.digest
+
+
+def test_a_coordinator_killed_again_and_again_ends_with_the_same_model_and_trains_nothing_twice(
+    tmp_path: Path, truth: str
+) -> None:
+    chance = random.Random(1)
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(2)
+        job = fleet.submit(**JOB)
+        for _ in range(5):
+            kind = chance.choice(["accepted", "handed_out", "round", "frozen"])
+            before = fleet.api.job(job).round
+            if fleet.api.job(job).state == "finished":
+                break
+            fleet.await_event(
+                job, lambda e, kind=kind, before=before: e["type"] == kind and e["round"] > before, f"a {kind}"
+            )
+            assert fleet.coordinator is not None
+            fleet.coordinator.kill()
+            fleet.start_coordinator()
+        view = fleet.finish(job)
+        assert view.model is not None
+        assert view.model.digest == truth
+        facts = fleet.facts(job)
+        accepted = [(a["round"], a["shard"]) for a in of_type(facts, "accepted")]
+        assert sorted(accepted) == [(r, s) for r in range(1, 7) for s in range(4)]
+        handed_out = [(h["round"], h["shard"]) for h in of_type(facts, "handed_out") if h["kind"] == "train"]
+        assert sorted(handed_out) == sorted(accepted), "a shard was trained twice because its coordinator died"
+        ids = [fact["id"] for fact in facts]
+        assert ids == sorted(set(ids))
+
+
+def test_a_killed_workers_shard_goes_to_another_and_the_model_is_the_same(tmp_path: Path, truth: str) -> None:
+    with LocalFleet(tmp_path, ttl_s=2.0) as fleet:
+        fleet.start_workers(2)
+        job = fleet.submit(**JOB)
+        fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "round 2")
+        doomed = fleet.workers["w1"]
+        busy = wait_for("w1 to train", lambda: _assignment_of(fleet, "w1", job))
+        doomed.kill()
+        view = fleet.finish(job)
+        assert view.model is not None
+        assert view.model.digest == truth
+        facts = fleet.facts(job)
+        back = list(of_type(facts, "handed_back"))
+        assert busy
+        assert all(b["code"] == "expired" and b["worker_name"] == "w1" for b in back)
+        assert len(closed_rounds(facts)) == 6
+
+
+def _assignment_of(fleet: LocalFleet, name: str, job: str) -> str | None:
+    for worker in fleet.api.workers():
+        if worker.name == name and (worker.assignment or "").startswith(f"{job}: round"):
+            return worker.assignment
+    return None
+
+
+def test_a_killed_worker_that_comes_back_is_the_same_worker_and_works_on(tmp_path: Path, truth: str) -> None:
+    with LocalFleet(tmp_path) as fleet:  # a lease of 40 s: only the new start can free the shard in time
+        fleet.start_workers(2)
+        job = fleet.submit(**JOB)
+        fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 1, "round 1")
+        ids = {worker.id for worker in fleet.api.workers()}
+        wait_for("w1 to train", lambda: _assignment_of(fleet, "w1", job))
+        fleet.workers["w1"].kill()
+        fleet.start_worker("w1")
+        view = fleet.finish(job)
+        assert view.model is not None
+        assert view.model.digest == truth
+        assert {worker.id for worker in fleet.api.workers()} == ids
+        backs = list(of_type(fleet.facts(job), "handed_back"))
+        assert all("was started anew" in back["sentence"] for back in backs)
+
+
+def test_a_coordinator_that_stands_still_longer_than_a_lease_expires_nobody(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path, ttl_s=2.0) as fleet:
+        fleet.start_workers(2)
+        job = fleet.submit(**{**JOB, "train": {"local_seconds": 1.5}, "rounds": 3})
+        fleet.await_event(job, lambda e: e["type"] == "round", "round 1")
+        assert fleet.coordinator is not None
+        fleet.coordinator.popen.send_signal(signal.SIGSTOP)
+        time.sleep(3.0)  # the fault itself: a frozen machine, for longer than a lease
+        fleet.coordinator.popen.send_signal(signal.SIGCONT)
+        fleet.finish(job)
+        assert not list(of_type(fleet.facts(job), "handed_back"))
+        assert "stood still" in fleet.coordinator.said()
+
+
+def test_a_worker_keeps_its_result_while_the_coordinator_is_away(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(1)
+        job = fleet.submit(rounds=1, data={"shards": 1}, train={"local_seconds": 3.0})
+        fleet.await_event(job, lambda e: e["type"] == "handed_out" and e["kind"] == "train", "the shard was handed out")
+        assert fleet.coordinator is not None
+        fleet.coordinator.kill()
+        wait_for("the worker to have something to hand in", lambda: "does not answer" in fleet.workers["w1"].said())
+        fleet.start_coordinator()
+        fleet.finish(job)
+        handed = [h for h in of_type(fleet.facts(job), "handed_out") if h["kind"] == "train"]
+        assert len(handed) == 1

@@ -1,0 +1,474 @@
+"""The main job with real processes: a coordinator, workers, a model, real images."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common import tasks
+from common.messages import JobSpec
+from common.sharding import order_of
+from common.weights import file_digest, load
+from tests.acceptance.kit import LocalFleet, closed_rounds, of_type, wait_for
+from worker import plan
+from worker.child import Child
+
+pytestmark = pytest.mark.acceptance
+
+SMALL = {"data": {"shards": 4}, "train": {"local_epochs": 1, "batch_size": 32, "lr": 0.1}, "round": {"min_workers": 3}}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    """A coordinator and three workers that no test kills."""
+    with LocalFleet(tmp_path_factory.mktemp("fleet")) as running:
+        running.start_workers(3, "--trust", "any")
+        yield running
+
+
+# ---------------------------------------------------------------- it trains
+
+
+def test_digits_reach_nine_in_ten_in_five_rounds_and_every_round_says_what_it_cost(fleet: LocalFleet) -> None:
+    defaults = tasks.BUILTIN["digits"].defaults
+    spec: dict[str, dict[str, object]] = {"round": {"min_workers": 3}}
+    for dotted, value in defaults.items():
+        section, _, key = dotted.partition(".")
+        spec.setdefault(section, {})[key] = value
+    job = fleet.submit(rounds=5, **spec)
+    facts = fleet.facts(job)
+    rounds = closed_rounds(facts)
+    assert [r["round"] for r in rounds] == [1, 2, 3, 4, 5]
+    for closed in rounds:
+        assert closed["seconds"] > 0
+        assert closed["samples"] == rounds[0]["samples"] > 1000
+        assert closed["bytes_up"] >= 3 * closed["size"]
+        assert closed["bytes_down"] >= closed["size"] - 1
+        assert closed["workers"] >= 1
+    evaluations = {e["round"]: e["metrics"]["accuracy"] for e in of_type(facts, "evaluation")}
+    assert set(evaluations) == {1, 2, 3, 4, 5}
+    assert evaluations[5] >= 0.90
+    view = fleet.api.job(job)
+    assert view.best_value == max(evaluations.values())
+    assert facts[-1]["type"] == "job"
+    assert facts[-1]["state"] == "finished"
+
+
+def test_the_model_equals_a_plain_fedavg_loop_bit_for_bit(fleet: LocalFleet, tmp_path: Path) -> None:
+    """The reference: one process, no coordinator, no HTTP, numpy's own sums over whole arrays."""
+    job = fleet.submit(rounds=3, seed=11, **SMALL)
+    spec = fleet.finish(job).spec
+    reference = _plain_fedavg(spec, tmp_path, rounds=3)
+    pulled = load(fleet.pull(job))
+    assert pulled.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert pulled[name].tobytes() == tensor.tobytes(), name
+
+
+def _plain_fedavg(spec: JobSpec, folder: Path, rounds: int) -> dict[str, np.ndarray]:
+    task = tasks.BUILTIN["digits"]
+    child = Child.start(device="cpu", threads=1, log_path=folder / "child.log")
+    try:
+        ask = _asker(child)
+        config = plan.child_config(spec, task.config, {})
+        ask({"do": "open", "task": str(task.file), "config": config})
+        base = folder / "base.safetensors"
+        made = ask({"do": "init", "seed": plan.init_seed(spec), "out": str(base), "labels": None})
+        cut = order_of(
+            "iid", total=made["train_samples"], shards=4, seed=spec.seed, alpha=1.0, labels_per_shard=2, labels=None
+        )
+        from common.messages import Assignment, ModelRef, Range, TaskRef
+        from common.weights import read_layout, save
+
+        for round_index in range(1, rounds + 1):
+            results = []
+            for shard in range(4):
+                start, stop = cut.bounds[shard], cut.bounds[shard + 1]
+                indices, out = folder / "indices.npy", folder / f"out{shard}.safetensors"
+                np.save(indices, cut.order[start:stop])
+                assignment = Assignment(
+                    id="x", attempt=1, job="x", kind="train", round=round_index, shard=shard, shards=4,
+                    samples=Range(start=start, stop=stop), task=TaskRef(name="digits"), spec=spec,
+                    base=ModelRef(digest="0" * 64, size=1), ttl_s=1, max_bytes=1,
+                )  # fmt: skip
+                ask(plan.train_command(assignment, base=str(base), indices=str(indices), out=str(out)))
+                results.append((load(out), stop - start))
+            total = sum(n for _, n in results)
+            mean = {
+                name: (sum((n * state[name].astype(np.float64) for state, n in results), np.float64(0.0)) / total)
+                .astype(value.dtype)
+                .reshape(value.shape)
+                for name, value in results[0][0].items()
+            }
+            notes = read_layout(base).notes
+            base = folder / f"round{round_index}.safetensors"
+            save(base, mean, notes)
+        return mean
+    finally:
+        child.kill()
+
+
+def _asker(child: Child):
+    return lambda command: child.ask(command, on_progress=lambda _: None, stall_s=60.0)
+
+
+def test_the_same_job_again_gives_the_same_digest(fleet: LocalFleet) -> None:
+    digests = {fleet.finish(fleet.submit(rounds=2, seed=3, **SMALL)).model for _ in range(2)}
+    assert len(digests) == 1
+    other = fleet.finish(fleet.submit(rounds=2, seed=4, **SMALL)).model
+    assert other not in digests
+
+
+def test_a_pulled_model_loads_into_the_tasks_own_module(fleet: LocalFleet, tmp_path: Path) -> None:
+    source = tmp_path / "tied.py"
+    source.write_text(TIED)
+    job = fleet.submit(source, rounds=1, **SMALL)
+    fleet.finish(job)
+    from common.weights import publish
+
+    publish(fleet.pull(job), tmp_path / "model.safetensors")
+    namespace: dict[str, object] = {}
+    exec(compile(TIED, "tied.py", "exec"), namespace)
+    model = namespace["model"]({})  # type: ignore[operator]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    after = model.state_dict()
+    assert model.out.weight is model.embed.weight
+    assert after["norm.num_batches_tracked"] > before["norm.num_batches_tracked"]
+    assert not torch.equal(after["embed.weight"], before["embed.weight"])
+
+
+TIED = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 8, bias=False)
+        self.norm = nn.BatchNorm1d(8)
+        self.out = nn.Linear(8, 8, bias=False)
+        self.out.weight = self.embed.weight
+        self.register_buffer("scale", torch.tensor(2.0))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.half = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+
+    def forward(self, x):
+        return self.out(self.norm(self.embed(x))) * self.scale + self.half.float().sum()
+
+
+def model(config):
+    return Model()
+
+
+def dataset(config, split):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64 if split == "train" else 16, 8, generator=g)
+    return TensorDataset(x, x.argmax(1))
+"""
+
+
+# ---------------------------------------------------------------- partitions
+
+
+def test_mcmahans_split_with_a_hundred_virtual_clients_draws_ten_a_round(fleet: LocalFleet) -> None:
+    spec = {"data": {"partition": "labels", "shards": 100, "fraction": 0.1}, "train": {"lr": 0.1, "batch_size": 10}}
+    facts = fleet.facts(fleet.submit(rounds=3, **spec))
+    opened = list(of_type(facts, "opened"))
+    assert [len(o["shards"]) for o in opened] == [10, 10, 10]
+    assert len({tuple(s["shard"] for s in o["shards"]) for o in opened}) == 3
+    assert [r["shards"] for r in closed_rounds(facts)] == [10, 10, 10]
+    assert facts[-1]["state"] == "finished"
+
+
+def test_a_dirichlet_split_uses_every_sample_once_a_round(fleet: LocalFleet) -> None:
+    spec = {"data": {"partition": "dirichlet", "alpha": 0.1, "shards": 5}}
+    facts = fleet.facts(fleet.submit(rounds=1, **spec))
+    (opened,) = of_type(facts, "opened")
+    sizes = [s["stop"] - s["start"] for s in opened["shards"]]
+    assert sum(sizes) == closed_rounds(facts)[0]["samples"]
+    assert max(sizes) > 2 * min(sizes)
+
+
+def test_private_data_is_weighted_by_what_each_worker_has(tmp_path: Path) -> None:
+    task = tmp_path / "scans.py"
+    task.write_text(PRIVATE)
+    with LocalFleet(tmp_path) as fleet:
+        for name, count in (("left", 10), ("right", 30)):
+            folder = tmp_path / f"data-{name}"
+            folder.mkdir()
+            (folder / "count").write_text(str(count))
+            fleet.start_worker(name, "--trust", "any", "--data", f"scans={folder}")
+        fleet.start_worker("none", "--trust", "any")
+        fleet.await_workers(3)
+        job = fleet.submit(
+            task, rounds=2, data={"partition": "local"}, round={"min_workers": 2}, train={"local_steps": 1}
+        )
+        facts = fleet.facts(job)
+        assert facts[-1]["state"] == "finished", facts[-1]["reason"]
+        assert {(a["worker_name"], a["samples"]) for a in of_type(facts, "accepted")} == {("left", 10), ("right", 30)}
+        (value,) = load(fleet.pull(job, "1"))["w"]
+        assert value == np.float32((10 * 10 + 30 * 30) / 40)
+
+
+PRIVATE = """
+from pathlib import Path
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+
+def model(config):
+    return Model()
+
+
+def dataset(config, split):
+    if split != "train":
+        return TensorDataset(torch.zeros(0, 1), torch.zeros(0, dtype=torch.long))
+    count = int((Path(config["data"]["scans"]) / "count").read_text())
+    return TensorDataset(torch.full((count, 1), float(count)), torch.zeros(count, dtype=torch.long))
+
+
+def train(model, loader, context):
+    for x, _ in loader:
+        with torch.no_grad():
+            model.w.copy_(x[0])
+        context.step(loss=0.0, samples=len(x))
+        break
+"""
+
+
+# ---------------------------------------------------------------- it ends, and says why
+
+
+def test_a_job_stops_when_its_target_is_reached(fleet: LocalFleet) -> None:
+    view = fleet.finish(fleet.submit(rounds=50, target=0.5, **SMALL))
+    assert view.round < 50
+    assert "reached the target 0.5" in view.reason
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "says"),
+    [
+        ("raise ValueError('the loss is purple')", "task_failed", "the loss is purple"),
+        ("import os; os._exit(3)", "task_exited", "3"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "task_exited", "SIGSEGV"),
+        ("torch.empty(1 << 62)", None, "train"),
+    ],
+)
+def test_a_task_that_breaks_fails_its_job_with_the_traceback_and_leaves_the_fleet_usable(
+    fleet: LocalFleet, tmp_path: Path, body: str, code: str | None, says: str
+) -> None:
+    task = tmp_path / "breaks.py"
+    task.write_text(TIED + f"\n\ndef train(model, loader, context):\n    print('I was here')\n    {body}\n")
+    job = fleet.submit(task, rounds=1, **SMALL)
+    view = fleet.finish(job, "failed")
+    assert "given up after 5 failures" in view.reason
+    entries = fleet.api.logs(job)
+    assert {e.code for e in entries} == {code} or code is None
+    assert any(says in e.sentence + e.detail for e in entries)
+    assert any("I was here" in e.detail or "Traceback" in e.detail for e in entries)
+    fleet.finish(fleet.submit(rounds=1, **SMALL))
+
+
+def test_a_task_that_hangs_is_stopped_and_its_stack_is_shown(tmp_path: Path) -> None:
+    task = tmp_path / "hangs.py"
+    task.write_text(
+        TIED
+        + "\n\ndef train(model, loader, context):\n    import threading\n    wait_for_godot = threading.Event().wait\n"
+        + "    wait_for_godot()\n"
+    )
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(1, "--trust", "any", "--stall-timeout", "1")
+        job = fleet.submit(task, rounds=1)
+        fleet.finish(job, "failed")
+        entries = fleet.api.logs(job)
+        assert {e.code for e in entries} == {"task_stalled"}
+        assert "hangs.py" in entries[0].detail
+
+
+def test_a_task_file_with_a_syntax_error_fails_the_job_at_once(fleet: LocalFleet, tmp_path: Path) -> None:
+    task = tmp_path / "broken.py"
+    task.write_text("def model(config:\n")
+    view = fleet.finish(fleet.submit(task, rounds=1), "failed")
+    assert "broken.py" in view.reason
+    assert "line 1" in view.reason or ":1" in view.reason
+    assert len(fleet.api.logs(view.id)) == 1
+
+
+def test_data_that_no_worker_has_fails_the_job_with_what_would_do(fleet: LocalFleet) -> None:
+    spec = {"task": "mnist", "config": {"download": False}}
+    view = fleet.finish(fleet.submit(rounds=1, **spec), "failed")
+    assert "none of the 3 live workers can do this job" in view.reason
+    assert "--data mnist=" in view.reason
+
+
+def test_a_task_is_not_run_by_a_worker_whose_owner_did_not_allow_it(tmp_path: Path) -> None:
+    task = tmp_path / "mine.py"
+    task.write_text(TIED)
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_worker("strict")
+        fleet.await_workers(1)
+        job = fleet.submit(task, rounds=1)
+        wait_for("the reason", lambda: "runs built-in tasks only (--trust none)" in fleet.api.job(job).reason)
+        assert fleet.api.job(job).state == "queued"
+        fleet.start_worker("careful", "--trust", "listed", "--allow", str(task))
+        fleet.finish(job)
+        workers = {fact["worker_name"] for fact in of_type(fleet.facts(job), "accepted")}
+        assert workers == {"careful"}
+
+
+# ---------------------------------------------------------------- people
+
+
+def test_a_paused_job_stands_still_and_goes_on(fleet: LocalFleet) -> None:
+    job = fleet.submit(rounds=30, **SMALL)
+    fleet.await_event(job, lambda e: e["type"] == "round", "a round closed")
+    assert fleet.api.pause(job).state == "paused"
+    settled = wait_for("the work that was out to come in", lambda: _standing_still(fleet, job))
+    assert fleet.api.job(job).round == settled - 1
+    assert fleet.api.resume(job).state in ("training", "aggregating")
+    fleet.finish(job)
+
+
+def _standing_still(fleet: LocalFleet, job: str) -> int | None:
+    """One more than the rounds closed, once no worker has work of the job."""
+    busy = [w for w in fleet.api.workers() if w.assignment and w.assignment.startswith(job)]
+    view = fleet.api.job(job)
+    return None if busy or "average" in view.reason else view.round + 1
+
+
+def test_a_cancelled_job_ends_keeps_its_model_and_frees_the_workers(fleet: LocalFleet) -> None:
+    job = fleet.submit(rounds=1000, **SMALL)
+    fleet.await_event(job, lambda e: e["type"] == "round", "a round closed")
+    view = fleet.api.cancel(job)
+    assert view.state == "cancelled"
+    assert f"after {view.round} of 1000 rounds" in view.reason
+    assert file_digest(fleet.pull(job)) == view.model.digest  # type: ignore[union-attr]
+    fleet.finish(fleet.submit(rounds=1, **SMALL))
+
+
+def test_a_second_job_waits_in_the_queue_and_then_runs(fleet: LocalFleet) -> None:
+    first = fleet.submit(rounds=20, **SMALL)
+    second = fleet.submit(rounds=1, **SMALL)
+    assert fleet.api.job(second).state == "queued"
+    assert "older jobs go first" in fleet.api.job(second).reason
+    fleet.finish(first)
+    fleet.finish(second)
+
+
+def test_two_jobs_run_side_by_side_when_the_first_leaves_workers(fleet: LocalFleet) -> None:
+    one = {"data": {"shards": 1}, "round": {"min_workers": 1}, "train": {"local_epochs": 3}}
+    first, second = fleet.submit(rounds=40, **one), fleet.submit(rounds=2, **one)
+    fleet.finish(second)
+    assert fleet.api.job(first).state == "training"
+    fleet.api.cancel(first)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_a_worker_drains_on_sigterm_and_leaves_no_child(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(2, "--trust", "any")
+        job = fleet.submit(rounds=1000, **{**SMALL, "round": {"min_workers": 2}})
+        fleet.await_event(job, lambda e: e["type"] == "round", "a round closed")
+        leaving = fleet.workers["w1"]
+        children = psutil.Process(leaving.popen.pid).children(recursive=True)
+        assert children
+        assert leaving.terminate() == 0
+        assert not psutil.wait_procs(children, timeout=10)[1]
+        assert {w.name: w.state for w in fleet.api.workers()}["w1"] == "gone"
+        before = fleet.api.job(job).round
+        wait_for("the other worker to go on alone", lambda: fleet.api.job(job).round > before + 1)
+
+
+def test_a_killed_agent_leaves_no_orphan(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(1)
+        process = fleet.workers["w1"]
+        children = psutil.Process(process.popen.pid).children(recursive=True)
+        assert children
+        process.kill()
+        assert not psutil.wait_procs(children, timeout=10)[1]
+
+
+def test_a_coordinator_stops_within_seconds_while_workers_wait_and_people_watch(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(1)
+        job = fleet.submit(rounds=1, round={"min_workers": 2})
+        watching = fleet.api._stream(job, 0)
+        next(watching)
+        assert fleet.coordinator is not None
+        began = time.monotonic()
+        assert fleet.coordinator.terminate() == 0
+        assert time.monotonic() - began < 10
+        watching.close()
+
+
+def test_a_second_coordinator_on_the_folder_ends_at_once_and_says_who_has_it(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        assert fleet.coordinator is not None
+        second = LocalFleet(tmp_path)
+        with pytest.raises(AssertionError, match=str(fleet.coordinator.popen.pid)):
+            second.start_coordinator()
+
+
+def test_the_admin_token_is_private_and_nothing_prints_a_secret(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(1)
+        fleet.finish(fleet.submit(rounds=1))
+        assert (fleet.state / "admin.token").stat().st_mode & 0o777 == 0o600
+        secrets = [fleet.admin_token, json.loads(_credential(fleet.folder / "w1"))]
+        written = [path.read_bytes() for path in fleet.state.rglob("*") if path.is_file() and path.suffix != ".token"]
+        written += [path.read_bytes() for path in fleet.folder.glob("*.log")]
+        for secret in secrets:
+            assert not any(secret.encode() in data for data in written)
+
+
+def _credential(folder: Path) -> str:
+    """The worker's own token, as JSON text, wherever in its state folder it is."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_size < 10_000 and b"lyd_work_" in path.read_bytes():
+            text = path.read_text()
+            start = text.index("lyd_work_")
+            return json.dumps(text[start:].split('"')[0].strip())
+    raise AssertionError("no credential was kept")
+
+
+def test_sigint_twice_stops_a_worker_in_the_middle_of_its_work(tmp_path: Path) -> None:
+    task = tmp_path / "slow.py"
+    task.write_text(
+        TIED + "\n\ndef train(model, loader, context):\n    import time\n    while True:\n        time.sleep(0.05)\n"
+        "        context.step(loss=0.0, samples=1)\n"
+    )
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(1, "--trust", "any")
+        job = fleet.submit(task, rounds=1, train={"local_steps": 1_000_000})
+        wait_for("the worker to train", lambda: fleet.api.workers()[0].state == "working" and _is_training(fleet, job))
+        process = fleet.workers["w1"].popen
+        process.send_signal(signal.SIGINT)
+        wait_for("the first signal to be taken", lambda: "once more stops at once" in fleet.workers["w1"].said())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        backs = wait_for("the shard to come back", lambda: [e for e in fleet.api.logs(job) if e.code == "released"])
+        assert len(backs) == 1
+
+
+def _is_training(fleet: LocalFleet, job: str) -> bool:
+    return (fleet.api.workers()[0].assignment or "").startswith(f"{job}: round")

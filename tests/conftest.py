@@ -1,0 +1,50 @@
+"""What all tests share: the async backend, hypothesis profiles, and data that Debian packages bring.
+
+HYPOTHESIS_PROFILE chooses how hard the properties are tried: `default` (quick), `ci` (quick, and the same examples
+every time: one commit, one verdict) or `long` (run it with --timeout=0, on one file at a time).
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+
+def in_ci() -> bool:
+    """Whether the whole check runs: then nothing that it should have installed may be missing."""
+    return os.environ.get("CI") == "true"
+
+
+# No deadlines: on a machine that is busy with something else, the time of one example says nothing.
+settings.register_profile("default", deadline=None, max_examples=60)
+settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, print_blob=True)
+settings.register_profile(
+    "long", deadline=None, max_examples=100_000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if in_ci() else "default"))
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Async tests run on asyncio, as the coordinator does."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def needs_debian_package() -> Callable[[str | Path, str], Path]:
+    """Asks for a file that a Debian package brings: without it the test is skipped, with the reason; in CI it fails.
+
+    needs_debian_package("/usr/share/datasets/fashion-mnist", "dataset-fashion-mnist") gives the path.
+    """
+
+    def path_of(path: str | Path, package: str) -> Path:
+        found = Path(path)
+        if not found.exists() and in_ci():
+            pytest.fail(f"{found} is not there: .ci/run must install {package}", pytrace=False)
+        if not found.exists():
+            pytest.skip(f"{found} is not there: apt install {package}")
+        return found
+
+    return path_of

@@ -1,0 +1,279 @@
+"""Who is alive, who holds what, who gets which work: pure calls with a clock of our own."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.messages import Progress
+from server import fleet as fleets
+from server import rounds
+from server.fleet import Fleet, Lease, Timing, standing
+from server.rounds import Job, Task
+from tests.rounds_kit import Play, digest, registration, spec, training
+
+TASK = Task("train", 1, 0)
+
+
+def fleet(*names: str, **keys: Any) -> Fleet:
+    made = Fleet(Timing(ttl_s=40.0))
+    for name in names:
+        made.register(name, registration(name, **keys), now=0.0)
+    return made
+
+
+def running(job_id: str, **keys: Any) -> Job:
+    return rounds.replace(training(**keys).job, id=job_id)
+
+
+def queued(job_id: str = "q", **keys: Any) -> Job:
+    return rounds.replace(Play(spec(**keys)).job, id=job_id)
+
+
+# ---------------------------------------------------------------- who is there
+
+
+def test_a_worker_is_live_for_one_lease_time_after_its_last_call() -> None:
+    some = fleet("a")
+    assert some.live(40.0) == ["a"]
+    assert some.live(40.1) == []
+
+
+def test_a_waiting_poll_keeps_a_worker_live() -> None:
+    some = fleet("a")
+    some.workers["a"].polling = 1
+    assert some.live(1e9) == ["a"]
+
+
+def test_a_worker_that_said_goodbye_is_gone_until_it_calls_again() -> None:
+    some = fleet("a")
+    some.workers["a"].left = True
+    assert some.live(0.0) == []
+    some.seen("a", 1.0)
+    assert some.live(1.0) == ["a"]
+
+
+def test_a_worker_from_the_journal_is_not_live_before_it_calls() -> None:
+    some = fleet("a")
+    some.workers["a"].seen_at = None
+    assert some.live(0.0) == []
+    assert some.places(queued(), 0.0) == []
+
+
+def test_drained_and_set_aside_workers_are_not_counted_on() -> None:
+    some = fleet("a", "b", "c")
+    some.workers["a"].draining = True
+    some.workers["b"].set_aside = "three refusals"
+    assert some.live(0.0) == ["c"]
+    assert some.choose("a", [running("j")]) is None
+    assert some.choose("b", [running("j")]) is None
+
+
+def test_a_new_start_of_a_worker_voids_its_lease_and_keeps_its_strikes() -> None:
+    some = fleet("a")
+    some.workers["a"].strikes = 2
+    lease = some.grant("j", TASK, 1, "a", 0.0)
+    assert some.register("a", registration("a"), 1.0) == []
+    assert some.leases == {"a": lease}
+    assert some.register("a", registration("a", start_id="s2"), 1.0) == [lease]
+    assert some.leases == {}
+    assert some.workers["a"].strikes == 2
+    assert some.register("a", registration("a", start_id="s3"), 1.0) == []
+
+
+def test_a_vanished_worker_keeps_its_place_for_a_while() -> None:
+    some = fleet("a", "b")
+    some.seen("a", 300.0)
+    job = queued()
+    assert some.serving(job, 300.0) == ["a"]
+    assert some.places(job, 300.0) == ["a", "b"]
+    some.seen("a", fleets.PLACE_KEPT_S + 1)
+    assert some.places(job, fleets.PLACE_KEPT_S + 1) == ["a"]
+    some.seen("b", 700.0)
+    some.workers["b"].left = True
+    assert some.places(job, 601.0) == ["a"]
+
+
+# ---------------------------------------------------------------- leases
+
+
+def test_a_lease_expires_unless_it_is_renewed() -> None:
+    some = fleet("a", "b")
+    kept = some.grant("j", TASK, 1, "a", 0.0)
+    lost = some.grant("j", Task("train", 1, 1), 1, "b", 0.0)
+    some.renew(kept, Progress(doing="training", step=3), 30.0)
+    assert some.expired(39.9) == []
+    assert some.expired(40.0) == [lost]
+    assert some.held("j") == {TASK}
+    some.renew(kept, None, 31.0)
+    assert kept.progress is not None
+    assert kept.progress.step == 3
+
+
+def test_standing_still_extends_every_lease_instead_of_expiring_it() -> None:
+    some = fleet("a", "b")
+    some.workers["b"].left = True
+    some.grant("j", TASK, 1, "a", 0.0)
+    some.extend_all(1000.0)
+    assert some.expired(1039.0) == []
+    assert some.live(1039.0) == ["a"]
+
+
+def test_adopted_leases_live_one_lease_time() -> None:
+    some = fleet("a")
+    some.adopt([("j", TASK, 3, "a")], now=100.0)
+    assert some.lease_of("a", "j", TASK, 3) is not None
+    assert some.lease_of("a", "j", TASK, 2) is None
+    assert some.lease_of("b", "j", TASK, 3) is None
+    assert len(some.expired(140.0)) == 1
+
+
+def test_releasing_another_task_takes_nothing_away() -> None:
+    some = fleet("a")
+    some.grant("j", TASK, 1, "a", 0.0)
+    some.release("a", "j", Task("train", 1, 1))
+    some.release("b", "j", TASK)
+    assert some.held("j") == {TASK}
+    some.release("a", "j", TASK)
+    some.release("a", "j", TASK)
+    assert some.held("j") == frozenset()
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.floats(0, 100)), max_size=30))
+def test_a_worker_never_holds_two_leases_and_time_never_revives_one(grants: list[tuple[str, int, float]]) -> None:
+    some, now = fleet("a", "b", "c"), 0.0
+    for worker, shard, passed in grants:
+        now += passed
+        gone = some.expired(now)
+        assert all(lease.expires_at <= now for lease in gone)
+        assert not {lease.worker for lease in gone} & set(some.leases)
+        some.grant("j", Task("train", 1, shard), 1, worker, now)
+        assert len(some.leases) <= 3
+        assert all(worker_id == lease.worker for worker_id, lease in some.leases.items())
+
+
+# ---------------------------------------------------------------- the queue's policy
+
+
+def test_the_oldest_running_job_is_served_first() -> None:
+    some = fleet("a", "b", "c")
+    jobs = [running("old"), running("young")]
+    assert some.choose("a", jobs) == (jobs[0], TASK)
+    some.grant("old", TASK, 1, "a", 0.0)
+    some.grant("old", Task("train", 1, 1), 1, "b", 0.0)
+    assert some.choose("c", jobs) == (jobs[1], TASK)
+
+
+def test_queued_paused_and_ended_jobs_hand_out_nothing() -> None:
+    some = fleet("a")
+    paused, ended = training(), training()
+    paused.do(rounds.pause(paused.job, "me"))
+    ended.do(rounds.cancel(ended.job, "me"))
+    assert some.choose("a", [queued(), paused.job, ended.job]) is None
+
+
+def test_a_job_of_auto_shards_leaves_no_worker_to_a_younger_one() -> None:
+    some = fleet("a", "b", "c")
+    assert some.spare(queued(), [running("old", data={"shards": "auto"})], 0.0) == 0
+
+
+def test_a_job_with_two_shards_leaves_the_third_worker() -> None:
+    some = fleet("a", "b", "c")
+    assert some.spare(queued(), [running("old")], 0.0) == 1
+    assert some.spare(queued(), [running("old"), running("older")], 0.0) == 0
+    assert some.spare(queued(), [running("old", data={"shards": 2, "fraction": 0.5})], 0.0) == 2
+
+
+def test_queued_paused_and_ended_jobs_need_no_worker() -> None:
+    some = fleet("a", "b")
+    paused = training()
+    paused.do(rounds.pause(paused.job, "me"))
+    ended = training()
+    ended.do(rounds.cancel(ended.job, "me"))
+    assert some.spare(queued(), [queued("first"), paused.job, ended.job], 0.0) == 2
+
+
+def test_a_job_that_only_awaits_evaluations_needs_as_many_workers_as_those() -> None:
+    play = training(rounds=1)
+    play.train(0, "a")
+    play.train(1, "b")
+    play.close_if_due("a", "b")
+    assert fleets.workers_needed(play.job, 5) == 1
+    play.close()
+    assert fleets.workers_needed(play.job, 5) == 1
+    longer = training(rounds=2)
+    longer.train(0, "a")
+    longer.train(1, "b")
+    longer.close_if_due("a", "b")
+    assert fleets.workers_needed(longer.job, 5) == 2
+
+
+# ---------------------------------------------------------------- who can do what
+
+
+def test_a_users_task_goes_only_to_workers_that_trust_it() -> None:
+    job = Play(spec(), task_digest=digest(1)).job
+    some = Fleet()
+    some.register("none", registration("none"), 0.0)
+    some.register("listed", registration("listed", trust="listed", trusted=(digest(2),)), 0.0)
+    some.register("this", registration("this", trust="listed", trusted=(digest(1),)), 0.0)
+    some.register("any", registration("any", trust="any"), 0.0)
+    assert some.serving(job, 0.0) == ["any", "this"]
+    assert fleets.why_not(some.workers["none"], job) == "none runs built-in tasks only (--trust none)"
+    assert "has not listed task 000000000000…" in str(fleets.why_not(some.workers["listed"], job))
+    begun = rounds.replace(job, phase=rounds.Initialising())
+    assert some.choose("none", [begun]) is None
+    assert some.choose("any", [begun]) == (begun, Task("init", 0))
+
+
+def test_private_data_is_trained_by_workers_that_offer_it() -> None:
+    some = Fleet()
+    some.register("has", registration("has", data=("scans",)), 0.0)
+    some.register("not", registration("not"), 0.0)
+    job = queued(data={"partition": "local", "name": "scans"})
+    assert some.serving(job, 0.0) == ["has"]
+    assert some.places(job, 100.0) == ["has"]
+    assert "offers no data named scans (--data scans=PATH)" in str(fleets.why_not(some.workers["not"], job))
+    assert fleets.workers_needed(rounds.replace(job, phase=rounds.Initialising()), 7) == 7
+
+
+def test_why_nobody_speaks_only_when_no_live_worker_can() -> None:
+    some, job = fleet("a", "b"), queued()
+    assert fleets.why_nobody(some, job, 0.0) == ""
+    assert fleets.why_nobody(some, job, 100.0) == ""
+    excluded = rounds.replace(job, excluded={"a": "no data on a", "b": "no data on b"})
+    assert fleets.why_nobody(some, excluded, 0.0) == "no data on a; no data on b"
+    private = queued(data={"partition": "local"})
+    assert "a offers no data named digits" in fleets.why_nobody(some, private, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "state", "reason"),
+    [
+        ({}, "idle", "waiting for work"),
+        ({"set_aside": "3 refused"}, "set aside", "3 refused"),
+        ({"left": True}, "gone", "it said goodbye"),
+        ({"seen_at": None}, "gone", "not seen since the coordinator started"),
+        ({"seen_at": -50.0}, "gone", "no call for a lease time"),
+        ({"draining": True}, "draining", "takes no more work"),
+    ],
+)
+def test_a_workers_standing_says_why(change: dict[str, Any], state: str, reason: str) -> None:
+    some = fleet("a")
+    for key, value in change.items():
+        setattr(some.workers["a"], key, value)
+    shown = standing(some, some.workers["a"], 0.0, _describe)
+    assert (shown.state, shown.reason) == (state, reason)
+
+
+def test_a_worker_at_work_is_shown_with_its_task() -> None:
+    some = fleet("a")
+    some.grant("j", TASK, 1, "a", 0.0)
+    assert standing(some, some.workers["a"], 0.0, _describe).reason == "j round 1, shard 0"
+    some.workers["a"].draining = True
+    assert standing(some, some.workers["a"], 0.0, _describe).state == "draining"
+
+
+def _describe(lease: Lease) -> str:
+    return f"{lease.job} {lease.task}"

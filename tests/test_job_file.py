@@ -1,0 +1,421 @@
+"""Job files, flags and --set: what they make, which counts more, and what is said about a wrong one."""
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from client.job_file import build_spec, builtin_layer, file_layer, flag_layer, merge, parse_value, read_job, set_layer
+from client.job_keys import RESERVED, Key, job_keys, key_at, nearest
+from client.task_file import check_task, read_task, task_name
+from common.errors import BadJobError, BadTaskError, LydianError
+from common.messages import JobSpec
+from common.tasks import BUILTIN
+
+TASK_FILE = "def model(config): ...\n\n\ndef dataset(config, split): ...\n"
+
+
+def spec_of(text: str) -> JobSpec:
+    return build_spec(file_layer(text, "job.toml"))
+
+
+def sentence_of(text: str) -> str:
+    with pytest.raises(BadJobError) as caught:
+        spec_of(text)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- any valid job, written down and read back
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20)
+NAMES = st.text(string.ascii_letters + string.digits + "._-", min_size=1, max_size=63)
+SCALARS = st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | TEXTS
+
+
+def values_of(key: Key) -> st.SearchStrategy[Any]:
+    """Every value that a key allows, by its schema, so that a new key is tried without an edit here."""
+    return st.one_of([one_of_schema(schema) for schema in key.alternatives])
+
+
+def one_of_schema(schema: Any) -> st.SearchStrategy[Any]:
+    if "const" in schema or "enum" in schema:
+        return st.sampled_from(schema.get("enum", [schema.get("const")]))
+    if schema["type"] == "string":
+        return NAMES if "pattern" in schema else TEXTS
+    if schema["type"] == "integer":
+        top = schema.get("maximum", schema.get("exclusiveMaximum", 2**53) - 1)
+        return st.integers(schema.get("minimum", 0), top)
+    if schema["type"] == "boolean":
+        return st.booleans()
+    return st.floats(
+        schema.get("minimum", schema.get("exclusiveMinimum")),
+        schema.get("maximum", schema.get("exclusiveMaximum")),
+        exclude_min="exclusiveMinimum" in schema,
+        exclude_max="exclusiveMaximum" in schema,
+        allow_nan=False,
+        allow_infinity=False,
+    )
+
+
+CONFIGS = st.dictionaries(NAMES, SCALARS | st.lists(SCALARS, max_size=3), max_size=3)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> JobSpec:
+    document: dict[str, Any] = {
+        "config": draw(st.dictionaries(NAMES, SCALARS | st.lists(SCALARS, max_size=3), max_size=3))
+    }
+    length = draw(st.sampled_from(["local_epochs", "local_steps", "local_seconds"]))
+    for path, key in job_keys().items():
+        other_length = path[-1].startswith("local_") and path[-1] != length
+        if key.open or other_length or (path != ("task",) and not draw(st.booleans())):
+            continue
+        section = document if len(path) == 1 else document.setdefault(path[0], {})
+        section[path[-1]] = draw(values_of(key))
+    return JobSpec.model_validate(document)
+
+
+def toml(value: Any) -> str:
+    """A value as TOML. JSON's strings are TOML's, but for the one control character that JSON leaves alone."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+    return str(value).lower()
+
+
+def given_keys(spec: JobSpec) -> dict[tuple[str, ...], Any]:
+    """What a job file must say for this spec: every key that is set."""
+    document = spec.model_dump(mode="python", exclude_none=True)
+    sections = {name: document.pop(name) for name, value in list(document.items()) if isinstance(value, dict)}
+    nested = {(name, leaf): value for name, section in sections.items() for leaf, value in section.items()}
+    return {(name,): value for name, value in document.items()} | nested
+
+
+@given(specs())
+def test_any_valid_job_survives_being_written_as_a_job_file(spec: JobSpec) -> None:
+    lines = [f"{'.'.join(toml(part) for part in path)} = {toml(value)}" for path, value in given_keys(spec).items()]
+    assert spec_of("\n".join(lines)) == spec
+
+
+@given(specs())
+def test_any_valid_job_survives_being_written_as_set_options(spec: JobSpec) -> None:
+    items = [f"{'.'.join(path)}={toml(value)}" for path, value in given_keys(spec).items()]
+    assert build_spec(set_layer(items)) == spec
+
+
+@given(specs())
+def test_any_valid_job_survives_being_written_as_flags(spec: JobSpec) -> None:
+    flags: dict[tuple[str, ...], Any] = {}
+    for path, value in given_keys(spec).items():
+        if path[0] == "config":
+            flags.setdefault(("config",), []).append(f"{path[1]}={toml(value)}")
+        else:
+            flags[path] = value if isinstance(value, str) else toml(value)
+    assert build_spec(flag_layer(flags)) == spec
+
+
+def test_the_example_is_a_job_and_says_what_it_shows() -> None:
+    spec = spec_of((Path(__file__).parent.parent / "examples" / "job.toml").read_text())
+    assert (spec.task, spec.rounds, spec.data.partition, spec.round.quorum) == ("fashion-mnist", 20, "dirichlet", 0.75)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def test_every_key_has_a_flag_of_its_own() -> None:
+    flags = [key.flag for key in job_keys().values()]
+    assert len(set(flags)) == len(flags)
+    assert not {flag.removeprefix("--") for flag in flags} & RESERVED
+
+
+def test_a_name_in_a_section_does_not_take_the_flag_of_one_at_the_top() -> None:
+    assert job_keys()[("name",)].flag == "--name"
+    assert job_keys()[("data", "name")].flag == "--data-name"
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (("train", "learning_rate"), "train.lr"),
+        (("lr",), "train.lr"),
+        (("train", "shards"), "data.shards"),
+        (("epochs",), "train.local_epochs"),
+        (("round", "quorun"), "round.quorum"),
+        (("rouds",), "rounds"),
+        (("train", "xyzzy"), None),
+    ],
+)
+def test_the_nearest_key_is_the_one_that_was_meant(written: tuple[str, ...], meant: str | None) -> None:
+    assert nearest(written) == meant
+
+
+def test_the_open_section_takes_any_key_and_the_others_only_their_own() -> None:
+    assert key_at(("config", "anything")) is job_keys()[("config",)]
+    assert key_at(("config",)) is None
+    assert key_at(("train", "anything")) is None
+
+
+# ---------------------------------------------------------------- wrong jobs
+
+NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('task = "d"\ntrain.learning_rate = 1', "unknown key train.learning_rate in job.toml: did you mean train.lr?"),
+        ('task = "d"\nepochs = 1', "unknown key epochs in job.toml: did you mean train.local_epochs?"),
+        ('task = "d"\n[training]\nlr = 1', "unknown section [training] in job.toml: did you mean [train]?"),
+        (
+            'task = "d"\n[aggregation]\nxyz = 1',
+            "unknown key aggregation.xyz in job.toml: there are algorithm, robust, update, norm_bound",
+        ),
+        (
+            'task = "d"\nrounds = "5"',
+            'rounds = "5" in job.toml: a whole number (at least 1 and at most 1,000,000) is allowed',
+        ),
+        (
+            'task = "d"\nrounds = true',
+            "rounds = true in job.toml: a whole number (at least 1 and at most 1,000,000) is allowed",
+        ),
+        ('task = "d"\ntrain.lr = -0.5', "train.lr = -0.5 in job.toml: a number (above 0) is allowed"),
+        (
+            'task = "d"\ndata.shards = "many"',
+            'data.shards = "many" in job.toml: "auto" or a whole number (at least 1 and at most 1,000,000) is allowed',
+        ),
+        (
+            'task = "d"\ndata.partition = "random"',
+            'data.partition = "random" in job.toml: "iid" or "dirichlet" or "labels" or "local" is allowed',
+        ),
+        ('task = "d"\nname = "two words"', f'name = "two words" in job.toml: {NAME_WORDS} is allowed'),
+        ('task = "d"\ntrain = 3', "train = 3 in job.toml: [train] is a section of keys"),
+        ('task = "d"\nconfig = 3', "config = 3 in job.toml: [config] is a section of keys"),
+        ('task = "d"\n[train.lr]\nx = 1', "train.lr = a table in job.toml: a number (above 0) is allowed"),
+        (
+            'task = "d"\n[config]\nday = 2024-01-01',
+            "config.day = 2024-01-01 in job.toml: a text, a number, true or false, or a list of these is allowed",
+        ),
+        (
+            'task = "d"\n[train]\nlocal_epochs = 1\nlocal_steps = 2',
+            "[train]: local_epochs and local_steps are both set; a round has one length: keep one of them",
+        ),
+        ("rounds = 5", "the job names no task: give a built-in one or --task FILE.py"),
+    ],
+)
+def test_a_wrong_job_file_is_refused_by_one_sentence(text: str, sentence: str) -> None:
+    assert sentence_of(text) == sentence
+
+
+def test_every_fault_of_a_job_has_a_line() -> None:
+    lines = sentence_of('task = "d!"\nfoo = 1\n[train]\nlr = "fast"\nbatch = 8\n[round]\nquorum = 7.5').splitlines()
+    assert [line.split(" in job.toml")[0] for line in lines] == [
+        "unknown key foo",
+        "unknown key train.batch",
+        'task = "d!"',
+        'train.lr = "fast"',
+        "round.quorum = 7.5",
+    ]
+
+
+def test_a_syntax_error_is_told_with_its_line() -> None:
+    with pytest.raises(BadJobError, match=r"^job\.toml is not TOML: .*line 2") as caught:
+        file_layer('task = "digits"\nrounds 5\n', "job.toml")
+    assert caught.value.code == "bad_job"
+
+
+def test_a_job_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadJobError, match=r"none\.toml cannot be read: No such file or directory"):
+        read_job(tmp_path / "none.toml", {}, {})
+
+
+def test_a_job_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_bytes(b'task = "\xff"')
+    with pytest.raises(BadJobError, match=r"job\.toml is not UTF-8: .* at byte 8"):
+        read_job(tmp_path / "job.toml", {}, {})
+
+
+@pytest.mark.parametrize("item", ["train.lr", "=1", " =1"])
+def test_a_set_option_without_key_and_value_is_refused(item: str) -> None:
+    with pytest.raises(BadJobError, match=r"^--set .* is not section\.key=value$"):
+        set_layer([item])
+
+
+def test_a_fault_says_whether_a_flag_or_set_brought_it() -> None:
+    layer = merge(flag_layer({("task",): "d", ("train", "lr"): "fast"}), set_layer(["data.shards=none"]))
+    with pytest.raises(BadJobError) as caught:
+        build_spec(layer)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith('train.lr = "fast" in --lr: ')
+    assert second.startswith('data.shards = "none" in --set: ')
+
+
+# ---------------------------------------------------------------- values on the command line
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("8", 8),
+        ("0.1", 0.1),
+        ("true", True),
+        ('"8"', "8"),
+        ("[1, 2]", [1, 2]),
+        ("auto", "auto"),
+        ("2024-01-01", "2024-01-01"),
+        ("{a = 1}", "{a = 1}"),
+        ('1\nother = "x"', '1\nother = "x"'),
+        ("", ""),
+    ],
+)
+def test_a_value_is_toml_or_else_a_bare_text(text: str, value: object) -> None:
+    parsed = parse_value(text)
+    assert (parsed, type(parsed)) == (value, type(value))
+
+
+@given(TEXTS)
+def test_a_text_on_the_command_line_is_always_a_value(text: str) -> None:
+    assert isinstance(parse_value(text), str | int | float | list)
+
+
+def test_a_number_is_a_name_where_only_a_name_is_allowed() -> None:
+    layer = merge(flag_layer({("task",): "d", ("name",): "7"}), set_layer(["data.name=8"]))
+    spec = build_spec(layer)
+    assert (spec.name, spec.data.name) == ("7", "8")
+
+
+# ---------------------------------------------------------------- layers
+
+
+def test_set_counts_more_than_a_flag_than_the_file_than_the_task(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text('task = "digits"\nrounds = 2\n[train]\nbatch_size = 2\nlr = 2\n')
+    flags = flag_layer({("train", "batch_size"): "3", ("train", "lr"): "3"})
+    spec = read_job(tmp_path / "job.toml", flags, set_layer(["train.lr=4"])).spec
+    default = BUILTIN["digits"].defaults["train.momentum"]
+    assert (spec.train.lr, spec.train.batch_size, spec.rounds, spec.train.momentum) == (4, 3, 2, default)
+
+
+@pytest.mark.parametrize("length", ["local_steps", "local_seconds"])
+def test_another_length_of_a_round_replaces_the_default_one(length: str) -> None:
+    spec = build_spec(merge(builtin_layer("digits"), set_layer(["task=digits", f"train.{length}=10"])))
+    assert (spec.train.local_epochs, getattr(spec.train, length)) == (None, 10)
+
+
+def test_lengths_of_one_layer_are_not_dropped_in_silence() -> None:
+    layer = merge(builtin_layer("digits"), flag_layer({("train", "local_steps"): "1", ("train", "local_epochs"): "1"}))
+    with pytest.raises(BadJobError, match="keep one of them"):
+        build_spec(merge(layer, set_layer(["task=digits"])))
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN))
+def test_the_defaults_of_every_built_in_task_make_a_job(name: str) -> None:
+    spec = read_job(None, flag_layer({("task",): name}), {}).spec
+    assert spec.task == name
+    assert spec.config == BUILTIN[name].config
+
+
+def test_an_unknown_task_is_answered_with_the_nearest_ones() -> None:
+    with pytest.raises(
+        BadTaskError, match=r'^there is no built-in task "fashon-mnist": did you mean fashion-mnist\?$'
+    ) as e:
+        read_job(None, flag_layer({("task",): "fashon-mnist"}), {})
+    assert e.value.code == "unknown_task"
+    assert all(name in e.value.advice for name in BUILTIN)
+
+
+# ---------------------------------------------------------------- task files
+
+
+def test_a_task_file_in_a_job_file_is_looked_for_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "my task.py").write_text(TASK_FILE)
+    (tmp_path / "job.toml").write_text('task = "my task.py"')
+    job = read_job(tmp_path / "job.toml", {}, {})
+    assert (job.spec.task, job.task_source) == ("my-task", TASK_FILE)
+
+
+def test_a_task_file_in_a_flag_is_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "job.toml").write_text('task = "digits"')
+    (tmp_path / "mine.py").write_text(TASK_FILE)
+    monkeypatch.chdir(tmp_path)
+    job = read_job(Path("jobs/job.toml"), flag_layer({("task",): "mine.py"}), {})
+    assert (job.spec.task, job.task_source) == ("mine", TASK_FILE)
+    assert job.spec.train == JobSpec(task="mine").train  # no defaults of digits
+
+
+def test_a_task_file_is_sent_byte_for_byte(tmp_path: Path) -> None:
+    content = "\ufeff# é\r\n" + TASK_FILE.replace("\n", "\r\n")
+    (tmp_path / "t.py").write_bytes(content.encode())
+    assert read_task(tmp_path / "t.py") == content
+
+
+def test_a_task_file_is_never_run(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / "t.py").write_text(f"open({str(trace)!r}, 'w').close()\n{TASK_FILE}")
+    read_task(tmp_path / "t.py")
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"def model(config):\n    return (\n", "t.py:2: '(' was never closed"),
+        (b"def model(config): ...", "t.py does not define dataset(config, split) at its top level"),
+        (b"class model: ...", "t.py does not define dataset(config, split) at its top level"),
+        (
+            b"if 1:\n  def f():\n    model = 1",
+            "t.py does not define model(config) and dataset(config, split) at its top level",
+        ),
+        (b"# \xff", "t.py is not UTF-8: invalid start byte at byte 2"),
+        (b"a = (" + b"(" * 300 + b")" * 301, "t.py:1: too many nested parentheses"),
+    ],
+)  # fmt: skip
+def test_a_wrong_task_file_is_refused_by_one_sentence(content: bytes, sentence: str) -> None:
+    with pytest.raises(BadTaskError) as caught:
+        check_task(content, "t.py")
+    assert (str(caught.value), caught.value.code) == (sentence, "bad_task")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TASK_FILE,
+        "from mine import model, data as dataset",
+        "from mine import *",
+        "model = dataset = None",
+        "if True:\n    def model(c): ...\ntry:\n    dataset: object = 1\nfinally:\n    pass",
+        TASK_FILE + "s = '\\d'",  # a doubtful escape is no fault
+    ],
+)
+def test_a_task_file_may_bind_its_functions_as_python_does(content: str) -> None:
+    check_task(content.encode(), "t.py")
+
+
+@given(st.binary(max_size=60) | TEXTS.map(str.encode))
+def test_any_bytes_are_a_task_or_are_refused(content: bytes) -> None:
+    sentence = "t.py is a task"
+    try:
+        check_task(content, "t.py")
+    except LydianError as error:
+        sentence = str(error)
+    assert sentence.startswith("t.py")
+
+
+def test_a_task_file_that_is_missing_or_too_long_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadTaskError, match="cannot be read: No such file"):
+        read_task(tmp_path / "none.py")
+    (tmp_path / "long.py").write_text(TASK_FILE + "#" * (1 << 20))
+    with pytest.raises(BadTaskError, match=r"has 1,048,6\d\d bytes"):
+        read_task(tmp_path / "long.py")
+
+
+@given(st.text(min_size=1, max_size=100))
+def test_any_file_name_becomes_a_name_that_a_job_may_have(stem: str) -> None:
+    name = task_name(Path("/x") / f"{stem.replace('/', '').replace(chr(0), '')}.py")
+    assert JobSpec(task=name).task == name

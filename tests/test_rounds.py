@@ -1,0 +1,850 @@
+"""The round machine, by calls of pure functions alone."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from common.errors import BadUpdateError, ConflictError, JobOverError, LateError, NotFoundError, SupersededError
+from common.facts import (
+    EvaluationGivenUp,
+    Extended,
+    Frozen,
+    HandedBack,
+    Late,
+    Opened,
+    RoundClosed,
+    StateChanged,
+)
+from common.messages import ModelRef, Submission
+from server import rounds
+from server.rounds import (
+    Aggregating,
+    Cancelled,
+    Evaluating,
+    Failed,
+    Finished,
+    Initialising,
+    Paused,
+    Queued,
+    Step,
+    Task,
+    Training,
+    Tries,
+)
+from tests.rounds_kit import LIMITS, Play, digest, spec, submission, training
+
+# ---------------------------------------------------------------- the queue
+
+
+def test_a_job_waits_until_min_workers_are_spare() -> None:
+    play = Play(spec(round={"min_workers": 2}))
+    step = play.do(rounds.begin(play.job, ["a", "b", "c"], spare=1))
+    assert step.facts == ()
+    assert "waiting for 2 workers: 3 can serve it, 2 of them with older jobs" in step.reason
+    assert isinstance(play.job.phase, Queued)
+
+
+def test_a_job_begins_when_min_workers_are_spare() -> None:
+    play = Play(spec(round={"min_workers": 2}))
+    play.begin("a", "b")
+    assert isinstance(play.job.phase, Initialising)
+
+
+def test_a_job_that_has_begun_does_not_begin_again() -> None:
+    play = training()
+    assert play.begin("a").facts == ()
+
+
+def test_the_wait_in_the_queue_names_why_workers_were_excluded() -> None:
+    play = Play(spec())
+    play.begin("a")
+    play.give(Task("init", 0), "a")
+    play.back(Task("init", 0), "no_data")
+    assert play.job.excluded == {"a": "no_data happened"}
+    waiting = Play(spec())
+    waiting.job = rounds.replace(waiting.job, excluded=play.job.excluded)
+    assert "no_data happened" in rounds.begin(waiting.job, [], 0).reason
+
+
+# ---------------------------------------------------------------- initialisation
+
+
+def test_the_built_model_opens_round_one_with_the_cut_that_came_with_it() -> None:
+    play = training()
+    assert isinstance(play.job.phase, Training)
+    assert [(s.start, s.stop) for s in play.job.phase.shards.values()] == [(0, 10), (10, 20)]
+    assert play.job.phase.round == 1
+
+
+@pytest.mark.parametrize("bounds", [(0, 10), (0, 10, 19), (1, 10, 20), (0, 10, 10, 20), (), (0, 12, 10, 20)])
+def test_a_cut_that_loses_samples_or_has_another_number_of_shards_is_refused(bounds: tuple[int, ...]) -> None:
+    play = Play(spec())
+    play.begin("a", "b")
+    play.give(Task("init", 0), "a")
+    with pytest.raises(BadUpdateError, match="no cut into 2 shards"):
+        rounds.take_init(play.job, play.made("a", bounds=bounds), ("a",), 0.0)
+
+
+def test_a_second_initialisation_is_superseded() -> None:
+    play = training()
+    with pytest.raises(SupersededError):
+        rounds.take_init(play.job, play.made("a"), ("a",), 0.0)
+
+
+def test_an_initialisation_by_a_worker_that_never_got_it_is_unknown() -> None:
+    play = Play(spec())
+    play.begin("a", "b")
+    play.give(Task("init", 0), "a")
+    with pytest.raises(NotFoundError):
+        rounds.take_init(play.job, play.made("b"), ("a",), 0.0)
+
+
+def test_auto_shards_follow_the_number_of_places() -> None:
+    play = Play(spec(data={"shards": "auto"}))
+    play.begin("a", "b")
+    play.init(places=("a", "b", "c"))
+    assert isinstance(play.job.phase, Training)
+    assert len(play.job.phase.shards) == 3
+    for shard in range(3):
+        play.train(shard, "a", samples=6)
+    play.close_if_due("a")
+    play.close(places=("a",))
+    assert len(play.job.phase.shards) == 1
+
+
+def test_auto_shards_never_outnumber_the_samples() -> None:
+    play = Play(spec(data={"shards": "auto"}))
+    play.begin("a")
+    play.init(places=("a", "b", "c"), total=2)
+    assert isinstance(play.job.phase, Training)
+    assert len(play.job.phase.shards) == 2
+
+
+def test_a_fraction_of_the_shards_is_drawn_and_differs_between_rounds() -> None:
+    play = Play(spec(rounds=9, data={"shards": 10, "fraction": 0.3}))
+    play.begin("a")
+    play.init(total=100)
+    drawn = [tuple(play.job.phase.shards)]
+    while play.job.closed < 8:
+        play.whole_round("a")
+        drawn.append(tuple(play.job.phase.shards))
+    assert {len(shards) for shards in drawn} == {3}
+    assert len(set(drawn)) > 1
+
+
+def test_private_data_makes_one_shard_a_worker_that_only_it_may_train() -> None:
+    play = Play(spec(data={"partition": "local"}))
+    play.begin("a", "b")
+    play.init(places=("b", "a"), bounds=())
+    assert isinstance(play.job.phase, Training)
+    assert [(s.shard, s.worker) for s in play.job.phase.shards.values()] == [(0, "a"), (1, "b")]
+    assert rounds.next_task(play.job, "b", frozenset()) == Task("train", 1, 1)
+    assert rounds.next_task(play.job, "c", frozenset()) is None
+
+
+def test_private_data_with_no_worker_opens_an_empty_round_that_says_so() -> None:
+    play = Play(spec(data={"partition": "local"}))
+    play.begin("a")
+    play.init(places=(), bounds=())
+    assert "no live worker offers data" in play.close_if_due("a").reason
+
+
+# ---------------------------------------------------------------- handing out
+
+
+def test_a_shard_that_is_held_is_not_handed_out_twice() -> None:
+    play = training()
+    first = rounds.next_task(play.job, "a", frozenset())
+    assert first == Task("train", 1, 0)
+    assert rounds.next_task(play.job, "b", frozenset({first})) == Task("train", 1, 1)
+    assert rounds.next_task(play.job, "b", frozenset({first, Task("train", 1, 1)})) is None
+
+
+def test_the_initialisation_is_handed_out_to_one_worker() -> None:
+    play = Play(spec())
+    assert rounds.next_task(play.job, "a", frozenset()) is None
+    play.begin("a", "b")
+    task = rounds.next_task(play.job, "a", frozenset())
+    assert task == Task("init", 0)
+    assert rounds.next_task(play.job, "b", frozenset({task})) is None
+
+
+def test_an_excluded_worker_gets_nothing() -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    play.give(task, "a")
+    play.back(task, "not_trusted")
+    assert rounds.next_task(play.job, "a", frozenset()) is None
+    assert rounds.next_task(play.job, "b", frozenset()) == task
+
+
+def test_training_goes_before_an_evaluation_unless_it_lags_two_rounds() -> None:
+    play = training(rounds=5)
+    play.whole_round("a", "b")
+    assert rounds.next_task(play.job, "a", frozenset()) == Task("train", 2, 0)
+    held = frozenset({Task("train", 2, 0), Task("train", 2, 1)})
+    assert rounds.next_task(play.job, "a", held) == Task("evaluate", 1)
+    play.whole_round("a", "b")
+    assert rounds.next_task(play.job, "a", frozenset()) == Task("evaluate", 1)
+    assert rounds.next_task(play.job, "a", frozenset({Task("evaluate", 1)})) == Task("train", 3, 0)
+
+
+def test_an_evaluation_is_handed_out_while_a_round_is_averaged() -> None:
+    play = training(rounds=3)
+    play.whole_round("a", "b")
+    play.train(0, "a")
+    play.train(1, "b")
+    play.close_if_due("a", "b")
+    assert isinstance(play.job.phase, Aggregating)
+    assert rounds.next_task(play.job, "a", frozenset()) == Task("evaluate", 1)
+
+
+@given(st.lists(st.sampled_from(["a", "b"]), min_size=1, max_size=6))
+def test_attempts_rise_by_one_whoever_gets_them(workers: list[str]) -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    attempts = [play.give(task, worker).facts[0].attempt for worker in workers]  # type: ignore[union-attr]
+    assert attempts == list(range(1, len(workers) + 1))
+
+
+def test_outstanding_names_the_newest_attempt_of_every_task_that_is_out() -> None:
+    play = training(rounds=3)
+    play.whole_round("a", "b")
+    play.give(Task("train", 2, 0), "a")
+    play.give(Task("train", 2, 0), "b")
+    play.give(Task("evaluate", 1), "a")
+    assert rounds.outstanding(play.job) == [(Task("train", 2, 0), 2, "b"), (Task("evaluate", 1), 1, "a")]
+    play.do(rounds.cancel(play.job, "me"))
+    assert rounds.outstanding(play.job) == []
+
+
+def test_outstanding_names_the_initialisation() -> None:
+    play = Play(spec())
+    play.begin("a")
+    assert rounds.outstanding(play.job) == []
+    play.give(Task("init", 0), "a")
+    assert rounds.outstanding(play.job) == [(Task("init", 0), 1, "a")]
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_the_same_update_again_is_a_repeat() -> None:
+    play = training()
+    play.train(0, "a")
+    update = play.update(0, "a")
+    assert rounds.judge(play.job, Task("train", 1, 0), submission(update), "a") == update
+
+
+def test_another_attempt_after_one_counts_is_superseded() -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    play.give(task, "a")
+    play.give(task, "b")
+    play.do(rounds.take_update(play.job, play.update(0, "b", attempt=2)))
+    with pytest.raises(SupersededError, match="attempt 2 by b counts"):
+        rounds.judge(play.job, task, submission(play.update(0, "a", number=5)), "a")
+
+
+def test_an_older_attempt_counts_while_the_shard_is_open() -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    play.give(task, "a")
+    play.give(task, "b")
+    assert rounds.judge(play.job, task, submission(play.update(0, "a")), "a") is None
+
+
+@pytest.mark.parametrize("attempt", [2, 9])
+def test_an_attempt_that_was_never_given_is_unknown(attempt: int) -> None:
+    play = training()
+    play.give(Task("train", 1, 0), "a")
+    with pytest.raises(NotFoundError):
+        rounds.judge(play.job, Task("train", 1, 0), submission(play.update(0, "a", attempt=attempt)), "a")
+
+
+def test_another_workers_attempt_is_unknown() -> None:
+    play = training()
+    play.give(Task("train", 1, 0), "a")
+    with pytest.raises(NotFoundError):
+        rounds.judge(play.job, Task("train", 1, 0), submission(play.update(0, "b")), "b")
+
+
+def test_an_update_after_the_round_closed_is_late() -> None:
+    play = training(round={"quorum": 1})
+    play.give(Task("train", 1, 1), "b")
+    late = play.update(1, "b")
+    play.train(0, "a")
+    play.now = 100.0
+    play.close_if_due("a", "b")
+    with pytest.raises(LateError):
+        rounds.judge(play.job, Task("train", 1, 1), submission(late), "b")
+    assert rounds.judge(play.job, Task("train", 1, 0), submission(play.update(0, "a")), "a") is not None
+    play.close()
+    with pytest.raises(LateError):
+        rounds.judge(play.job, Task("train", 1, 1), submission(late), "b")
+    with pytest.raises(LateError):
+        rounds.take_update(play.job, late)
+    before = play.job
+    play.do(rounds.late(Task("train", 1, 1), 1, "b"))
+    assert isinstance(play.facts[-1], Late)
+    assert play.job == before
+
+
+def test_a_result_for_a_cancelled_job_is_answered_with_job_over() -> None:
+    play = training()
+    play.give(Task("train", 1, 0), "a")
+    update = play.update(0, "a")
+    play.do(rounds.cancel(play.job, "me"))
+    with pytest.raises(JobOverError, match="cancelled by me after 0 of 2 rounds"):
+        rounds.judge(play.job, Task("train", 1, 0), submission(update), "a")
+
+
+@pytest.mark.parametrize("samples", [0, 11, 2**53 - 1])
+def test_more_or_fewer_samples_than_the_shard_has_are_refused(samples: int) -> None:
+    play = training()
+    play.give(Task("train", 1, 0), "a")
+    with pytest.raises(BadUpdateError, match=f"claims {samples} samples, where 1 to 10"):
+        rounds.judge(play.job, Task("train", 1, 0), submission(play.update(0, "a", samples=samples)), "a")
+
+
+def test_private_data_may_have_any_number_of_samples_but_none() -> None:
+    play = Play(spec(data={"partition": "local"}))
+    play.begin("a", "b")
+    play.init(bounds=())
+    play.give(Task("train", 1, 0), "a")
+    assert rounds.judge(play.job, Task("train", 1, 0), submission(play.update(0, "a", samples=123456)), "a") is None
+    with pytest.raises(BadUpdateError, match="at least 1"):
+        rounds.judge(play.job, Task("train", 1, 0), submission(play.update(0, "a", samples=0)), "a")
+
+
+def test_a_shard_is_never_accepted_twice_even_by_a_replay() -> None:
+    play = training()
+    play.train(0, "a")
+    with pytest.raises(ConflictError, match="accepted twice"):
+        rounds.evolve(play.job, play.update(0, "a"), 0.0)
+
+
+# ---------------------------------------------------------------- giving back
+
+
+def test_five_failures_of_a_task_fail_the_job_with_the_last_sentence() -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    for _ in range(LIMITS.failures):
+        assert not play.job.over
+        play.give(task, "a")
+        play.back(task, "task_failed")
+    assert isinstance(play.job.phase, Failed)
+    assert "given up after 5 failures" in play.job.reason
+    assert "task_failed happened" in play.job.reason
+
+
+def test_lost_leases_count_apart_from_failures() -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    for _ in range(LIMITS.failures + 1):
+        play.give(task, "a")
+        play.back(task, "expired")
+    assert not play.job.over
+    for _ in range(LIMITS.expiries - LIMITS.failures - 1):
+        play.give(task, "a")
+        play.back(task, "expired")
+    assert isinstance(play.job.phase, Failed)
+
+
+@given(st.lists(st.just("released"), max_size=40))
+def test_released_work_never_fails_a_job(codes: list[str]) -> None:
+    play = training()
+    for code in codes:
+        play.give(Task("train", 1, 0), "a")
+        play.back(Task("train", 1, 0), code)
+    assert not play.job.over
+
+
+def test_a_bad_task_fails_the_job_at_once() -> None:
+    play = Play(spec())
+    play.begin("a")
+    play.give(Task("init", 0), "a")
+    play.back(Task("init", 0), "bad_task")
+    assert isinstance(play.job.phase, Failed)
+    assert play.job.reason == "initialisation on a: bad_task happened"
+
+
+def test_an_evaluation_that_keeps_failing_is_given_up_and_the_job_goes_on() -> None:
+    play = training()
+    play.whole_round("a", "b")
+    for _ in range(LIMITS.evaluation_failures):
+        play.give(Task("evaluate", 1), "a")
+        play.back(Task("evaluate", 1), "task_failed")
+    assert not play.job.over
+    assert play.job.evaluations == {}
+    assert any(isinstance(fact, EvaluationGivenUp) for fact in play.facts)
+
+
+def test_the_last_evaluation_given_up_finishes_the_job() -> None:
+    play = training(rounds=1)
+    play.whole_round("a", "b")
+    assert isinstance(play.job.phase, Evaluating)
+    for _ in range(LIMITS.evaluation_failures):
+        play.give(Task("evaluate", 1), "a")
+        play.back(Task("evaluate", 1), "task_failed")
+    assert isinstance(play.job.phase, Finished)
+    assert "given up" in play.job.reason
+
+
+def test_giving_back_what_is_settled_changes_nothing() -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    play.give(task, "a")
+    play.give(task, "b")
+    play.do(rounds.take_update(play.job, play.update(0, "b", attempt=2)))
+    before = play.job
+    play.back(task, "task_failed", attempt=1)
+    assert play.job == before
+
+
+def test_a_stale_attempt_given_back_leaves_the_newest_one_out() -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    play.give(task, "a")
+    play.give(task, "b")
+    play.back(task, "expired", attempt=1)
+    assert rounds.tries_of(play.job, task).out
+    play.back(task, "expired", attempt=2)
+    assert not rounds.tries_of(play.job, task).out
+
+
+def test_a_lost_update_opens_its_shard_again() -> None:
+    play = training()
+    play.train(0, "a")
+    back = HandedBack(
+        kind="train", round=1, shard=0, attempt=1, worker="a", worker_name="a", code="lost", sentence="gone"
+    )
+    play.do(Step((back,)))
+    assert rounds.next_task(play.job, "a", frozenset()) == Task("train", 1, 0)
+
+
+def test_a_job_fails_when_every_live_worker_has_said_that_it_cannot() -> None:
+    play = Play(spec())
+    play.begin("a", "b")
+    for worker in ("a", "b"):
+        assert rounds.fail_if_nobody_can(play.job, ["a", "b"]).facts == ()
+        play.give(Task("init", 0), worker)
+        play.back(Task("init", 0), "no_data", worker=worker)
+    assert rounds.fail_if_nobody_can(play.job, []).facts == ()
+    assert rounds.fail_if_nobody_can(play.job, ["a", "b", "c"]).facts == ()
+    play.do(rounds.fail_if_nobody_can(play.job, ["a", "b"]))
+    assert isinstance(play.job.phase, Failed)
+    assert play.job.reason == "none of the 2 live workers can do this job: no_data happened"
+
+
+# ---------------------------------------------------------------- closing
+
+
+def test_a_round_closes_when_every_shard_is_in() -> None:
+    play = training()
+    play.train(1, "b")
+    step = play.close_if_due("a", "b")
+    assert step.facts == ()
+    assert "1 of 2 updates" in step.reason
+    assert "awaiting shard 0" in step.reason
+    play.train(0, "a")
+    play.close_if_due("a", "b")
+    assert isinstance(play.job.phase, Aggregating)
+    assert [update.shard for update in play.job.phase.accepted] == [0, 1]
+
+
+def test_the_quorum_gives_stragglers_a_tenth_of_its_time() -> None:
+    play = training(round={"quorum": 1})
+    play.now = 10.0
+    play.train(0, "a")
+    assert play.close_if_due("a", "b").look_again_at == 11.0
+    play.now = 10.9
+    assert play.close_if_due("a", "b").facts == ()
+    play.now = 11.0
+    play.close_if_due("a", "b")
+    assert isinstance(play.job.phase, Aggregating)
+    assert play.job.phase.left_out == 1
+
+
+def test_a_quorum_reached_because_a_worker_vanished_starts_its_grace_now() -> None:
+    play = Play(spec(data={"partition": "local"}, round={"quorum": 0.6}))
+    play.begin("a", "b", "c")
+    play.init(places=("a", "b", "c"), bounds=())
+    play.now = 10.0
+    play.train(0, "a")
+    assert play.close_if_due("a", "b", "c").look_again_at is None
+    assert play.close_if_due("a", "b").facts == ()
+
+
+def test_a_deadline_with_no_update_extends_once_and_then_fails_naming_what_is_missing() -> None:
+    play = training(round={"deadline": 60.0})
+    assert play.close_if_due("a").look_again_at == 60.0
+    play.now = 60.0
+    play.close_if_due("a")
+    assert isinstance(play.facts[-1], Extended)
+    assert play.close_if_due("a").look_again_at == 120.0
+    play.train(0, "a")
+    play.now = 120.0
+    play.close_if_due("a")
+    assert isinstance(play.job.phase, Failed)
+    assert "missed its quorum of 2 twice: 1 of 2 updates" in play.job.reason
+    assert "missing: shard 1" in play.job.reason
+
+
+def test_private_data_of_a_worker_that_is_gone_is_not_waited_for_once_another_is_in() -> None:
+    play = Play(spec(data={"partition": "local"}))
+    play.begin("a", "b")
+    play.init(bounds=())
+    assert play.close_if_due("a").facts == ()
+    play.train(0, "a")
+    assert play.close_if_due("a", "b").facts == ()
+    play.close_if_due("a")
+    assert isinstance(play.job.phase, Aggregating)
+
+
+def test_closing_a_job_that_is_not_training_is_nothing() -> None:
+    play = Play(spec())
+    assert play.close_if_due("a").facts == ()
+
+
+@pytest.mark.parametrize(
+    ("quorum", "total", "needed"),
+    [("all", 4, 4), ("all", 0, 1), (3, 4, 3), (3, 2, 2), (0.5, 3, 2), (0.01, 3, 1), (0.75, 4, 3)],
+)
+def test_quorum_is_all_a_count_or_a_share_rounded_up(quorum: object, total: int, needed: int) -> None:
+    assert rounds.quorum_of(spec(round={"quorum": quorum}), total) == needed
+
+
+def test_a_closed_round_counts_what_it_used_and_opens_the_next() -> None:
+    play = training()
+    step = play.whole_round("a", "b")
+    closed, opened = step.facts
+    assert isinstance(closed, RoundClosed)
+    assert isinstance(opened, Opened)
+    assert (closed.samples, closed.workers, closed.shards, closed.left_out) == (20, 2, 2, 0)
+    assert (closed.bytes_down, closed.bytes_up) == (14, 18)
+    assert closed.metrics == {"train_loss": 2.0}
+    assert opened.round == 2
+    assert opened.base == closed.digest == digest(77)
+
+
+def test_closing_twice_is_refused() -> None:
+    play = training()
+    play.whole_round("a", "b")
+    with pytest.raises(ConflictError, match="not being averaged"):
+        rounds.close(play.job, ModelRef(digest=digest(1), size=1), seconds=1, places=(), now=0.0)
+
+
+def test_after_the_last_round_the_last_evaluation_finishes_the_job() -> None:
+    play = training()
+    play.whole_round("a", "b")
+    play.evaluate(1)
+    play.whole_round("a", "b")
+    assert isinstance(play.job.phase, Evaluating)
+    assert rounds.next_task(play.job, "a", frozenset()) == Task("evaluate", 2)
+    play.evaluate(2, accuracy=(95.0, 100.0))
+    assert isinstance(play.job.phase, Finished)
+    assert play.job.reason == "2 rounds done; accuracy 0.9500 at round 2"
+
+
+def test_evaluations_out_of_order_finish_with_the_last_one_and_keep_the_newest() -> None:
+    play = training()
+    play.whole_round("a", "b")
+    play.whole_round("a", "b")
+    play.evaluate(2, accuracy=(5.0, 10.0))
+    assert not play.job.over
+    play.evaluate(1, accuracy=(7.0, 10.0))
+    assert isinstance(play.job.phase, Finished)
+    assert (play.job.metrics_round, play.job.metrics) == (2, {"accuracy": 0.5})
+    assert (play.job.best_round, play.job.best_value) == (1, 0.7)
+
+
+def test_a_job_without_a_test_split_finishes_after_its_last_round() -> None:
+    play = Play(spec(rounds=1))
+    play.begin("a", "b")
+    play.init(test_samples=0)
+    play.whole_round("a", "b")
+    assert isinstance(play.job.phase, Finished)
+
+
+@pytest.mark.parametrize(("every", "measured"), [(0, [5]), (1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+def test_evaluate_every_names_the_rounds_that_are_measured(every: int, measured: list[int]) -> None:
+    play = training(rounds=5, round={"evaluate_every": every})
+    assert [r for r in range(1, 6) if rounds.evaluates(play.job, r)] == measured
+
+
+@pytest.mark.parametrize(
+    ("metric", "target", "value", "reached"),
+    [
+        ("accuracy", 0.9, 0.9, True),
+        ("accuracy", 0.9, 0.95, True),
+        ("accuracy", 0.9, 0.89, False),
+        ("loss", 0.5, 0.4, True),
+        ("loss", 0.5, 0.6, False),
+        ("perplexity", 9.0, math.nan, False),
+        ("other", 0.5, None, False),
+    ],
+)
+def test_the_job_ends_when_the_target_is_reached(
+    metric: str, target: float, value: float | None, reached: bool
+) -> None:
+    play = training(target=target, target_metric=metric)
+    play.whole_round("a", "b")
+    metrics = {"accuracy": (1.0, 10.0)} if value is None else {metric: (value, 1.0)}
+    play.evaluate(1, **metrics)
+    assert isinstance(play.job.phase, Finished) == reached
+    if reached:
+        assert f"reached the target {target} at round 1" in play.job.reason
+
+
+def test_a_nan_is_never_the_best() -> None:
+    play = training()
+    play.whole_round("a", "b")
+    play.evaluate(1, accuracy=(math.nan, 1.0))
+    assert play.job.best_round is None
+
+
+def test_a_metric_with_no_count_says_nothing() -> None:
+    assert rounds.means([{"a": (0.0, 0.0), "b": (1.0, 2.0)}, {"b": (2.0, 2.0)}]) == {"b": 0.75}
+
+
+# ---------------------------------------------------------------- pausing and ending
+
+
+def test_a_paused_job_hands_out_nothing_but_takes_what_comes_in() -> None:
+    play = training()
+    play.give(Task("train", 1, 0), "a")
+    play.do(rounds.pause(play.job, "me"))
+    assert isinstance(play.job.phase, Paused)
+    assert rounds.next_task(play.job, "b", frozenset()) is None
+    play.do(rounds.take_update(play.job, play.update(0, "a")))
+    assert rounds.pause(play.job, "me").facts == ()
+    play.do(rounds.resume(play.job, "me"))
+    assert isinstance(play.job.phase, Training)
+    assert set(play.job.phase.accepted) == {0}
+    assert rounds.resume(play.job, "me").facts == ()
+
+
+def test_a_round_frozen_under_a_pause_is_averaged_and_the_job_stays_paused() -> None:
+    play = training()
+    play.train(0, "a")
+    play.give(Task("train", 1, 1), "b")
+    play.do(rounds.pause(play.job, "me"))
+    play.do(rounds.take_update(play.job, play.update(1, "b")))
+    play.close_if_due("a", "b")
+    play.close()
+    assert isinstance(play.job.phase, Paused)
+    assert isinstance(play.job.inner, Training)
+    play.do(rounds.resume(play.job, "me"))
+    assert play.job.phase.state == "training"
+
+
+def test_the_last_round_closed_under_a_pause_waits_for_its_evaluation_under_the_pause() -> None:
+    play = training(rounds=1)
+    play.train(0, "a")
+    play.train(1, "b")
+    play.close_if_due("a", "b")
+    play.do(rounds.pause(play.job, "me"))
+    play.close()
+    assert isinstance(play.job.phase, Paused)
+    assert isinstance(play.job.inner, Evaluating)
+    play.do(rounds.resume(play.job, "me"))
+    play.evaluate(1)
+    assert isinstance(play.job.phase, Finished)
+
+
+@pytest.mark.parametrize("decide", [rounds.pause, rounds.resume])
+def test_an_ended_job_cannot_be_paused_or_resumed(decide: object) -> None:
+    play = training()
+    play.do(rounds.fail(play.job, "why"))
+    with pytest.raises(JobOverError):
+        decide(play.job, "me")  # type: ignore[operator]
+    with pytest.raises(JobOverError):
+        rounds.cancel(play.job, "me")
+
+
+def test_a_pause_stops_the_deadline_and_resuming_starts_it_anew() -> None:
+    play = training(round={"deadline": 60.0})
+    play.do(rounds.pause(play.job, "me"))
+    play.now = 1000.0
+    assert play.close_if_due("a").facts == ()
+    play.do(rounds.resume(play.job, "me"))
+    assert play.close_if_due("a").look_again_at == 1060.0
+
+
+def test_a_pause_after_the_quorum_starts_the_grace_anew() -> None:
+    play = training(round={"quorum": 1})
+    play.now = 10.0
+    play.train(0, "a")
+    play.do(rounds.pause(play.job, "me"))
+    play.now = 50.0
+    play.do(rounds.resume(play.job, "me"))
+    play.close_if_due("a", "b")
+    assert isinstance(play.job.phase, Aggregating)
+
+
+def test_cancelling_twice_is_cancelling() -> None:
+    play = training()
+    play.do(rounds.cancel(play.job, "me"))
+    assert isinstance(play.job.phase, Cancelled)
+    assert rounds.cancel(play.job, "you").facts == ()
+
+
+def test_a_fact_that_does_not_fit_the_state_is_refused_by_the_replay() -> None:
+    play = Play(spec())
+    with pytest.raises(ConflictError, match="cannot become training"):
+        rounds.evolve(play.job, StateChanged(state="training", reason=""), 0.0)
+    with pytest.raises(ConflictError, match="not training"):
+        rounds.evolve(play.job, Frozen(round=1, shards=(), reason=""), 0.0)
+
+
+def test_tries_of_a_task_that_is_not_open_are_none() -> None:
+    play = training()
+    assert rounds.tries_of(play.job, Task("init", 0)) == Tries()
+    assert rounds.tries_of(play.job, Task("evaluate", 9)) == Tries()
+    assert not rounds.is_open(play.job, Task("init", 0))
+    assert not rounds.is_open(play.job, Task("train", 1, 99))
+    assert [str(Task("init", 0)), str(Task("train", 1, 2)), str(Task("evaluate", 3))] == [
+        "initialisation",
+        "round 1, shard 2",
+        "evaluation of round 3",
+    ]
+
+
+def test_a_fact_about_a_task_that_is_gone_changes_no_tries() -> None:
+    play = training()
+    play.whole_round("a", "b")
+    before = play.job
+    play.give(Task("train", 1, 0), "a")
+    assert play.job == before
+
+
+# ---------------------------------------------------------------- any history
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Random workers do random things, in any order; P1 to P4 must hold at every moment."""
+
+    @initialize(
+        quorum=st.sampled_from(["all", 1, 0.5]),
+        deadline=st.sampled_from([None, 30.0]),
+        fraction=st.sampled_from([1.0, 0.5]),
+    )
+    def begin(self, quorum: object, deadline: float | None, fraction: float) -> None:
+        sections = {"round": {"quorum": quorum, "deadline": deadline}, "data": {"shards": 4, "fraction": fraction}}
+        self.play = Play(spec(rounds=3, **sections))
+        self.out: list[tuple[Task, int, str]] = []
+        self.counted: dict[tuple[int, int], str] = {}
+        self.play.begin("a", "b")
+        self.play.init()
+
+    def running(self) -> bool:
+        return not self.play.job.over
+
+    @rule(worker=st.sampled_from("abc"))
+    def ask(self, worker: str) -> None:
+        held = frozenset(task for task, _, holder in self.out if holder != worker)
+        task = rounds.next_task(self.play.job, worker, held)
+        if task is not None:
+            assert task not in held
+            fact = self.play.give(task, worker).facts[0]
+            self.out = [o for o in self.out if o[2] != worker]
+            self.out.append((task, fact.attempt, worker))  # type: ignore[union-attr]
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data(), twice=st.booleans(), keep=st.booleans())
+    def hand_in(self, data: st.DataObject, twice: bool, keep: bool) -> None:
+        piece = data.draw(st.sampled_from(self.out))
+        task, attempt, worker = piece
+        if not keep:
+            self.out.remove(piece)
+        for _ in range(2 if twice else 1):
+            self._hand_in(task, attempt, worker)
+
+    def _hand_in(self, task: Task, attempt: int, worker: str) -> None:
+        job = self.play.job
+        content = digest(attempt * 7919 + task.shard * 31 + task.round)
+        given = Submission(attempt=attempt, digest=content, samples=5, metrics={"accuracy": (1.0, 2.0)})
+        key = (task.round, task.shard)
+        try:
+            repeat = rounds.judge(job, task, given, worker)
+        except (SupersededError, LateError, JobOverError):
+            assert not rounds.is_open(job, task)
+            return
+        if repeat is not None:
+            assert self.counted[key] == content
+            return
+        if task.kind == "evaluate":
+            self.play.do(rounds.take_evaluation(job, task.round, given, worker))
+            return
+        assert key not in self.counted
+        self.counted[key] = content
+        phase = job.inner
+        assert isinstance(phase, Training)
+        update = self.play.update(task.shard, worker, attempt=attempt, samples=5)
+        self.play.do(rounds.take_update(job, update.model_copy(update={"digest": content})))
+
+    @precondition(lambda self: self.out)
+    @rule(data=st.data(), code=st.sampled_from(["task_failed", "expired", "released", "not_finite", "no_data"]))
+    def give_back(self, data: st.DataObject, code: str) -> None:
+        task, attempt, worker = data.draw(st.sampled_from(self.out))
+        self.out.remove((task, attempt, worker))
+        self.play.back(task, code, worker=worker, attempt=attempt)
+
+    @rule(seconds=st.floats(0, 40))
+    def time_passes(self, seconds: float) -> None:
+        self.play.now += seconds
+        before = self.play.job
+        step = self.play.close_if_due("a", "b", "c")
+        assert step.reason
+        if isinstance(self.play.job.inner, Aggregating) and isinstance(before.inner, Training):
+            assert self.play.job.inner.accepted
+            shards = [u.shard for u in self.play.job.inner.accepted]
+            assert shards == sorted(before.inner.accepted)
+
+    @rule()
+    def average(self) -> None:
+        if isinstance(self.play.job.inner, Aggregating):
+            self.play.close(number=self.play.job.closed + 1)
+
+    @rule(decide=st.sampled_from([rounds.pause, rounds.resume]))
+    def person(self, decide: object) -> None:
+        if not self.play.job.over:
+            self.play.do(decide(self.play.job, "me"))  # type: ignore[operator]
+
+    @invariant()
+    def replaying_the_facts_gives_the_same_state(self) -> None:
+        if hasattr(self, "play"):
+            live, replayed = self.play.job, self.play.replayed()
+            assert _timeless(live) == _timeless(replayed)
+
+    @invariant()
+    def every_state_has_a_reason(self) -> None:
+        if hasattr(self, "play"):
+            assert self.play.job.reason
+
+    @invariant()
+    def closed_rounds_never_go_back(self) -> None:
+        closed = getattr(self, "seen_closed", 0)
+        if hasattr(self, "play"):
+            assert self.play.job.closed >= closed
+            self.seen_closed = self.play.job.closed
+
+
+def _timeless(job: rounds.Job) -> rounds.Job:
+    """The job without the monotonic times, which a replay cannot know."""
+    inner = job.inner
+    if isinstance(inner, Training):
+        inner = rounds.replace(inner, opened_at=0.0, quorum_at=None)
+    if isinstance(inner, Aggregating):
+        inner = rounds.replace(inner, opened_at=0.0)
+    phase = Paused(inner) if isinstance(job.phase, Paused) else inner  # type: ignore[arg-type]
+    return rounds.replace(job, phase=phase)
+
+
+TestAnyHistory = AnyHistory.TestCase
+TestAnyHistory.settings = settings(deadline=None, max_examples=60, stateful_step_count=60)

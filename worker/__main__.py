@@ -1,0 +1,143 @@
+"""`python -m worker URL …`, which is `lydian work URL …`: join a coordinator and train for it."""
+
+import logging
+import os
+import platform
+import re
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from common import __version__
+from common.api import CoordinatorApi
+from common.errors import LydianError
+from worker.agent import Agent, Options
+from worker.hardware import usable_cores
+from worker.identity import Identity, default_folder, trust_file, trusted_digests
+from worker.spool import Spool
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+class TrustChoice(StrEnum):
+    """Which task files that are not built in may run here."""
+
+    none = "none"
+    listed = "listed"
+    any = "any"
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def work(
+    url: Annotated[str, typer.Argument(help="The coordinator, e.g. http://100.64.0.1:8470", envvar="LYDIAN_URL")],
+    token: Annotated[
+        str | None, typer.Option(help="Join token, needed once. Better in LYDIAN_TOKEN.", envvar="LYDIAN_TOKEN")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Shown to people (default: the host's name).")] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(help="Credential and files of this worker.", envvar="LYDIAN_STATE_DIR")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads to compute with (0: all that are usable).")] = 0,
+    data: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a data folder; may be repeated.")] = None,
+    trust: Annotated[TrustChoice, typer.Option(help="Task files that may run besides the built-in ones.")] = (
+        TrustChoice.none
+    ),
+    allow: Annotated[
+        list[Path] | None,
+        typer.Option(help="Add a task file to the list that --trust listed goes by; may be repeated."),
+    ] = None,
+    stall_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds without a sign of life that end a task.")
+    ] = 600.0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_say_version)
+    ] = False,
+) -> None:
+    """Join a coordinator and train for it, until SIGTERM or Ctrl-C (twice: at once).
+
+    Examples:
+
+    `lydian work http://100.64.0.1:8470 --token lyd_join_…`
+
+    `lydian work http://gpu-box:8470 --device cuda:1 --data mnist=/data/mnist`
+
+    `lydian work http://gpu-box:8470 --trust listed --allow my_task.py`
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for chatty in ("httpx2", "httpcore2", "httpcore"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        _agent(url, token, name, state_dir, device, threads, data or [], trust, allow or [], stall_timeout).run()
+    except LydianError as error:
+        typer.echo(error.lines(), err=True)
+        raise typer.Exit(3 if error.code == "unreachable" else 1) from error
+
+
+def _agent(
+    url: str,
+    token: str | None,
+    name: str | None,
+    state_dir: Path | None,
+    device: str,
+    threads: int,
+    data: list[str],
+    trust: TrustChoice,
+    allow: list[Path],
+    stall_s: float,
+) -> Agent:
+    shown = name or re.sub(r"[^A-Za-z0-9._-]+", "-", platform.node())[:63] or "worker"
+    folder = state_dir or default_folder(shown)
+    identity = Identity.open(folder, url)
+    if identity.credential is None and token is None:
+        raise LydianError(
+            f"{shown} has not joined {url} yet and there is no join token",
+            code="no_token",
+            advice="Paste the line that `lydian serve` printed, or set LYDIAN_TOKEN (`lydian token join` prints one).",
+        )
+    for file in allow:
+        trust_file(folder, file)
+    options = Options(
+        name=shown,
+        device=device,
+        threads=threads or usable_cores(),
+        data=_data_folders(data),
+        trust=trust.value,
+        trusted=trusted_digests(folder),
+        stall_s=stall_s,
+    )
+    os.environ.pop("LYDIAN_TOKEN", None)  # nothing that this process starts needs it
+    return Agent(CoordinatorApi(url, token), identity, Spool.open(folder), options, folder)
+
+
+def _data_folders(given: list[str]) -> dict[str, str]:
+    folders = {}
+    for item in given:
+        name, sign, path = item.partition("=")
+        if not sign or not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", name):
+            raise LydianError(
+                f"--data {item} is not NAME=PATH", code="bad_data", advice="e.g. --data mnist=/data/mnist"
+            )
+        if not Path(path).exists():
+            raise LydianError(f"--data {item}: {path} does not exist", code="bad_data", advice="Check the path.")
+        folders[name] = str(Path(path).resolve())
+    return folders
+
+
+if __name__ == "__main__":
+    app()

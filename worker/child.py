@@ -1,0 +1,391 @@
+"""The agent's handle on the child that trains: start it, ask it, stop it, bury it. Never imports torch.
+
+    ask(command) ──one line of JSON──▶ stdin  ┐
+    on_progress, the result ◀─lines─── stdout │ worker/task_host.py, a process in a group of its own
+    the log file ◀─────────────────── stderr  ┘
+
+Two threads a child. The keeper starts the process, waits for its end and reaps it together with all that it started; it
+lives as long as the child because Linux tells a child that its parent died when the *thread* that started it ends. The
+reader turns lines into events. Nothing here polls, except two seconds at the most for the stacks of a child that hangs.
+"""
+
+import io
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self, cast
+
+from common.errors import LydianError
+from common.messages import Progress, TorchBuild
+
+HOST = Path(__file__).with_name("task_host.py")
+HELLO_TIMEOUT_S = 180.0  # importing torch from a cold, slow disk takes a minute
+STACKS_TIMEOUT_S = 2.0  # for a hanging child to write where it is
+BURY_TIMEOUT_S = 10.0  # for a killed child to be gone; one that a driver holds in the kernel takes longer
+DRAIN_TIMEOUT_S = 2.0  # for the last lines of a child that has ended
+LOG_LINES = 200  # of the log, in the detail of a failure
+LOG_BYTES = 256 << 10  # at most this much of it
+SENTENCE_LIMIT, DETAIL_LIMIT = 2_000, 200_000  # characters, as messages.Abandon takes them
+STACK_MARK = b"(most recent call first)"  # what faulthandler writes above each stack
+
+ADVICE = {
+    "bad_task": "A task file defines model(config) and dataset(config, split); see examples/.",
+    "task_failed": "Mend the task file; `lydian logs` has the traceback.",
+    "task_exited": "`lydian logs` has the last lines that the task wrote.",
+    "task_stalled": "`lydian logs` has the stacks of all its threads; a loader or a download may hang.",
+    "out_of_memory": "Lower train.batch_size, or use a smaller model or a larger machine.",
+    "no_data": "Put the data on this machine and name its folder: `lydian work --data NAME=PATH`.",
+    "worker_error": "Look into the worker's log; `lydian doctor` checks this machine.",
+}
+
+
+class TaskFailure(LydianError):  # noqa: N818 - the word of the protocol
+    """A command did not succeed. The code is one of messages.Abandon's, the detail has tracebacks and the log's end."""
+
+    code = "task_failed"
+
+    def __init__(self, code: str, sentence: str, detail: str = "") -> None:
+        self.sentence = sentence[:SENTENCE_LIMIT]
+        super().__init__(self.sentence, advice=ADVICE.get(code, "Look into the worker's log."), code=code)
+        self.detail = detail[-DETAIL_LIMIT:]
+
+
+class TaskStopped(Exception):  # noqa: N818 - not an error: what was asked for
+    """The command ended early because stop() or kill() was called."""
+
+
+@dataclass(frozen=True)
+class Exited:
+    """The last thing to come from a child."""
+
+    code: int  # negative: the number of the signal that killed it
+
+    def words(self) -> str:
+        """How it ended, for a person."""
+        if self.code >= 0:
+            return f"ended with exit code {self.code}"
+        known = -self.code in {member.value for member in signal.Signals}
+        name = signal.Signals(-self.code).name if known else f"signal {-self.code}"
+        hint = " (the kernel's out-of-memory killer does that: see dmesg)" if -self.code == signal.SIGKILL else ""
+        return f"was killed by {name}{hint}"
+
+
+class Child:
+    """One training process. Any thread may call stop() and kill() while another waits in ask()."""
+
+    def __init__(self, log_path: Path) -> None:
+        """Use Child.start."""
+        self.log_path = log_path
+        self._inbox: queue.Queue[dict[str, Any] | Exited] = queue.Queue()
+        self._asking = threading.RLock()  # one command at a time
+        self._writing = threading.Lock()  # guards stdin and _busy
+        self._burying = threading.Lock()  # guards the process's number: after reaping it may belong to a stranger
+        self._busy = False  # a command is under way and was not asked to stop
+        self._reaped = False
+        self._end: TaskFailure | TaskStopped | None = None  # why there is nothing more to ask; the first reason stays
+        self._hello: TorchBuild | None = None
+        self._keeper: threading.Thread
+        self._process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(
+        cls, *, device: str, threads: int, log_path: Path, environment: Mapping[str, str] | None = None
+    ) -> "Child":
+        """Start a training process. Returns at once; `hello` or the first ask() waits until it is ready.
+
+        Args:
+            device: cpu, cuda, cuda:N, mps, xpu or auto.
+            threads: CPU threads that it computes with; 0 leaves torch's choice.
+            log_path: its prints, warnings and stacks are appended here; the folder is made.
+            environment: its environment, this process's if None; LYDIAN_* (tokens!) never reaches it either way.
+
+        Raises:
+            OSError: the log cannot be opened or the process not started.
+        """
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        child = cls(log_path)
+        command = [sys.executable, "-P", "-u", str(HOST), "--device", device, "--threads", str(threads)]
+        launched: queue.Queue[subprocess.Popen[bytes] | OSError] = queue.Queue()
+        child._keeper = threading.Thread(
+            target=child._keep, args=(command, scrubbed(environment), launched), name="child-keeper", daemon=True
+        )
+        child._keeper.start()
+        process = launched.get()
+        if isinstance(process, OSError):
+            raise process
+        child._process = process
+        return child
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        """The process's number, which is also its group's."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process has not ended yet."""
+        return not self._reaped
+
+    @property
+    def hello(self) -> TorchBuild:
+        """What the child says about its torch and its device; the first call waits for it, HELLO_TIMEOUT_S at most.
+
+        Raises:
+            TaskFailure: worker_error: torch or the device does not work here, or takes too long; the child is killed.
+            TaskStopped: kill() was called.
+        """
+        with self._asking:
+            if self._hello is None:
+                try:
+                    self._hello = self._await_hello()
+                finally:
+                    if self._hello is None:
+                        self.kill()
+            return self._hello
+
+    def ask(
+        self, command: dict[str, Any], *, on_progress: Callable[[Progress], None], stall_s: float
+    ) -> dict[str, Any]:
+        """Have the child carry out one command, and wait for it.
+
+        Args:
+            command: `{"do": …}` with the fields that worker/task_host.py describes.
+            on_progress: called in this thread for each report; when it raises, the child is killed.
+            stall_s: seconds without any report after which the child counts as hanging. A download in the task's
+                dataset() gives no reports, so be generous.
+
+        Returns:
+            the fields of the done event.
+
+        Raises:
+            TaskFailure: the command failed, the child ended (task_exited) or hung and was killed (task_stalled).
+            TaskStopped: stop() was called and the child stopped, or kill() was called.
+        """
+        with self._asking:
+            build = self.hello
+            answered = False
+            try:
+                with self._writing:
+                    self._write(command)
+                    self._busy = True
+                event = self._await_answer(command, on_progress, stall_s)
+                answered = True
+            finally:
+                with self._writing:
+                    self._busy = False
+                if not answered:
+                    self.kill()  # what a child without an answer sends next would belong to nothing
+            if event["event"] == "stopped":
+                raise TaskStopped(f"{command['do']} was stopped on {build.device}")
+            if event["event"] == "error":
+                raise self._failure(event["code"], event["sentence"], event["detail"])
+            return {name: value for name, value in event.items() if name != "event"}
+
+    def stop(self) -> None:
+        """Ask the command under way to stop at its next step. Without one, nothing happens."""
+        with self._writing:
+            if self._busy:
+                self._write({"do": "stop"})
+                self._busy = False
+
+    def kill(self) -> None:
+        """Kill the process and all that it started, and wait until it is reaped. Again is harmless."""
+        with self._burying:
+            if not self._reaped:
+                self._end = self._end or TaskStopped("the training process was killed on request")
+                kill_group(self._process.pid)
+        self._keeper.join(BURY_TIMEOUT_S)
+
+    # ---------------------------------------------------------------- the two threads
+
+    def _keep(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        launched: "queue.Queue[subprocess.Popen[bytes] | OSError]",
+    ) -> None:
+        """Start the process, wait for its end, and bury it with its group."""
+        try:
+            with self.log_path.open("ab") as log:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    env=environment,
+                    start_new_session=True,
+                    bufsize=0,
+                )
+        except OSError as error:
+            launched.put(error)
+            return
+        launched.put(process)
+        reader = threading.Thread(target=self._read, args=(process.stdout,), name="child-reader", daemon=True)
+        reader.start()
+        if sys.platform == "linux":
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and its number still its own
+        else:
+            process.wait()
+        with self._burying:
+            kill_group(process.pid)
+            code = process.wait()
+            self._reaped = True
+        with self._writing:
+            cast("io.FileIO", process.stdin).close()
+        reader.join(DRAIN_TIMEOUT_S)
+        self._inbox.put(Exited(code))
+
+    def _read(self, stdout: IO[bytes]) -> None:
+        """Put each event into the inbox; any other line (a library's, before its prints were turned) into the log."""
+        with io.BufferedReader(cast("io.FileIO", stdout)) as lines:  # unbuffered, it would be read byte by byte
+            for line in lines:
+                event = parsed(line)
+                if event is not None:
+                    self._inbox.put(event)
+                    continue
+                with self.log_path.open("ab") as log:
+                    log.write(line)
+
+    # ---------------------------------------------------------------- waiting for words
+
+    def _write(self, command: dict[str, Any]) -> None:
+        """Write one line, under the lock. A child that is gone cannot read it; its end will be told to who waits."""
+        line = memoryview(json.dumps(command, allow_nan=False).encode() + b"\n")
+        stdin = cast("io.FileIO", self._process.stdin)
+        with suppress(BrokenPipeError):
+            while line and not stdin.closed:
+                line = line[stdin.write(line) :]
+
+    def _next(self, timeout_s: float) -> dict[str, Any] | Exited:
+        """The next event, or the end of the child.
+
+        Raises:
+            queue.Empty: nothing came in time.
+            TaskFailure, TaskStopped: the child has ended and it is known why; whoever asks again is told again.
+        """
+        item = self._inbox.get(timeout=timeout_s)
+        if isinstance(item, Exited):
+            self._inbox.put(item)
+            if self._end is not None:
+                raise self._end
+        return item
+
+    def _await_hello(self) -> TorchBuild:
+        """The child's first word."""
+        try:
+            first = self._next(HELLO_TIMEOUT_S)
+        except queue.Empty:
+            sentence = f"torch was not ready {HELLO_TIMEOUT_S:g} s after the training process had started"
+            raise self._fatal("worker_error", sentence) from None
+        if isinstance(first, Exited):
+            last = next((line for line in reversed(tail(self.log_path)) if line.strip()), "it wrote nothing")
+            sentence = f"the training process {first.words()} before it was ready: {last.strip()}"
+            raise self._fatal("worker_error", sentence)
+        if first["event"] == "error":
+            raise self._fatal(first["code"], first["sentence"], first["detail"])
+        return TorchBuild.model_validate(first["torch"])
+
+    def _await_answer(
+        self, command: dict[str, Any], on_progress: Callable[[Progress], None], stall_s: float
+    ) -> dict[str, Any]:
+        """The event that ends the command; hands on the progress before it."""
+        doing = "starting"
+        while True:
+            try:
+                event = self._next(stall_s)
+            except queue.Empty:
+                self._ask_for_stacks()
+                sentence = f"the task gave no sign of life for {stall_s:g} s in '{command['do']}', while {doing}"
+                raise self._fatal("task_stalled", f"{sentence}: killed") from None
+            if isinstance(event, Exited):
+                raise self._fatal("task_exited", f"the task's process {event.words()} in '{command['do']}'")
+            if event["event"] != "progress":
+                return event
+            progress = Progress.model_validate({name: value for name, value in event.items() if name != "event"})
+            doing = progress.doing
+            on_progress(progress)
+
+    def _ask_for_stacks(self) -> None:
+        """Have a hanging child write its stacks to the log, and wait until they are there and complete."""
+        older = log_end(self.log_path).count(STACK_MARK)
+        with self._burying:
+            if self._reaped:
+                return
+            os.kill(self._process.pid, signal.SIGUSR1)
+        deadline, written, pause = time.monotonic() + STACKS_TIMEOUT_S, b"", threading.Event()
+        while time.monotonic() < deadline:
+            pause.wait(0.05)  # a file that grows wakes nobody up
+            now = log_end(self.log_path)
+            if now.count(STACK_MARK) > older and now == written:
+                return
+            written = now
+
+    def _fatal(self, code: str, sentence: str, detail: str = "") -> TaskFailure:
+        """A failure that ends the child; every later question gets it as its answer."""
+        failure = self._failure(code, sentence, detail)
+        with self._burying:
+            self._end = self._end or failure
+        return failure
+
+    def _failure(self, code: str, sentence: str, detail: str = "") -> TaskFailure:
+        """A failure with the end of the log."""
+        lines = tail(self.log_path)
+        log = "\n".join([f"---- the last {len(lines)} lines of {self.log_path.name}", *lines]) if lines else ""
+        return TaskFailure(code, sentence, "\n".join(part for part in (detail, log) if part))
+
+
+def scrubbed(environment: Mapping[str, str] | None) -> dict[str, str]:
+    """The child's environment: no token of ours, and sets of strings that iterate alike on every run."""
+    kept = {
+        name: value
+        for name, value in (os.environ if environment is None else environment).items()
+        if not name.startswith("LYDIAN_")
+    }
+    return {**kept, "PYTHONHASHSEED": "0"}
+
+
+def kill_group(group: int) -> None:
+    """SIGKILL to every process of the group, if there is any."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS answers EPERM when only zombies are left
+        os.killpg(group, signal.SIGKILL)
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The event in a line, None if there is none."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None
+
+
+def tail(path: Path, lines: int = LOG_LINES) -> list[str]:
+    """The last lines of a log."""
+    return log_end(path).decode(errors="replace").splitlines()[-lines:]
+
+
+def log_end(path: Path) -> bytes:
+    """The last LOG_BYTES of a file; nothing where somebody removed it."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(max(0, size - LOG_BYTES))
+            return file.read()
+    except FileNotFoundError:
+        return b""

@@ -1,0 +1,1087 @@
+"""The child that trains: torch and one task file on one device, spoken to in lines of JSON.
+
+A script, run as `python -P -u …/task_host.py --device D --threads N`. It imports the standard library, torch, numpy and
+safetensors, and must never import this repository, or let the task file reach it by accident: the task's own `common`
+or `server` is the task's. Nothing is pickled. One command at a time; the model and the data stay loaded between them.
+
+    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "evaluate", …}; {"do": "stop"} ends any of them
+    agent ◀──stdout── {"event": "hello"}, then for each command any number of {"event": "progress"}
+                      and exactly one {"event": "done" | "stopped" | "error"}
+    log   ◀──stderr── prints and warnings of the task, stacks on SIGUSR1 and on a crash
+
+What a train command leaves behind is a function of the command and the base model: it seeds every generator, and torch
+is asked for deterministic kernels where it has them (a task file that wants speed instead may call
+`torch.use_deterministic_algorithms(False)`).
+"""
+
+import argparse
+import ctypes
+import faulthandler
+import gc
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import queue
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+PROGRESS_EVERY_S = 0.2  # a person's eye and a heartbeat need no more
+SENTENCE_LIMIT = 1_000  # characters
+TRACEBACK_LIMIT = 100_000  # characters, the last ones
+HOUSE = Path(__file__).resolve().parent.parent
+HOUSE_NAMES = frozenset({"server", "worker", "client", "common"})
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+Metrics = dict[str, list[float]]  # name -> [sum, count]
+
+
+class Stopped(BaseException):
+    """The agent asked for the command under way to end. No Exception: a task's `except Exception` lets it through."""
+
+
+class TaskError(Exception):
+    """A command could not be carried out; what the error event says."""
+
+    def __init__(self, code: str, sentence: str, detail: str = "") -> None:
+        super().__init__(sentence)
+        self.code = code
+        self.detail = detail
+
+
+# ---------------------------------------------------------------- speaking with the agent
+
+
+class Events:
+    """The way to the agent: one JSON object a line, whole lines only."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._doing = ""
+        self._reported_at = -math.inf
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Send one event at once."""
+        self._stream.write(json.dumps(event, allow_nan=False).encode() + b"\n")
+        self._stream.flush()
+        if event["event"] != "progress":
+            self._doing = ""  # whatever comes next is news again
+
+    def due(self, doing: str) -> bool:
+        """Whether progress is worth telling: something else is done now, or the last report is old."""
+        return doing != self._doing or time.monotonic() - self._reported_at >= PROGRESS_EVERY_S
+
+    def progress(self, doing: str, **fields: float | None) -> None:
+        """Tell where the command stands, if that is due. Numbers that are not finite are sent as null."""
+        if not self.due(doing):
+            return
+        self._doing, self._reported_at = doing, time.monotonic()
+        self.send({"event": "progress", "doing": doing, **{name: finite(value) for name, value in fields.items()}})
+
+
+def finite(value: float | None) -> float | None:
+    """The number, or None where JSON has no word for it."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def read_commands(stream: BinaryIO, commands: "queue.Queue[dict[str, Any]]", stopping: threading.Event) -> None:
+    """Own stdin until the agent is gone, and then end this process and all that it started.
+
+    A stop counts for the command before it: the next command takes it back, in the order in which the lines came.
+    """
+    for line in stream:
+        command = json.loads(line)
+        if command["do"] == "stop":
+            stopping.set()
+        else:
+            stopping.clear()
+            commands.put(command)
+    if os.name == "posix" and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # loader processes too; only where the group is ours
+    os._exit(0)
+
+
+# ---------------------------------------------------------------- the device
+
+
+def pick_device(asked: str) -> torch.device:
+    """The device to train on; `auto` is the first kind of accelerator that torch finds, else the CPU.
+
+    Raises:
+        RuntimeError: no such kind of device.
+    """
+    if asked != "auto":
+        return torch.device(asked)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.xpu.is_available():
+        return torch.device("xpu")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def run_kernel(device: torch.device) -> None:
+    """Run one small matrix product on the device, and wait for it.
+
+    Raises:
+        RuntimeError: the device does not work with this torch.
+        AssertionError: this torch was built without that kind of device.
+    """
+    product = torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
+    if product.sum().item() != 512:
+        raise RuntimeError(f"a matrix product on {device} came out wrong: {product.sum().item()} instead of 512")
+
+
+def ready_device(asked: str, threads: int) -> tuple[torch.device, dict[str, Any]]:
+    """Set torch up for the device and try it.
+
+    Args:
+        asked: cpu, cuda, cuda:N, mps, xpu or auto.
+        threads: CPU threads to compute with; 0 leaves torch's choice.
+
+    Returns:
+        the device, and what hello says about this torch (messages.TorchBuild).
+
+    Raises:
+        TaskError: the device does not work; code worker_error.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs a pass over memory
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        device = pick_device(asked)
+        run_kernel(device)
+    except (RuntimeError, AssertionError) as error:
+        raise TaskError("worker_error", broken_device(asked, error), trace(error)) from error
+    build = {
+        "version": torch.__version__,
+        "device": str(device),
+        "cuda": torch.version.cuda,
+        "architectures": torch.cuda.get_arch_list(),
+        "threads": torch.get_num_threads(),
+    }
+    return device, build
+
+
+def broken_device(asked: str, error: BaseException) -> str:
+    """One sentence on a device that does not work: which card, which build, what the driver said."""
+    card = asked
+    kind, _, number = asked.partition(":")
+    if kind in {"cuda", "auto"} and torch.cuda.is_available():
+        index = int(number) if number.isdigit() else 0
+        if index < torch.cuda.device_count():
+            major, minor = torch.cuda.get_device_capability(index)
+            card = f"{asked} ({torch.cuda.get_device_name(index)}, sm_{major}{minor})"
+    kernels = " ".join(torch.cuda.get_arch_list()) or "no GPU that it can see"
+    build = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}, kernels for {kernels})"
+    return f"device {card} does not work with {build}: {first_line(error)}; --device cpu always works"
+
+
+# ---------------------------------------------------------------- errors of the task, in words
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:SENTENCE_LIMIT]
+
+
+def trace(error: BaseException) -> str:
+    """The traceback as Python prints it, cut to its end where it is very long."""
+    return "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the device or in the machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # Two allocators of torch say it only in words.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
+def explain(error: BaseException, hook: str, own_hook: bool, task: Path, config: dict[str, Any]) -> TaskError:
+    """What the error event says about an exception that came out of the task's code.
+
+    Args:
+        error: what was raised.
+        hook: what was called for: train, dataset …; "" while the file itself was imported.
+        own_hook: the task file defines that function; if not, the sentence names the function of the file that failed.
+        task: the task file.
+        config: the task's configuration, for its batch size.
+    """
+    if is_out_of_memory(error):
+        sentence = f"out of memory in {hook}() at batch_size {config.get('batch_size')}: {first_line(error)}"
+        return TaskError("out_of_memory", f"{sentence}; lower train.batch_size or use a smaller model", trace(error))
+    if isinstance(error, SyntaxError):
+        place = f"{Path(error.filename or task).name}, line {error.lineno}"
+        return TaskError("bad_task", f"{type(error).__name__} in {place}: {error.msg}", trace(error))
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(task)]
+    place = f"{task.name}, line {lines[-1].lineno}" if lines else task.name
+    if hook == "dataset" and isinstance(error, FileNotFoundError):
+        own_words = error.errno is None  # raised by the task, not by open()
+        sentence = first_line(error) if own_words else f"FileNotFoundError in dataset(): {first_line(error)} ({place})"
+        return TaskError("no_data", sentence, trace(error))
+    if not hook:
+        return TaskError("bad_task", f"{type(error).__name__} in {place}: {first_line(error)}", trace(error))
+    where = hook if own_hook or not lines else lines[-1].name
+    return TaskError("task_failed", f"{type(error).__name__} in {where}(): {first_line(error)} ({place})", trace(error))
+
+
+# ---------------------------------------------------------------- the task file
+
+
+class HouseHidden:
+    """A finder that keeps the packages of this repository from the task, where both are installed side by side."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:  # noqa: ARG004
+        """Look for one of our four names everywhere but at home; leave every other name to the usual finders."""
+        if name not in HOUSE_NAMES:
+            return None
+        spec = PathFinder.find_spec(name, [entry for entry in sys.path if Path(entry).resolve() != HOUSE])
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return spec
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task file that was imported, and the configuration that its functions get."""
+
+    file: Path
+    module: ModuleType
+    config: dict[str, Any]
+
+    def has(self, hook: str) -> bool:
+        """Whether the file defines this optional function."""
+        return callable(getattr(self.module, hook, None))
+
+    def call(self, hook: str, *arguments: Any) -> Any:  # noqa: ANN401 - whatever the task returns
+        """Call a function of the task file as it is; wrap it in `watched`."""
+        return getattr(self.module, hook)(*arguments)
+
+    @contextmanager
+    def watched(self, hook: str) -> Iterator[None]:
+        """Turn whatever the task's code raises into a TaskError that names the function, file and line."""
+        try:
+            yield
+        except TaskError:
+            raise
+        except (Exception, SystemExit) as error:  # user code can raise anything, and the child lives on
+            raise explain(error, hook, self.has(hook), self.file, self.config) from error
+
+
+def import_task(file: Path, config: dict[str, Any]) -> Task:
+    """Import a task file by its path. Files beside it can be imported by it.
+
+    Raises:
+        TaskError: it cannot be imported, or lacks model() or dataset(); code bad_task.
+    """
+    folder = str(file.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last, so that a file beside the task never hides the standard library or torch
+    spec = importlib.util.spec_from_file_location("lydian_task", file)
+    if spec is None or spec.loader is None:
+        raise TaskError("bad_task", f"{file.name} is not a Python file: its name must end in .py")
+    task = Task(file=file, module=importlib.util.module_from_spec(spec), config=config)
+    sys.modules[spec.name] = task.module  # dataclasses and typing look their module up while it is imported
+    with task.watched(""):
+        spec.loader.exec_module(task.module)
+    missing = [f"{hook}({arguments})" for hook, arguments in REQUIRED_HOOKS.items() if not task.has(hook)]
+    if missing:
+        raise TaskError("bad_task", f"{file.name} does not define {' and '.join(missing)}")
+    return task
+
+
+REQUIRED_HOOKS = {"model": "config", "dataset": "config, split"}
+
+
+def default_loss(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN401 - the task's batch
+    """Cross-entropy of model(x) against the class indices y, for a batch (x, y).
+
+    Returns:
+        the mean loss, 0-dim; the logits (N, C, …); the classes int64 (N, …).
+    """
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        sentence = f"the default loss needs batches (x, y) of tensors, not {type(batch).__name__}"
+        raise TaskError("bad_task", f"{sentence}: define loss(model, batch, config)")
+    x, y = batch
+    logits = model(x)
+    classes = y if y.is_floating_point() else y.long()  # class probabilities stay what they are
+    return nn.functional.cross_entropy(logits, classes), logits, classes
+
+
+def loss_of(task: Task, model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401 - the task's batch
+    """The task's loss of one batch, or the default one."""
+    if task.has("loss"):
+        loss: Tensor = task.call("loss", model, batch, task.config)
+        return loss
+    return default_loss(model, batch)[0]
+
+
+def metrics_of(task: Task, model: nn.Module, batch: Any, samples: int) -> dict[str, tuple[float, float]]:  # noqa: ANN401
+    """Sums and counts of one batch: the task's metrics(), else its loss(), else accuracy and cross-entropy.
+
+    Args:
+        task: the task; a loss() of its own says nothing about accuracy, so then only `loss` is measured.
+        model: in evaluation mode.
+        batch: on the model's device.
+        samples: samples in the batch.
+
+    Returns:
+        name -> (sum, count).
+    """
+    if task.has("metrics"):
+        measured = task.call("metrics", model, batch, task.config)
+        return {str(name): (float(total), float(count)) for name, (total, count) in measured.items()}
+    if task.has("loss"):
+        return {"loss": (float(task.call("loss", model, batch, task.config)) * samples, samples)}
+    loss, logits, classes = default_loss(model, batch)
+    wanted = classes.argmax(1) if classes.is_floating_point() else classes
+    right = logits.argmax(1) == wanted
+    return {"accuracy": (float(right.sum()), right.numel()), "loss": (float(loss) * samples, samples)}
+
+
+def optimizer_of(task: Task, model: nn.Module) -> Any:  # noqa: ANN401 - a task may bring its own kind of optimiser
+    """The task's optimiser, or SGD by the job's lr, momentum and weight_decay. Fresh in every round."""
+    if task.has("optimizer"):
+        return task.call("optimizer", model, task.config)
+    return torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=task.config.get("lr", 0.1),
+        momentum=task.config.get("momentum", 0.0),
+        weight_decay=task.config.get("weight_decay", 0.0),
+    )
+
+
+# ---------------------------------------------------------------- samples in their order
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, numpy's and torch's generators, on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # all that numpy takes
+    torch.manual_seed(seed)
+
+
+def pass_seed(seed: int, number: int) -> int:
+    """A seed for one pass of a command, 63 bits; neighbouring seeds and passes share nothing."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:8], "little") >> 1
+
+
+def pass_order(shard: Tensor, seed: int, number: int) -> Tensor:
+    """The shard's samples in the order of one pass: of (seed, number of the pass) alone, the same on any device.
+
+    Args:
+        shard: int64 (samples,), indices into the dataset.
+        seed: the command's seed.
+        number: 0 for the first pass.
+
+    Returns:
+        int64 (samples,), a permutation of the shard.
+    """
+    generator = torch.Generator().manual_seed(pass_seed(seed, number))
+    return shard[torch.randperm(len(shard), generator=generator)]
+
+
+def batch_ends(samples: int, batch_size: int, *, join_last_one: bool) -> list[int]:
+    """Where each batch of a pass ends. The last, smaller batch is kept.
+
+    Args:
+        samples: samples in the pass, at least one.
+        batch_size: samples a batch.
+        join_last_one: give a last batch of one sample to the batch before it. BatchNorm refuses to train on one
+            sample, and dropping it would leave a sample out of the round.
+    """
+    ends = [*range(batch_size, samples, batch_size), samples]
+    if join_last_one and len(ends) > 1 and ends[-1] - ends[-2] == 1 and batch_size > 1:
+        del ends[-2]
+    return ends
+
+
+def row_reader(dataset: Dataset[Any]) -> Callable[[Tensor], list[Tensor]] | None:
+    """A reader of whole batches by their indices, for tensors in memory (TensorDataset, or a Subset of one).
+
+    It gives what DataLoader's default collation of the single samples gives, without a Python call a sample.
+
+    Returns:
+        indices int64 (n,) -> one tensor of n rows for each tensor of the dataset; None for any other dataset.
+    """
+    if type(dataset) is TensorDataset:
+        tensors = dataset.tensors
+        return lambda rows: [tensor[rows] for tensor in tensors]
+    if type(dataset) is not Subset:  # a subclass may do more than choose
+        return None
+    inner, chosen = row_reader(dataset.dataset), torch.as_tensor(dataset.indices, dtype=torch.int64)
+    return None if inner is None else lambda rows: inner(chosen[rows])
+
+
+def to_device(batch: Any, device: torch.device) -> Any:  # noqa: ANN401 - any nesting of the task's
+    """The batch with every tensor in it on the device; dicts, lists and tuples are walked, the rest is left alone."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)([to_device(value, device) for value in batch])
+    return batch
+
+
+def read_batches(
+    dataset: Dataset[Any], parts: Sequence[Tensor], device: torch.device, *, workers: int, seed: int
+) -> Iterator[Any]:
+    """The batches with these indices, in this order, on the device.
+
+    Draws nothing from torch's global generator, so that dropout does not depend on how the data is read.
+
+    Args:
+        dataset: map-style.
+        parts: one int64 tensor of indices a batch.
+        device: where the tensors go.
+        workers: processes that read; 0 reads here. Tensors in memory are always read here.
+        seed: what the random augmentation of those processes starts from.
+    """
+    rows = row_reader(dataset)
+    if rows is not None:
+        yield from (to_device(rows(part), device) for part in parts)
+        return
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[part.tolist() for part in parts],
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(seed),
+        # Forked readers need no pickled dataset, whose class would have to be importable by name.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )
+    yield from (to_device(batch, device) for batch in loader)
+
+
+def labels_of(dataset: Any, told: Callable[[int], None]) -> Any:  # noqa: ANN401 - datasets have no common type for it
+    """The label of every sample, from `targets`, `labels` or the second tensor, or else by looking at each sample.
+
+    Args:
+        dataset: map-style.
+        told: called with the number of samples looked at.
+    """
+    if isinstance(dataset, Subset):
+        return np.asarray(labels_of(dataset.dataset, told))[np.asarray(dataset.indices, dtype=np.int64)]
+    for name in ("targets", "labels"):
+        if hasattr(dataset, name):
+            return getattr(dataset, name)
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1] if len(dataset.tensors) > 1 else None
+    labels = []
+    for index in range(len(dataset)):
+        told(index)
+        sample = dataset[index]
+        if not isinstance(sample, list | tuple) or len(sample) < 2:
+            return None
+        labels.append(float(sample[1]))
+    return labels
+
+
+def label_array(dataset: Any, told: Callable[[int], None]) -> "np.ndarray[Any, np.dtype[np.int64]]":  # noqa: ANN401
+    """The class of every sample, int64 (samples,).
+
+    Raises:
+        TaskError: the samples have no single whole number as their label; code bad_task.
+    """
+    found = labels_of(dataset, told)
+    labels = np.asarray(found.cpu() if isinstance(found, Tensor) else found)
+    whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and bool(np.all(labels == np.floor(labels))))
+    if labels.shape != (len(dataset),) or not whole:
+        sentence = "the train split has no class a sample (one whole number as `targets`, `labels` or second item)"
+        raise TaskError("bad_task", f"{sentence}, so it cannot be cut by label: use partition iid or local")
+    return labels.astype(np.int64)
+
+
+# ---------------------------------------------------------------- the model's state as a file
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model's state is written: each tensor once, and what averaging must know about it.
+
+    aliases: other name -> the name it is written under, for tied weights.
+    variances: running variance -> its running mean, for normalisation layers with running statistics.
+    buffers: floating-point tensors that are not parameters.
+    """
+
+    aliases: dict[str, str]
+    variances: dict[str, str]
+    buffers: list[str]
+
+    def metadata(self) -> dict[str, str]:
+        """One key alone: safetensors writes several in random order, and equal models must give equal bytes."""
+        facts = {"aliases": self.aliases, "variances": self.variances, "buffers": self.buffers}
+        return {"lydian": json.dumps(facts, sort_keys=True, separators=(",", ":"))}
+
+
+def state_of(model: nn.Module) -> tuple[dict[str, Tensor], Layout]:
+    """The model's persistent tensors by name, tied ones under their first name only, and how they are written.
+
+    Raises:
+        TaskError: something in the state is not a plain tensor; code bad_task.
+    """
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or nn.parameter.is_lazy(value) or value.layout != torch.strided:
+            kind = type(value).__name__
+            sentence = f"the model's state {name!r} is a {kind} and cannot travel: only dense tensors with a shape can"
+            raise TaskError("bad_task", f"{sentence} (a lazy layer gets its shape from one batch inside model())")
+    first: dict[tuple[Any, ...], str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in state.items():
+        if tensor.numel():  # empty tensors have no memory to share
+            place = tensor.untyped_storage().data_ptr(), tensor.storage_offset()
+            same = first.setdefault((tensor.device, *place, tensor.dtype, tensor.shape, tensor.stride()), name)
+            if same != name:
+                aliases[name] = same
+    kept = {name: tensor for name, tensor in state.items() if name not in aliases}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = sorted(name for name, tensor in kept.items() if tensor.is_floating_point() and name not in parameters)
+    return kept, Layout(aliases=aliases, variances=running_variances(model, kept), buffers=buffers)
+
+
+def running_variances(model: nn.Module, kept: dict[str, Tensor]) -> dict[str, str]:
+    """Running variance -> running mean, of every BatchNorm, SyncBatchNorm and InstanceNorm that keeps them."""
+    pairs = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            dot = f"{prefix}." if prefix else ""
+            if f"{dot}running_var" in kept and f"{dot}running_mean" in kept:
+                pairs[f"{dot}running_var"] = f"{dot}running_mean"
+    return pairs
+
+
+def save_state(model: nn.Module, out: Path) -> None:
+    """Write the model's state as safetensors: equal states give equal bytes, and a torn file never has the name."""
+    kept, layout = state_of(model)
+    tensors = {}
+    for name, tensor in kept.items():
+        plain = tensor.detach().to("cpu").contiguous()
+        owns_all = plain.untyped_storage().nbytes() == plain.numel() * plain.element_size()
+        tensors[name] = plain if owns_all else plain.clone()  # safetensors refuses views into a larger storage
+    unfinished = out.with_name(out.name + ".part")
+    save_file(tensors, unfinished, metadata=layout.metadata())
+    unfinished.replace(out)
+
+
+def load_state(model: nn.Module, base: Path) -> None:
+    """Load a file that save_state wrote into a model of the same shape; tied weights stay tied.
+
+    Raises:
+        TaskError: the file is not one of this model: other names, shapes or dtypes; code bad_task.
+    """
+    tensors = load_file(base)
+    kept, layout = state_of(model)
+    differences = [f"{name!r} is missing" for name in kept.keys() - tensors.keys()]
+    differences += [f"{name!r} is not in the model" for name in tensors.keys() - kept.keys()]
+    for name in kept.keys() & tensors.keys():
+        here, there = kept[name], tensors[name]
+        if (here.shape, here.dtype) != (there.shape, there.dtype):
+            differences.append(f"{name!r} is {there.dtype} {list(there.shape)}, not {here.dtype} {list(here.shape)}")
+    if differences:
+        more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+        raise TaskError("bad_task", f"the global model does not fit model(config): {min(differences)}{more}")
+    model.load_state_dict({**tensors, **{alias: tensors[name] for alias, name in layout.aliases.items()}})
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass
+class Context:
+    """What a training loop gets to know, and how it tells where it is. The third argument of a task's train().
+
+        def train(model, loader, context):
+            while not context.done:
+                for batch in loader:                       # one pass, on the device, in this round's order
+                    context.optimizer.zero_grad()
+                    loss = ...
+                    loss.backward()
+                    context.optimizer.step()
+                    context.step(loss)
+
+    Call `step` once an optimiser step. The loader ends by itself when the round is over, and a loop never has to ask
+    which of epochs, steps and seconds the job gave. One of those three is set; the other two are None.
+    """
+
+    device: torch.device
+    config: dict[str, Any]
+    seed: int
+    round: int
+    epochs: int | None
+    steps: int | None
+    seconds: float | None
+    optimizer: Any
+    _events: Events
+    _stopping: threading.Event
+    _batches: int  # in one pass
+    _began: float = field(default_factory=time.monotonic)
+    _drawn: int = 0  # batches that the loader gave
+    _settled: bool = True  # the last batch that it gave was stepped on, or its pass is over
+    _batch_samples: int = 0  # in that batch
+    _taken: int = 0  # calls of step()
+    _samples: int = 0
+    _loss_sum: float = 0.0
+    _unread: list[tuple[Tensor, int]] = field(default_factory=list)  # losses that are still on the device
+
+    @property
+    def done(self) -> bool:
+        """Whether this round's training is as long as the job wants it."""
+        if self.steps is not None:
+            return self._taken >= self.steps
+        if self.seconds is not None:
+            return time.monotonic() - self._began >= self.seconds
+        return self._settled and self._drawn >= (self.epochs or 1) * self._batches
+
+    def step(self, loss: Tensor | float, samples: int | None = None) -> bool:
+        """Count one optimiser step, and report it when a report is due.
+
+        Args:
+            loss: the mean loss of the step's samples, one number; it may still be on the device.
+            samples: how many samples the step used; by default those of the loader's last batch.
+
+        Returns:
+            whether there is more to do: `not done`.
+
+        Raises:
+            Stopped: the agent wants the training to end now. Let it through.
+        """
+        if self._stopping.is_set():
+            raise Stopped
+        count = self._batch_samples if samples is None else samples
+        value = torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach().reshape(())
+        self._unread.append((value, count))
+        self._taken += 1
+        self._samples += count
+        self._settled = True
+        if self._events.due("training"):
+            self.report()
+        return not self.done
+
+    def report(self) -> None:
+        """Tell the agent how far the training is, with the mean loss since the last report."""
+        samples = sum(count for _, count in self._unread)
+        loss = self.read_losses() / samples if samples else None
+        elapsed = time.monotonic() - self._began
+        total = (self.epochs or 1) * self._batches if self.seconds is None else None
+        self._events.progress(
+            "training",
+            step=self._taken,
+            steps=self.steps if self.steps is not None else total,
+            samples=self._samples,
+            samples_per_s=self._samples / elapsed if self._samples and elapsed else None,
+            loss=loss,
+        )
+
+    def read_losses(self) -> float:
+        """Bring the losses over from the device, all in one wait, and return their sum over samples."""
+        if not self._unread:
+            return 0.0
+        values = torch.stack([value for value, _ in self._unread]).tolist()
+        recent: float = sum(value * count for value, (_, count) in zip(values, self._unread, strict=True))
+        self._loss_sum += recent
+        self._unread.clear()
+        return recent
+
+    def result(self) -> dict[str, Any]:
+        """What the done event says of the loop: steps, seconds, and the loss unless it is not finite."""
+        self.read_losses()
+        seconds = time.monotonic() - self._began
+        loss: Metrics = {"train_loss": [self._loss_sum, self._samples]}
+        has_loss = self._samples > 0 and math.isfinite(self._loss_sum)
+        return {"steps": self._taken, "seconds": seconds, "metrics": loss if has_loss else {}}
+
+    # What follows is between the loader and the context; a task has no use for it.
+
+    def wants_more(self) -> bool:
+        """Whether the loader is to give another batch."""
+        if self._stopping.is_set():
+            raise Stopped
+        return not self.done
+
+    def gave(self, samples: int) -> None:
+        """The loader gave a batch of so many samples."""
+        self._drawn, self._settled, self._batch_samples = self._drawn + 1, False, samples
+
+    def passed(self) -> None:
+        """The loader is through with a pass."""
+        self._settled = True
+
+
+class ShardLoader:
+    """The worker's share of the data, in batches on the device. Each iteration is the next pass, in its own order."""
+
+    def __init__(self, dataset: Dataset[Any], shard: Tensor, ends: Sequence[int], context: Context) -> None:
+        self._dataset = dataset
+        self._shard = shard
+        self._ends = ends
+        self._context = context
+        self._passes = 0
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[Any]:
+        """One pass over the shard; shorter when the round is over before."""
+        context = self._context
+        seed, workers = pass_seed(context.seed, self._passes), context.config.get("loader_workers", 0)
+        parts = torch.tensor_split(pass_order(self._shard, context.seed, self._passes), self._ends[:-1])
+        self._passes += 1
+        batches = read_batches(self._dataset, parts, context.device, workers=workers, seed=seed)
+        for part in parts:
+            if not context.wants_more():
+                return
+            batch = next(batches)
+            context.gave(len(part))
+            yield batch
+        context.passed()
+
+
+def default_train(task: Task, model: nn.Module, loader: ShardLoader, context: Context) -> None:
+    """Forward, backward, step, until the round is over."""
+    while not context.done:
+        for batch in loader:
+            context.optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(task, model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            context.optimizer.step()
+            context.step(loss)
+
+
+# ---------------------------------------------------------------- the commands
+
+
+class Host:
+    """Carries out commands, and keeps the task, its model and its data between them."""
+
+    def __init__(self, device: torch.device, events: Events, stopping: threading.Event) -> None:
+        self._device = device
+        self._events = events
+        self._stopping = stopping
+        self._task: Task | None = None
+        self._model: nn.Module | None = None
+        self._splits: dict[str, Any] = {}
+        self._commands: dict[str, Callable[..., dict[str, Any]]] = {
+            "open": self.open,
+            "init": self.init,
+            "describe": self.describe,
+            "train": self.train,
+            "evaluate": self.evaluate,
+        }
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        """The one event that ends a command."""
+        name = command.pop("do")
+        if name not in self._commands:
+            return failure(TaskError("worker_error", f"the training process knows no command {name!r}"))
+        try:
+            return {"event": "done", **self._commands[name](**command)}
+        except Stopped:
+            return {"event": "stopped"}
+        except TaskError as error:
+            return failure(error)
+        except Exception as error:  # noqa: BLE001 - a full disk, a torn file, a bug of ours: told to the agent, not lost
+            sentence = f"{type(error).__name__} in the training process while it did {name!r}: {first_line(error)}"
+            return failure(TaskError("worker_error", sentence, trace(error)))
+
+    def open(self, task: str, config: dict[str, Any]) -> dict[str, Any]:
+        """Import the task file; forget the one before, its model and its data."""
+        self._events.progress("loading")
+        self._task, self._model, self._splits = None, None, {}
+        self._task = import_task(Path(task).resolve(), config)
+        return {}
+
+    def init(self, seed: int, out: str, labels: str | None) -> dict[str, Any]:
+        """Build the model from the seed, on the CPU, and write it; count what there is to train on."""
+        self._events.progress("loading")
+        self._model = None
+        model = self._built(seed)
+        save_state(model, Path(out))
+        test = self._split("test")
+        return {
+            "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            "test_samples": 0 if test is None else len(test),
+            **self.describe(labels),
+        }
+
+    def describe(self, labels: str | None) -> dict[str, Any]:
+        """Count the training samples, and write the class of each where the shards are cut by label."""
+        self._events.progress("loading")
+        train = self._split("train")
+        if labels is not None:
+            self._write_labels(train, Path(labels))
+        return {"train_samples": len(train)}
+
+    def train(
+        self,
+        base: str,
+        indices: str | None,
+        out: str,
+        seed: int,
+        round: int,  # noqa: A002 - the command's word
+        epochs: int | None = None,
+        steps: int | None = None,
+        seconds: float | None = None,
+    ) -> dict[str, Any]:
+        """Train the base model on a shard and write what came out. Without a length: one epoch."""
+        self._events.progress("loading")
+        task, dataset = self._opened(), self._split("train")
+        shard = read_shard(indices, len(dataset))
+        model = self._loaded(base, seed)
+        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        ends = batch_ends(len(shard), int(task.config.get("batch_size", 32)), join_last_one=has_batch_norm)
+        seed_everything(seed)  # after model and data were built: those that were kept have drawn no numbers
+        model.train()
+        model.zero_grad(set_to_none=True)
+        with task.watched("optimizer" if task.has("optimizer") else "model"):
+            optimizer = optimizer_of(task, model)
+        context = Context(
+            device=self._device,
+            config=task.config,
+            seed=seed,
+            round=round,
+            epochs=1 if epochs is None and steps is None and seconds is None else epochs,
+            steps=steps,
+            seconds=seconds,
+            optimizer=optimizer,
+            _events=self._events,
+            _stopping=self._stopping,
+            _batches=len(ends),
+        )
+        loader = ShardLoader(dataset, shard, ends, context)
+        context.report()
+        with task.watched("train"):
+            if task.has("train"):
+                task.call("train", model, loader, context)
+            else:
+                default_train(task, model, loader, context)
+            result = context.result()
+        if not result["steps"]:
+            raise TaskError("task_failed", "train() returned and never called context.step(loss) after a step")
+        model.zero_grad(set_to_none=True)
+        save_state(model, Path(out))
+        return {"samples": len(shard), **result}
+
+    def evaluate(self, base: str, batch_size: int) -> dict[str, Any]:
+        """Measure the base model on the whole test split. Sums that are not finite are left out."""
+        self._events.progress("loading")
+        task, dataset = self._opened(), self._split("test")
+        if dataset is None or not len(dataset):
+            raise TaskError("bad_task", "there is nothing to evaluate on: dataset(config, 'test') has no samples")
+        model = self._loaded(base, seed=0)
+        seed_everything(0)
+        model.eval()
+        began = time.monotonic()
+        ends = batch_ends(len(dataset), batch_size, join_last_one=False)
+        parts = torch.tensor_split(torch.arange(len(dataset)), ends[:-1])
+        workers = task.config.get("loader_workers", 0)
+        sums: Metrics = {}
+        seen = 0
+        with torch.no_grad(), task.watched("metrics"):
+            for number, batch in enumerate(read_batches(dataset, parts, self._device, workers=workers, seed=0)):
+                if self._stopping.is_set():
+                    raise Stopped
+                for name, (total, count) in metrics_of(task, model, batch, len(parts[number])).items():
+                    held = sums.setdefault(name, [0.0, 0.0])
+                    held[0], held[1] = held[0] + total, held[1] + count
+                seen += len(parts[number])
+                rate = seen / max(time.monotonic() - began, 1e-9)
+                self._events.progress(
+                    "evaluating", step=number + 1, steps=len(parts), samples=seen, samples_per_s=rate, loss=None
+                )
+        usable = {name: held for name, held in sums.items() if all(map(math.isfinite, held))}
+        return {"metrics": usable, "samples": seen, "seconds": time.monotonic() - began}
+
+    def _opened(self) -> Task:
+        """The task that is open."""
+        if self._task is None:
+            raise TaskError("worker_error", "no task is open: the agent must send 'open' first")
+        return self._task
+
+    def _built(self, seed: int) -> nn.Module:
+        """The model: the one kept, else a new one, built on the CPU from the seed."""
+        task = self._opened()
+        if self._model is None:
+            seed_everything(seed)
+            with task.watched("model"):
+                model = task.call("model", task.config)
+            if not isinstance(model, nn.Module):
+                raise TaskError("bad_task", f"model(config) gives a {type(model).__name__}, not a torch.nn.Module")
+            self._model = model
+        return self._model
+
+    def _loaded(self, base: str, seed: int) -> nn.Module:
+        """The model on the device, with the state of the base file."""
+        model = self._built(seed)
+        with self._opened().watched("model"):
+            model.to(self._device)
+        load_state(model, Path(base))
+        return model
+
+    def _split(self, name: str) -> Any:  # noqa: ANN401 - a map-style dataset, or None
+        """The task's dataset of a split, loaded once; None where the task has no such split.
+
+        A task says that it has no test split by returning None, by NotImplementedError, or by KeyError("test"), as
+        `{"train": …}[split]` does. Any other error is an error: a mistake must not pass for a missing split.
+        dataset() always runs with the generators at zero: a random_split in it is the same on every worker.
+        """
+        task = self._opened()
+        if name not in self._splits:
+            seed_everything(0)
+            with task.watched("dataset"):
+                try:
+                    dataset = task.call("dataset", task.config, name)
+                except NotImplementedError:
+                    dataset = None
+                except KeyError as error:
+                    if error.args != (name,):
+                        raise
+                    dataset = None
+                if dataset is None and name == "train":
+                    raise TaskError("bad_task", "dataset(config, 'train') gives no dataset")
+                if dataset is not None and not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+                    sentence = f"dataset(config, {name!r}) gives a {type(dataset).__name__}, not a map-style Dataset"
+                    raise TaskError("bad_task", f"{sentence}: it needs __len__ and __getitem__")
+            self._splits[name] = dataset
+        return self._splits[name]
+
+    def _write_labels(self, dataset: Any, out: Path) -> None:  # noqa: ANN401 - a map-style dataset
+        """Write the class of every sample of the train split, int64 (samples,), as .npy."""
+
+        def told(samples: int) -> None:
+            if self._stopping.is_set():
+                raise Stopped
+            self._events.progress("loading", samples=samples)
+
+        with self._opened().watched("dataset"):
+            labels = label_array(dataset, told)
+        with out.open("wb") as file:  # a file object: numpy would add a suffix to a name
+            np.save(file, labels, allow_pickle=False)
+
+
+def read_shard(indices: str | None, samples: int) -> Tensor:
+    """The shard's samples, int64 (n,): those in the .npy file, or all of the dataset.
+
+    Raises:
+        TaskError: the shard is empty, or names samples that this machine's data does not have; code bad_task.
+    """
+    shard = torch.arange(samples)
+    if indices is not None:
+        shard = torch.from_numpy(np.load(indices, allow_pickle=False).astype(np.int64))
+    if not len(shard):
+        raise TaskError("bad_task", f"the shard is empty; the train split has {samples} samples on this machine")
+    low, high = int(shard.min()), int(shard.max())
+    if low < 0 or high >= samples:
+        sentence = f"the shard has samples {low} to {high}, but the train split has only {samples} on this machine"
+        raise TaskError("bad_task", f"{sentence}: every worker needs the same data, unless partition is local")
+    return shard
+
+
+def failure(error: TaskError) -> dict[str, Any]:
+    """The error event."""
+    return {"event": "error", "code": error.code, "sentence": str(error)[:SENTENCE_LIMIT], "detail": error.detail}
+
+
+# ---------------------------------------------------------------- the process
+
+
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Take stdin and stdout for the protocol alone: input() finds nothing, print() goes to the log.
+
+    Returns:
+        where commands come from, where events go.
+    """
+    commands, events = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return io.open(commands, "rb"), io.open(events, "wb")  # noqa: UP020 - descriptors, not paths
+
+
+def die_with_the_agent() -> None:
+    """Ask Linux to kill this process when the thread that started it ends: the end of stdin is not seen while a
+    library holds the interpreter lock."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def show_stacks_when_asked() -> None:
+    """Write every thread's stack to stderr on SIGUSR1 and on a crash."""
+    faulthandler.enable()
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any]]", events: Events) -> int:
+    """Carry out commands one by one; only a device that is lost ends this. Returns the exit code."""
+    while True:
+        answer = host.answer(commands.get())
+        events.send(answer)
+        if answer["event"] == "done":
+            continue
+        gc.collect()  # what the failed command held goes back to the device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            run_kernel(device)
+        except RuntimeError as error:  # an error inside a kernel spoils the device for this process, and only for it
+            sys.stderr.write(f"{device} is lost to this process: {first_line(error)}\n")
+            return 1
+
+
+def main() -> int:
+    """Say hello, then serve. Returns the exit code."""
+    parser = argparse.ArgumentParser(description="Trains for a Lydian worker; not meant to be run by hand.")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args()
+
+    commands_in, events_out = take_pipes()
+    die_with_the_agent()
+    show_stacks_when_asked()
+    commands: queue.Queue[dict[str, Any]] = queue.Queue()
+    stopping = threading.Event()
+    reader = threading.Thread(target=read_commands, args=(commands_in, commands, stopping), name="stdin", daemon=True)
+    reader.start()
+    events = Events(events_out)
+    try:
+        device, build = ready_device(options.device, options.threads)
+    except TaskError as error:
+        events.send(failure(error))
+        return 1
+    sys.meta_path.insert(0, HouseHidden)
+    sys.dont_write_bytecode = True  # the task file's folder is not ours to write into
+    events.send({"event": "hello", "torch": build})
+    return serve(Host(device, events, stopping), device, commands, events)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
