@@ -16,7 +16,6 @@ from uuid import uuid4
 import typer
 
 from client import shown
-from client.calling import Ending
 from client.job_file import Job, flag_layer, read_job
 from client.running import Child, Children, python_module, wait_for_line
 from client.task_file import is_task_file
@@ -28,21 +27,18 @@ from common.messages import JobRequest
 READY_S = 60.0  # for the coordinator to listen, on a machine that is busy
 
 
-def run_demo(*, rounds: int, workers: int, task: str, keep: bool) -> Ending:
+def run_demo(*, rounds: int, workers: int, task: str, keep: bool) -> None:
     """Train a task for a few rounds on this machine and print the table of rounds and the final accuracy.
 
-    Returns:
-        FINE when the job finished, FAILED otherwise.
-
     Raises:
-        LydianError: the job is wrong, or a part did not start or ended by itself; its log was shown.
+        LydianError: the job is wrong or did not finish, or a part ended by itself; the logs were shown.
     """
     flags = {("task",): task, ("rounds",): str(rounds), ("round", "min_workers"): str(workers)}
     job = read_job(None, flag_layer(flags), {})
     folder = Path(tempfile.mkdtemp(prefix="lydian-demo-"))
     try:
         with _ended_by_signals(), Children(folder) as children:
-            return _train(children, job, workers, trust_any=is_task_file(task))
+            _train(children, job, workers, trust_any=is_task_file(task))
     finally:
         if keep:
             typer.echo(f"everything is kept in {folder}", err=True)
@@ -50,12 +46,13 @@ def run_demo(*, rounds: int, workers: int, task: str, keep: bool) -> Ending:
             shutil.rmtree(folder)
 
 
-def _train(children: Children, job: Job, workers: int, *, trust_any: bool) -> Ending:
+def _train(children: Children, job: Job, workers: int, *, trust_any: bool) -> None:
     try:
         url, state = _start_coordinator(children)
         _start_workers(children, workers, url, (state / "join.token").read_text().strip(), trust_any=trust_any)
         with CoordinatorApi(url, (state / "admin.token").read_text().strip()) as api:
-            board, ending = _watch(api, job, children)
+            board = _watch(api, job, children)
+            _check_finished(board)
     except LydianError:
         for child in children.started:
             _show_log(child)
@@ -64,7 +61,6 @@ def _train(children: Children, job: Job, workers: int, *, trust_any: bool) -> En
     shown.print_table(header, rows, right=header)
     name, value = _final(board)
     typer.echo(f"final {name} {shown.measure(value)}")
-    return ending
 
 
 def _start_coordinator(children: Children) -> tuple[str, Path]:
@@ -87,7 +83,7 @@ def _start_workers(children: Children, number: int, url: str, join_token: str, *
         children.start(f"worker-{at}", python_module("worker", arguments), environment)
 
 
-def _watch(api: CoordinatorApi, job: Job, children: Children) -> tuple[Board, Ending]:
+def _watch(api: CoordinatorApi, job: Job, children: Children) -> Board:
     view_of_job = api.submit_job(JobRequest(spec=job.spec, task_source=job.task_source, key=uuid4().hex))
     board = Board(view_of_job)
     view = LiveView(board, keep=False) if shown.fancy() else PlainView(board)
@@ -96,8 +92,17 @@ def _watch(api: CoordinatorApi, job: Job, children: Children) -> tuple[Board, En
         children.check()  # a coordinator that has ended will not come back
         view.waiting(sentence)
 
-    state = follow(_checked(api.events(view_of_job.id, on_wait=waiting), children.check), view)
-    return board, Ending.FINE if state == "finished" else Ending.FAILED
+    follow(_checked(api.events(view_of_job.id, on_wait=waiting), children.check), view)
+    return board
+
+
+def _check_finished(board: Board) -> None:
+    if board.state != "finished":
+        raise LydianError(
+            f"the job {board.state}: {shown.one_line(board.reason)}",
+            code="job_not_finished",
+            advice="The logs above say more; --keep keeps everything.",
+        )
 
 
 def _checked(events: Iterable[Event], check: Callable[[], None]) -> Iterator[Event]:

@@ -108,7 +108,7 @@ def demo(
     """Train on this machine: a coordinator, some workers, real data, and everything stopped at the end."""
     from client.demo import run_demo
 
-    raise typer.Exit(run_demo(rounds=rounds, workers=workers, task=task, keep=keep))
+    run_demo(rounds=rounds, workers=workers, task=task, keep=keep)
 
 
 # ---------------------------------------------------------------- jobs

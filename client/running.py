@@ -176,7 +176,7 @@ def _dies_with(parent: int) -> Callable[[], None] | None:
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: a child that has forked should do little
 
     def ask_kernel() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # SIGTERM would let a worker finish first, with nobody to report to
         if os.getppid() != parent:  # it died in between
             os._exit(1)
 

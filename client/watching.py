@@ -308,7 +308,8 @@ class PlainView:
     def __init__(self, board: Board, clock: Callable[[], float] = time.monotonic) -> None:
         self.board = board
         self._clock = clock
-        self._last_line, self._last_at = "", clock()
+        self._awaited = ""  # the last line that said what is awaited
+        self._said_at = clock()
         self._is_away = False
 
     def opened(self) -> AbstractContextManager[object]:
@@ -322,10 +323,11 @@ class PlainView:
             return
         self._is_away = False
         self.board.take(fact)
-        line = self._awaited(fact) if isinstance(fact, Now) else plain_line(fact, self.board)
+        line = self._news(fact) if isinstance(fact, Now) else plain_line(fact, self.board)
         if line is not None:
             typer.echo(line)
-            self._last_line, self._last_at = line, self._clock()
+            self._said_at = self._clock()
+            self._awaited = line if isinstance(fact, Now | StateChanged) else self._awaited
 
     def waiting(self, sentence: str) -> None:
         """Say it on stderr, once each time the coordinator goes away."""
@@ -333,11 +335,11 @@ class PlainView:
             self._is_away = True
             typer.echo(shown.one_line(sentence), err=True)
 
-    def _awaited(self, now: Now) -> str | None:
+    def _news(self, now: Now) -> str | None:
         """What the job waits for: at once while no round runs, and where a round has been quiet for long."""
         line = shown.one_line(f"{now.state}: {now.reason}")
-        is_quiet = now.state not in BUSY or self._clock() - self._last_at > QUIET_S
-        return line if is_quiet and line != self._last_line else None
+        is_quiet = now.state not in BUSY or self._clock() - self._said_at > QUIET_S
+        return line if is_quiet and line != self._awaited else None
 
 
 class LiveView:

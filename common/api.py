@@ -44,7 +44,7 @@ from common.messages import (
     Welcome,
     WorkerView,
 )
-from common.ranges import parse_ranges
+from common.ranges import content_range, gaps, parse_ranges
 
 PIECE = 1 << 20  # bytes handed to the socket or the disk at a time
 POLL_SLACK_S = 15.0  # a long poll may take this much longer than was asked for before the line counts as dead
@@ -112,9 +112,9 @@ class CoordinatorApi:
         path = f"/v1/updates/{assignment}?attempt={attempt}"
         held = parse_ranges(self._send("HEAD", path).headers.get("Lydian-Ranges", "")) if resume else ()
         sent = 0
-        for start, stop in _gaps(held, size):
+        for start, stop in gaps(held, size):
             headers = {
-                "Content-Range": f"bytes {start}-{stop - 1}/{size}",
+                "Content-Range": content_range(start, stop, size),
                 "Content-Length": str(stop - start),
                 "Content-Type": "application/octet-stream",
             }
@@ -209,7 +209,9 @@ class CoordinatorApi:
             except (UnavailableError, httpx2.TransportError) as error:
                 away_since = away_since or time.monotonic()
                 if time.monotonic() - away_since > patience_s:
-                    raise
+                    if isinstance(error, UnavailableError):
+                        raise
+                    raise _unreachable(self.url, error) from error
                 on_wait(f"the coordinator at {self.url} does not answer ({error}); waiting for it to come back")
             time.sleep(0.5)  # between two connections, never between two events
 
@@ -293,17 +295,6 @@ def _bare(answer: httpx2.Response) -> LydianError:
 def _part(name: str) -> str:
     """A name as one piece of a path, whatever was typed."""
     return quote(name, safe="")
-
-
-def _gaps(held: tuple[tuple[int, int], ...], size: int) -> Iterator[tuple[int, int]]:
-    """What of [0, size) is not in the merged, sorted ranges `held`."""
-    at = 0
-    for start, stop in held:
-        if at < start:
-            yield at, start
-        at = max(at, stop)
-    if at < size:
-        yield at, size
 
 
 def _pieces(source: Path, start: int, stop: int) -> Iterator[bytes]:

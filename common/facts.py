@@ -37,6 +37,7 @@ class HandedOut(Message):
     shard: Count
     attempt: int
     worker: Name = Field(description="the worker's id")
+    claim_key: str = Field("", description="of the poll that claimed it: the same claim again gets the same attempt")
 
 
 class HandedBack(Message):

@@ -88,7 +88,7 @@ class JobSpec(Message):
     """A whole job, as a job file says it. Every key is also a flag of `lydian submit`."""
 
     task: Name = Field(description="a built-in task, or the name of the task file")
-    rounds: int = Field(5, ge=1, le=1_000_000)
+    rounds: int = Field(5, ge=1, le=1_000_000, description="rounds of training")
     seed: int = Field(0, ge=0, lt=2**63, description="seeds initialisation, partition, order of samples, dropout")
     name: Name | None = Field(None, description="shown to people (default: the task)")
     target: float | None = Field(None, description="stop when target_metric reaches this")

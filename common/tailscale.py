@@ -74,7 +74,7 @@ def tailscale_status(
         if waiting != said:
             said = waiting
             log.info("%s; waiting up to %g s for the tailnet's address", waiting, patience_s)
-        time.sleep(poll_s)  # between two questions: the LocalAPI has no call that waits and needs no rights
+        time.sleep(poll_s)  # between two questions: neither of the two calls that are relied on can wait
 
 
 def parse_status(body: Any) -> TailscaleStatus | None:  # noqa: ANN401 - whatever the daemon sent

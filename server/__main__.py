@@ -1,9 +1,12 @@
 """`python -m server`, which is `lydian serve`: run the coordinator."""
 
 import logging
+import platform
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from socket import socket
 from typing import Annotated
@@ -13,7 +16,7 @@ import uvicorn
 
 from common import __version__
 from common.errors import LydianError
-from common.tailscale import tailscale_status
+from common.tailscale import expiry_warning, tailscale_status
 from server.app import create_app
 from server.binding import Binding, choose, open_sockets
 from server.settings import Settings
@@ -86,12 +89,16 @@ def serve(
 
 def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> None:
     status, why_none = (None, "") if host else tailscale_status()
-    binding = choose(host, status, why_none, insecure=insecure)
+    binding = choose(host, status, why_none, insecure=insecure, machine=platform.node())
     sockets = open_sockets(binding.hosts, port)
     config = uvicorn.Config(
         create_app(settings), log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S, workers=1
     )
+    if status is not None and (warning := expiry_warning(status, now=datetime.now(UTC))):
+        typer.echo(warning, err=True)
     server = Server(config, on_ready=lambda: _announce(settings, binding, sockets[0].getsockname()[1]))
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends itself the signal again when it has stopped
+        signal.signal(number, lambda *_: None)
     server.run(sockets=sockets)
     if not server.started:
         raise typer.Exit(1)

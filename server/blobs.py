@@ -167,8 +167,6 @@ class Staging:
         self.size = size  # bytes, when complete
         self.ranges: Ranges = ()  # bytes that are here
         self._descriptor: int | None = descriptor
-        self._prefix = hashlib.sha256()  # of bytes [0, _hashed) as they are in the file
-        self._hashed: int | None = 0  # None: a byte below was written again, so that the hash is worth nothing
 
     @classmethod
     def open(cls, path: Path, size: int) -> Self:
@@ -204,19 +202,8 @@ class Staging:
         left = memoryview(data)
         while left:
             written = os.pwrite(self._descriptor, left, offset)
-            self._follow(offset, left[:written])
             self.ranges = with_range(self.ranges, offset, offset + written)
             left, offset = left[written:], offset + written
-
-    def _follow(self, offset: int, data: memoryview) -> None:
-        """Keep the running hash true to the file: go on with it, or give it up."""
-        if self._hashed is None or offset > self._hashed:
-            return
-        if offset < self._hashed:
-            self._hashed = None
-            return
-        self._prefix.update(data)
-        self._hashed += len(data)
 
     @property
     def missing(self) -> Ranges:
@@ -227,11 +214,6 @@ class Staging:
     def complete(self) -> bool:
         """Whether every byte is here."""
         return not self.missing
-
-    @property
-    def digest(self) -> str | None:
-        """SHA-256 of the whole file, when its bytes came once and in order; None: it must be read to know."""
-        return self._prefix.hexdigest() if self._hashed == self.size else None
 
     def close(self) -> None:
         """Take no more bytes. The file stays, and what is known of it. Twice is once."""

@@ -58,7 +58,7 @@ from server.settings import Settings
 from server.store import Journal, StoredFact
 
 PROTOCOLS = (1,)  # served; the newest last
-REAPER_S = 1.0  # between two looks at leases and deadlines
+REAPER_S = 1.0  # between two looks at leases and deadlines; less where leases are short
 HEADER_ROOM = 1 << 20  # bytes that an update's file may be larger than its base's
 
 log = logging.getLogger("lydian.coordinator")
@@ -408,7 +408,7 @@ class Coordinator:
         if choice is None:
             return PollAnswer(forget=forget) if forget else None
         job, task = choice
-        step = rounds.hand_out(job, task, worker.id)
+        step = rounds.hand_out(job, task, worker.id, request.claim_key)
         attempt = rounds.tries_of(job, task).attempt + 1
         lease = self.fleet.grant(job.id, task, attempt, worker.id, self.clock(), request.claim_key)
         self._apply(job.id, step)
@@ -758,11 +758,12 @@ class Coordinator:
 
     async def _reap(self) -> None:
         """Take expired leases away and keep deadlines, once a second. Notices when it stood still itself."""
+        period = min(REAPER_S, self.settings.ttl_s / 8)
         last = self.clock()
         while True:
-            await asyncio.sleep(REAPER_S)
+            await asyncio.sleep(period)
             now = self.clock()
-            if now - last > self.settings.ttl_s / 2:
+            if now - last - period > self.settings.ttl_s / 2:
                 log.warning("the coordinator stood still for %.1f s; every lease is extended", now - last)
                 self.fleet.extend_all(now)
             last = now

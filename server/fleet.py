@@ -132,10 +132,10 @@ class Fleet:
         self.leases[worker_id] = lease
         return lease
 
-    def adopt(self, outstanding: Iterable[tuple[str, Task, int, str]], now: float) -> None:
+    def adopt(self, outstanding: Iterable[tuple[str, Task, int, str, str]], now: float) -> None:
         """After a restart, leave every attempt that is out with its worker for one lease time."""
-        for job, task, attempt, worker_id in outstanding:
-            self.grant(job, task, attempt, worker_id, now)
+        for job, task, attempt, worker_id, claim_key in outstanding:
+            self.grant(job, task, attempt, worker_id, now, claim_key)
 
     def renew(self, lease: Lease, progress: Progress | None, now: float) -> None:
         """The holder is still at work."""

@@ -11,7 +11,7 @@ Which worker holds what is not known here (server.fleet); only the attempts are,
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeVar, assert_never
@@ -82,6 +82,7 @@ class Tries:
     failures: int = 0
     expiries: int = 0
     out: bool = False
+    claim_key: str = ""  # of the newest attempt
 
     @property
     def attempt(self) -> int:
@@ -236,9 +237,13 @@ def begin(job: Job, serving: Sequence[str], spare: int) -> Step:
     if spare < wanted:
         taken = f", {len(serving) - spare} of them with older jobs" if spare < len(serving) else ""
         refused = "".join(f"; {why}" for why in sorted(set(job.excluded.values())))
-        return Step(reason=f"waiting for {wanted} workers: {len(serving)} can serve it{taken}{refused}")
-    reason = f"{spare} workers are there, {wanted} needed: a worker builds the model"
+        return Step(reason=f"waiting for {_workers(wanted)}: {len(serving)} can serve it{taken}{refused}")
+    reason = f"{_workers(spare)} there, {wanted} needed: one builds the model"
     return Step((StateChanged(state="initialising", reason=reason),), reason)
+
+
+def _workers(number: int) -> str:
+    return f"{number} worker{'' if number == 1 else 's'}"
 
 
 def pause(job: Job, who: str) -> Step:
@@ -326,11 +331,17 @@ def _evaluations(job: Job, held: frozenset[Task]) -> list[Task]:
     return [task for task in tasks if task not in held]
 
 
-def hand_out(job: Job, task: Task, worker: str) -> Step:
+def hand_out(job: Job, task: Task, worker: str, claim_key: str = "") -> Step:
     """Give the task to the worker, as the next attempt."""
-    tries = tries_of(job, task)
-    fact = HandedOut(kind=task.kind, round=task.round, shard=task.shard, attempt=tries.attempt + 1, worker=worker)
-    return Step((fact,), f"{task}, attempt {fact.attempt}")
+    fact = HandedOut(
+        kind=task.kind,
+        round=task.round,
+        shard=task.shard,
+        attempt=tries_of(job, task).attempt + 1,
+        worker=worker,
+        claim_key=claim_key,
+    )
+    return Step((fact,), f"{task}, attempt {fact.attempt}, to {worker}")
 
 
 def hand_back(job: Job, back: HandedBack, limits: Limits) -> Step:
@@ -391,8 +402,8 @@ def is_open(job: Job, task: Task) -> bool:
             return False
 
 
-def outstanding(job: Job) -> list[tuple[Task, int, str]]:
-    """(task, attempt, worker) of every attempt that is out: what a restarted coordinator leaves with its workers."""
+def outstanding(job: Job) -> list[tuple[Task, int, str, str]]:
+    """(task, attempt, worker, claim key) of every attempt that is out: a restarted coordinator leaves it where it is."""
     tasks: list[Task] = []
     if not job.over:
         match job.inner:
@@ -402,7 +413,8 @@ def outstanding(job: Job) -> list[tuple[Task, int, str]]:
                 tasks += [Task("train", phase.round, shard) for shard in phase.tries]
         tasks += [Task("evaluate", round_index) for round_index in job.evaluations]
     found = [(task, tries_of(job, task)) for task in tasks]
-    return [(task, tries.attempt, tries.workers[-1]) for task, tries in found if tries.out and is_open(job, task)]
+    out = [(task, tries) for task, tries in found if tries.out and is_open(job, task)]
+    return [(task, tries.attempt, tries.workers[-1], tries.claim_key) for task, tries in out]
 
 
 # ---------------------------------------------------------------- results
@@ -664,7 +676,9 @@ def evolve(job: Job, fact: Fact, now: float) -> Job:
         case StateChanged():
             return _evolve_state(job, fact, now)
         case HandedOut():
-            return _with_tries(job, Task(fact.kind, fact.round, fact.shard), _given(fact.worker))
+            tries = tries_of(job, Task(fact.kind, fact.round, fact.shard))
+            given = replace(tries, workers=(*tries.workers, fact.worker), out=True, claim_key=fact.claim_key)
+            return _with_tries(job, Task(fact.kind, fact.round, fact.shard), given)
         case HandedBack():
             return _evolve_back(job, fact)
         case Initialised():
@@ -782,12 +796,7 @@ def _evolve_evaluated(job: Job, fact: Evaluated) -> Job:
     return job
 
 
-def _given(worker: str) -> Callable[[Tries], Tries]:
-    return lambda tries: replace(tries, workers=(*tries.workers, worker), out=True)
-
-
-def _with_tries(job: Job, task: Task, change: Callable[[Tries], Tries] | Tries) -> Job:
-    tries = change if isinstance(change, Tries) else change(tries_of(job, task))
+def _with_tries(job: Job, task: Task, tries: Tries) -> Job:
     match task.kind, job.inner:
         case "init", Initialising():
             return _with_inner(job, Initialising(tries))

@@ -40,7 +40,7 @@ def why(coordinator: Coordinator, job: Job) -> str:
         wanted, serving = job.spec.round.min_workers, coordinator.fleet.serving(job, now)
         nobody = why_nobody(coordinator.fleet, job, now)
         behind = f"; {nobody}" if nobody else "" if len(serving) < wanted else ", and older jobs go first"
-        return f"waiting for {wanted} workers that can serve it: {len(serving)} of {len(live)} live ones can{behind}"
+        return f"waiting for {wanted} workers that can serve it: {len(serving)} of {len(live)} live can{behind}"
     reason = close_if_due(job, live, now).reason if isinstance(job.inner, Training) else job.reason
     if not coordinator.fleet.held(job.id) and not coordinator.fleet.serving(job, now):
         reason += f"; no live worker serves it ({why_nobody(coordinator.fleet, job, now) or 'none is live'})"

@@ -173,6 +173,11 @@ def test_a_pooled_variance_is_never_negative(workers: list[tuple[float, int]]) -
     assert found[0] >= 0
 
 
+def test_a_pooled_variance_that_rounding_would_push_below_zero_is_zero() -> None:
+    means = [np.zeros(1, np.float32), np.array([-1.1215996742248535], np.float32)]
+    assert pooled_variance([np.zeros(1, np.float32)] * 2, means, [1, 8879252337175462])[0] == 0  # else -2.2e-16
+
+
 def test_a_pooled_variance_works_in_half_precision() -> None:
     bfloat16 = ml_dtypes.bfloat16
     variances, means = (
@@ -224,6 +229,7 @@ def test_a_tie_goes_to_the_first() -> None:
 def test_a_boolean_of_another_byte_than_one_is_true() -> None:
     odd = np.array([2, 0, 255], np.uint8).view(np.bool_)
     assert majority([odd], [1]).view(np.uint8).tolist() == [1, 0, 1]
+    assert majority([odd, ~odd], [1, 1]).view(np.uint8).tolist() == [1, 0, 1]
 
 
 # ---------------------------------------------------------------- rounding
@@ -241,6 +247,11 @@ def test_a_cast_of_what_the_dtype_holds_changes_nothing(code: str, data: st.Data
 def test_half_precision_is_rounded_from_float32(values: list[float], code: str) -> None:
     found = cast(np.array(values), tensor(code))
     assert found.tobytes() == np.array(values).astype(np.float32).astype(FLOATS[code]).tobytes()
+
+
+def test_half_precision_is_rounded_twice_on_every_machine() -> None:
+    just_above_the_middle = np.array([1 + 2**-11 + 2**-30])  # in float32 it is the middle, which goes to the even side
+    assert cast(just_above_the_middle, tensor("F16"))[0] == 1
 
 
 def test_a_cast_fills_the_memory_that_is_given() -> None:

@@ -67,12 +67,11 @@ def test_pieces_in_any_order_and_number_give_exactly_the_bytes(
         assert staging.missing == ()
         assert staging.ranges == ((0, SIZE),)
         assert staging.path.read_bytes() == DATA
-        assert staging.digest in (None, sha256(DATA))
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.binary(min_size=1, max_size=3)), max_size=6))
 @settings(deadline=None)
-def test_the_running_digest_is_never_that_of_other_bytes_than_the_files(writes: list[tuple[int, bytes]]) -> None:
+def test_what_was_written_last_is_what_the_file_holds(writes: list[tuple[int, bytes]]) -> None:
     file = bytearray(6)  # few bytes, so that many writes meet
     with tempfile.TemporaryDirectory() as folder, closing(Staging.open(Path(folder) / "u", 6)) as staging:
         for offset, written in writes:
@@ -80,33 +79,11 @@ def test_the_running_digest_is_never_that_of_other_bytes_than_the_files(writes: 
             staging.write(offset, data)
             file[offset : offset + len(data)] = data
             assert staging.path.read_bytes() == file
-            assert staging.digest in (None, sha256(file))
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=20))
-@settings(deadline=None)
-def test_a_plain_upload_needs_no_second_read_for_its_digest(lengths: list[int]) -> None:
-    data = os.urandom(sum(lengths))
-    with tempfile.TemporaryDirectory() as folder, closing(Staging.open(Path(folder) / "u", len(data))) as staging:
-        at = 0
-        for length in lengths:
-            assert staging.digest is None
-            staging.write(at, data[at : at + length])
-            at += length
-        assert staging.digest == sha256(data)
-
-
-def test_an_upload_that_was_sent_again_over_itself_has_no_running_digest(staging: Staging) -> None:
-    staging.write(0, DATA)
-    staging.write(10, b"other")
-    assert staging.digest is None
-    assert staging.complete
 
 
 def test_an_upload_of_no_bytes_is_complete_at_once(tmp_path: Path) -> None:
     with closing(Staging.open(tmp_path / "upload", 0)) as staging:
         assert staging.complete
-        assert staging.digest == sha256(b"")
 
 
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (SIZE, 1), (SIZE - 1, 2), (0, SIZE + 1), (10**17, 1)])
@@ -141,7 +118,7 @@ def test_a_closed_upload_takes_no_byte_more(staging: Staging) -> None:
         staging.write(0, b"changed after it was checked")
     assert refused.value.code == "upload_closed"
     assert staging.path.read_bytes() == DATA
-    assert staging.digest == sha256(DATA)
+    assert sha256(staging.path.read_bytes()) == sha256(DATA)
 
 
 def test_a_discarded_upload_leaves_no_file(staging: Staging) -> None:
@@ -163,7 +140,7 @@ def test_a_disk_that_takes_a_few_bytes_at_a_time_gets_them_all(
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: pwrite(descriptor, data[:5], offset))
     staging.write(0, DATA)
     assert staging.path.read_bytes() == DATA
-    assert staging.digest == sha256(DATA)
+    assert sha256(staging.path.read_bytes()) == sha256(DATA)
 
 
 def test_a_disk_that_fills_up_in_a_write_leaves_the_upload_true(
@@ -182,7 +159,7 @@ def test_a_disk_that_fills_up_in_a_write_leaves_the_upload_true(
             staging.write(0, DATA)
     assert staging.ranges == ((0, 10),)
     staging.write(10, DATA[10:])
-    assert staging.digest == sha256(DATA)
+    assert sha256(staging.path.read_bytes()) == sha256(DATA)
 
 
 # ---------------------------------------------------------------- whole files
@@ -216,9 +193,8 @@ def test_an_adopted_upload_moves_to_its_name(blobs: Blobs, tmp_path: Path, durab
     staging = Staging.open(blobs.part("job.train.1.0.1"), SIZE)
     staging.write(0, DATA)
     staging.close()
-    assert staging.digest is not None
-    blobs.adopt(staging.path, staging.digest, durable=durable)
-    assert blobs.path(staging.digest).read_bytes() == DATA
+    blobs.adopt(staging.path, sha256(DATA), durable=durable)
+    assert blobs.path(sha256(DATA)).read_bytes() == DATA
     assert files(tmp_path) == [f"blobs/{sha256(DATA)[:2]}/{sha256(DATA)}"]
 
 

@@ -191,6 +191,19 @@ async def test_a_stream_ends_when_nothing_more_will_happen_and_all_was_sent(jour
     assert [chunk async for chunk in follow(hub, journal, "a", 3, lambda: None)] == []
 
 
+async def test_what_happens_while_the_past_is_read_comes_once(journal: Journal) -> None:
+    hub, over = Hub(), False
+    keep(journal, hub)
+    stream = follow(hub, journal, "a", 0, lambda: None if over else "{}")
+    chunks = [await anext(stream)]
+    keep(journal, hub)  # is in the queue, and is found in the journal too
+    chunks += [await anext(stream), await anext(stream)]
+    over = True
+    hub.touch("a")
+    chunks += [chunk async for chunk in stream]
+    assert ids(chunks) == [1, 2]
+
+
 async def test_a_stream_ends_with_the_hub(journal: Journal) -> None:
     hub = Hub()
     keep(journal, hub)

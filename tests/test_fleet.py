@@ -122,7 +122,8 @@ def test_standing_still_extends_every_lease_instead_of_expiring_it() -> None:
 
 def test_adopted_leases_live_one_lease_time() -> None:
     some = fleet("a")
-    some.adopt([("j", TASK, 3, "a")], now=100.0)
+    some.adopt([("j", TASK, 3, "a", "key")], now=100.0)
+    assert some.leases["a"].claim_key == "key"
     assert some.lease_of("a", "j", TASK, 3) is not None
     assert some.lease_of("a", "j", TASK, 2) is None
     assert some.lease_of("b", "j", TASK, 3) is None

@@ -214,9 +214,9 @@ def test_outstanding_names_the_newest_attempt_of_every_task_that_is_out() -> Non
     play = training(rounds=3)
     play.whole_round("a", "b")
     play.give(Task("train", 2, 0), "a")
-    play.give(Task("train", 2, 0), "b")
+    play.do(rounds.hand_out(play.job, Task("train", 2, 0), "b", "k2"))
     play.give(Task("evaluate", 1), "a")
-    assert rounds.outstanding(play.job) == [(Task("train", 2, 0), 2, "b"), (Task("evaluate", 1), 1, "a")]
+    assert rounds.outstanding(play.job) == [(Task("train", 2, 0), 2, "b", "k2"), (Task("evaluate", 1), 1, "a", "")]
     play.do(rounds.cancel(play.job, "me"))
     assert rounds.outstanding(play.job) == []
 
@@ -226,7 +226,7 @@ def test_outstanding_names_the_initialisation() -> None:
     play.begin("a")
     assert rounds.outstanding(play.job) == []
     play.give(Task("init", 0), "a")
-    assert rounds.outstanding(play.job) == [(Task("init", 0), 1, "a")]
+    assert rounds.outstanding(play.job) == [(Task("init", 0), 1, "a", "")]
 
 
 # ---------------------------------------------------------------- results

@@ -192,9 +192,11 @@ def test_a_coordinator_that_is_away_is_told_once_each_time(capsys: pytest.Captur
 
 
 def test_what_a_queued_job_awaits_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    waits = [NOW | {"state": "queued", "reason": f"{live} of 2 workers"} for live in (0, 0, 1, 1)]
-    follow(waits, PlainView(Board(JOB)))
-    assert capsys.readouterr().out.splitlines() == ["queued: 0 of 2 workers", "queued: 1 of 2 workers"]
+    none, one = (NOW | {"state": "queued", "reason": f"{live} of 2 workers"} for live in (0, 1))
+    follow([none, none, handed_back("no memory"), none, one, one], PlainView(Board(JOB)))
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[2]] == ["queued: 0 of 2 workers", "queued: 1 of 2 workers"]
+    assert len(lines) == 3
 
 
 def test_what_a_round_awaits_is_told_when_it_has_been_quiet_for_long(capsys: pytest.CaptureFixture[str]) -> None:

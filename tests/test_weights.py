@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import random
 import resource
 import tracemalloc
@@ -476,6 +477,22 @@ def test_publishing_that_fails_leaves_the_old_file_and_nothing_else(path: Path, 
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert target.read_bytes() == b"precious"
     assert names_in(tmp_path) == ["mine", "model.safetensors"]
+
+
+def test_a_published_file_is_whole_on_the_disk_before_it_gets_its_name(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, list[str]]] = []
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append((os.fstat(descriptor).st_size, names_in(tmp_path)))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    save(path, {"w": np.ones(1000)}, EMPTY)
+    publish(path, tmp_path / "mine")
+    assert synced == [((tmp_path / "mine").stat().st_size, ["mine.part", "model.safetensors"])]
 
 
 def test_publishing_what_is_no_model_makes_no_file(path: Path, tmp_path: Path) -> None:

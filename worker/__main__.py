@@ -120,6 +120,7 @@ def _agent(
         trust=trust.value,
         trusted=trusted_digests(folder),
         stall_s=stall_s,
+        join_token=token,
     )
     os.environ.pop("LYDIAN_TOKEN", None)  # nothing that this process starts needs it
     return Agent(CoordinatorApi(url, token), identity, Spool.open(folder), options, folder)

@@ -23,7 +23,7 @@ import numpy as np
 
 from common import PROTOCOL, __version__
 from common.api import CoordinatorApi
-from common.errors import BadJobError, BadUpdateError, LydianError
+from common.errors import BadJobError, LydianError, UnauthenticatedError
 from common.messages import (
     Abandon,
     Assignment,
@@ -70,6 +70,7 @@ class Options:
     trust: Trust = "none"
     trusted: tuple[str, ...] = ()
     stall_s: float = 600.0  # without a sign of life from the child
+    join_token: str | None = None  # for the first time, and when the coordinator has forgotten this worker
 
 
 @dataclass
@@ -159,12 +160,23 @@ class Agent:
         if self.identity.credential is not None:
             self.api.use_token(self.identity.credential)
         with self._may_leave():
-            welcome = self._insist(lambda: self.api.register(registration))
+            welcome = self._insist(lambda: self._introduce(registration))
         if welcome.credential is not None:
             self.identity.remember(welcome.worker_id, welcome.credential)
             self.api.use_token(welcome.credential)
         log.info("%s (%s) at %s", welcome.reason, welcome.worker_id, self.api.url)
         return welcome
+
+    def _introduce(self, registration: Registration) -> Welcome:
+        try:
+            return self.api.register(registration)
+        except UnauthenticatedError as error:
+            if self.identity.credential is None or self.options.join_token is None:
+                raise
+            log.warning("%s; joining anew with the join token", error)
+            self.identity.forget()
+            self.api.use_token(self.options.join_token)
+            return self.api.register(registration)
 
     def _insist(self, call: Callable[[], T]) -> T:
         """Make a call until it is answered; an answer that is final is raised."""
@@ -362,7 +374,7 @@ class Agent:
                 self._insist(lambda: self.api.abandon(assignment.id, reason))
             else:
                 self.api.abandon(assignment.id, reason)
-        except (BadUpdateError, LydianError) as error:
+        except LydianError as error:
             if plan.after(error).action == "stop":
                 raise
             log.info("%s: %s", assignment.id, error)

@@ -103,18 +103,19 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def read_commands(stream: BinaryIO, commands: "queue.Queue[dict[str, Any]]", stopping: threading.Event) -> None:
-    """Own stdin until the agent is gone, and then end this process and all that it started.
+def take_command(command: dict[str, Any], commands: "queue.Queue[dict[str, Any]]", stopping: threading.Event) -> None:
+    """Queue a command. A stop counts for the command before it alone: the one after it takes it back."""
+    if command["do"] == "stop":
+        stopping.set()
+    else:
+        stopping.clear()
+        commands.put(command)
 
-    A stop counts for the command before it: the next command takes it back, in the order in which the lines came.
-    """
+
+def read_commands(stream: BinaryIO, commands: "queue.Queue[dict[str, Any]]", stopping: threading.Event) -> None:
+    """Own stdin until the agent is gone, and then end this process and all that it started."""
     for line in stream:
-        command = json.loads(line)
-        if command["do"] == "stop":
-            stopping.set()
-        else:
-            stopping.clear()
-            commands.put(command)
+        take_command(json.loads(line), commands, stopping)
     if os.name == "posix" and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)  # loader processes too; only where the group is ours
     os._exit(0)
@@ -163,9 +164,7 @@ def ready_device(asked: str, threads: int) -> tuple[torch.device, dict[str, Any]
     Raises:
         TaskError: the device does not work; code worker_error.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs a pass over memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; without it cuBLAS is not deterministic
     if threads:
         torch.set_num_threads(threads)
     try:
@@ -181,6 +180,16 @@ def ready_device(asked: str, threads: int) -> tuple[torch.device, dict[str, Any]
         "threads": torch.get_num_threads(),
     }
     return device, build
+
+
+def ask_for_deterministic_kernels() -> None:
+    """Have torch take deterministic kernels where it has them, and warn where not.
+
+    Takes two seconds the first time: it imports torch's compiler, as the first optimiser would. Hello goes before.
+
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs a pass over memory
 
 
 def broken_device(asked: str, error: BaseException) -> str:
@@ -656,7 +665,8 @@ class Context:
         if self.steps is not None:
             return self._taken >= self.steps
         if self.seconds is not None:
-            return time.monotonic() - self._began >= self.seconds
+            began = self._settled and (self._taken or self._drawn) > 0  # one step at least
+            return began and time.monotonic() - self._began >= self.seconds
         return self._settled and self._drawn >= (self.epochs or 1) * self._batches
 
     def step(self, loss: Tensor | float, samples: int | None = None) -> bool:
@@ -824,11 +834,11 @@ class Host:
         self._model = None
         model = self._built(seed)
         save_state(model, Path(out))
-        test = self._split("test")
+        facts, test = self.describe(labels), self._split("test")
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             "test_samples": 0 if test is None else len(test),
-            **self.describe(labels),
+            **facts,
         }
 
     def describe(self, labels: str | None) -> dict[str, Any]:
@@ -1045,7 +1055,7 @@ def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any
     while True:
         answer = host.answer(commands.get())
         events.send(answer)
-        if answer["event"] == "done":
+        if answer["event"] == "done" or device.type == "cpu":
             continue
         gc.collect()  # what the failed command held goes back to the device
         if device.type == "cuda":
@@ -1080,6 +1090,7 @@ def main() -> int:
     sys.meta_path.insert(0, HouseHidden)
     sys.dont_write_bytecode = True  # the task file's folder is not ours to write into
     events.send({"event": "hello", "torch": build})
+    ask_for_deterministic_kernels()
     return serve(Host(device, events, stopping), device, commands, events)
 
 

@@ -245,7 +245,7 @@ def read_after_download(name: str, split: str, read: Reader) -> tuple[Tensor, Te
                 return found
             fetch(name)
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: torchvision, when no mirror has the file
-        why = f"and it could not be downloaded: {error}"
+        why = f"and it could not be downloaded: {' '.join(str(error).split())}"
         raise missing(name, usual_folders(name), why) from error
     found = read(folder, split)
     if found is None:

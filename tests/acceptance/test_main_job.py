@@ -160,10 +160,10 @@ class Model(nn.Module):
         self.out.weight = self.embed.weight
         self.register_buffer("scale", torch.tensor(2.0))
         self.register_buffer("mask", torch.tensor([True, False]))
-        self.half = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+        self.shift = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
 
     def forward(self, x):
-        return self.out(self.norm(self.embed(x))) * self.scale + self.half.float().sum()
+        return self.out(self.norm(self.embed(x))) * self.scale + self.shift.float().sum()
 
 
 def model(config):
