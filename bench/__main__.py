@@ -37,7 +37,8 @@ def main() -> None:
     for result in results:
         floor = 2 * result.megabytes * limits.MEGABYTE * result.workers / loopback
         print(
-            f"{result.megabytes:4d} MB × {result.workers:<3d}    {result.median_s * 1e3:7.1f} ms {result.slowest_s * 1e3:7.1f} ms"
+            f"{result.megabytes:4d} MB × {result.workers:<3d}"
+            f"    {result.median_s * 1e3:7.1f} ms {result.slowest_s * 1e3:7.1f} ms"
             f"    {floor * 1e3:8.2f} ms ({result.median_s / floor:5.1f} ×)    {result.server_bytes / 1e6:6.0f} MB"
             f"      {result.agent_bytes / 1e6:4.0f} MB"
         )

@@ -1,4 +1,4 @@
-"""A task that trains nothing: adds a constant to every weight, so that a round costs what the system around it costs."""
+"""A task that trains nothing: adds a constant to every weight. A round then costs what the system around it costs."""
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ def model(config):
 def dataset(config, split):
     """Eight samples that nobody looks at; no test split, so nothing is evaluated."""
     if split != "train":
-        raise ValueError("there is no such split")
+        raise NotImplementedError
     return TensorDataset(torch.zeros(8, 1), torch.zeros(8, dtype=torch.long))
 
 

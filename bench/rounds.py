@@ -48,9 +48,7 @@ def measure(megabytes: int, workers: int, rounds: int) -> Result:
             seconds = _run(api, megabytes, workers, rounds)
             server_bytes = _peak(server.process.pid)
             agent_bytes = max(_peak(agent.process.pid) for agent in agents)
-    return Result(
-        megabytes, workers, rounds, statistics.median(seconds), max(seconds), server_bytes, agent_bytes
-    )
+    return Result(megabytes, workers, rounds, statistics.median(seconds), max(seconds), server_bytes, agent_bytes)
 
 
 def _run(api: CoordinatorApi, megabytes: int, workers: int, rounds: int) -> list[float]:

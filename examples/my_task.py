@@ -21,9 +21,9 @@ def dataset(config, split):
     return TensorDataset(x[rows], benign[rows])
 
 
-# The rest may be left out. Without optimizer() it is SGD by the job's lr, without metrics() accuracy and loss.
+# The rest may be left out: the default optimizer is SGD by the job's lr, the default metrics are accuracy and loss.
 def optimizer(model, config):
-    return torch.optim.Adam(model.parameters(), lr=config["lr"])
+    return torch.optim.Adam(model.parameters(), lr=config.get("adam_lr", 0.01))
 
 
 def metrics(model, batch, config):

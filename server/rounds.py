@@ -403,7 +403,7 @@ def is_open(job: Job, task: Task) -> bool:
 
 
 def outstanding(job: Job) -> list[tuple[Task, int, str, str]]:
-    """(task, attempt, worker, claim key) of every attempt that is out: a restarted coordinator leaves it where it is."""
+    """(task, attempt, worker, claim key) of every attempt that is out; a restarted coordinator leaves them there."""
     tasks: list[Task] = []
     if not job.over:
         match job.inner:

@@ -77,7 +77,7 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Chi
 
     def start_all() -> None:
         environment = {**os.environ, "LYDIAN_TOKEN": "secret", "LYDIAN_URL": "http://nowhere"}
-        for name in ("living", "crashes", "is killed", "hangs", "lacks its device", "is left alone"):
+        for name in ("living", "crashes", "is killed", "hangs", "lacks its device", "is left alone", "hears noise"):
             started[name] = Child.start(
                 device="cuda:99" if name == "lacks its device" else "cpu",
                 threads=1,
@@ -156,6 +156,14 @@ def test_a_failure_always_fits_into_what_is_sent_to_the_coordinator(sentence: st
     failure = TaskFailure(code, sentence, detail * 1_000)
     assert isinstance(failure, LydianError)
     Abandon(attempt=1, code=failure.code, sentence=failure.sentence, detail=failure.detail)
+
+
+def test_a_log_of_endless_lines_never_pushes_the_traceback_out(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("x" * 1_000_000)
+    traceback = "T" * 100_000  # as long as the child sends one
+    detail = Child(tmp_path / "log")._failure("task_failed", "wrong", traceback).detail
+    assert detail.startswith(traceback)
+    assert detail.endswith("x" * 80_000)
 
 
 def test_stop_from_another_thread_ends_the_command_and_the_child_goes_on(
@@ -278,12 +286,38 @@ def test_a_device_that_does_not_work_is_named_with_the_build(children: dict[str,
     assert not child.alive
 
 
-def test_a_child_ends_when_nobody_can_command_it_any_more(children: dict[str, Child]) -> None:
+def test_a_line_that_is_no_command_ends_the_child_at_once_and_is_told(
+    children: dict[str, Child], tmp_path: Path
+) -> None:
+    child = children["hears noise"]
+    command = get_ready(child, tmp_path, "while context.step(1.0, 1): sys.stderr = None")
+    stdin = child._process.stdin
+    assert stdin is not None
+
+    noise = [b'{"do": "tra\n']
+
+    def disturb(progress: Progress) -> None:
+        if progress.step and noise:
+            stdin.write(noise.pop())
+
+    with pytest.raises(TaskFailure) as caught:
+        child.ask({**command, "steps": None, "seconds": BOUND_S}, on_progress=disturb, stall_s=STALL_S)
+    assert caught.value.code == "task_exited"
+    assert caught.value.sentence == "the task's process ended with exit code 1 in 'train'"
+    told = [line for line in caught.value.detail.splitlines() if "a line on its stdin is no command" in line]
+    assert len(told) == 1
+    assert told[0].endswith("""b'{"do": "tra\\n'""")
+    assert "Traceback" not in caught.value.detail
+
+
+def test_a_child_ends_with_its_agent_even_one_that_died_while_it_wrote(children: dict[str, Child]) -> None:
     child = children["is left alone"]
     assert child.hello
     assert child._process.stdin is not None
+    child._process.stdin.write(b'{"do": "tra')
     child._process.stdin.close()
     wait_until(lambda: not child.alive, "the child's own end")
+    assert "is no command" not in child.log_path.read_text()
 
 
 def test_a_child_can_be_killed_before_hello(tmp_path: Path) -> None:

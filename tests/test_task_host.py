@@ -714,3 +714,45 @@ def test_a_stop_never_reaches_the_command_after_it(lines: list[str]) -> None:
         task_host.take_command({"do": do}, commands, stopping)
     assert stopping.is_set() == (lines[-1:] == ["stop"])
     assert commands.qsize() == lines.count("train")
+
+
+# ---------------------------------------------------------------- lines on stdin
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), st.text(), st.sampled_from(["", " ", "\r"]))
+def test_a_command_is_read_as_it_was_sent(fields: dict[str, Any], do: str, space: str) -> None:
+    command = {**fields, "do": do}
+    assert task_host.command_in(f"{space}{json.dumps(command)}{space}\n".encode()) == command
+
+
+@given(st.text(alphabet=" \t\r\f\v", max_size=5))
+def test_an_empty_line_is_never_a_command(space: str) -> None:
+    assert task_host.command_in(f"{space}\n".encode()) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"stop", b"\xff\xfe", b"3", b"null", b'["do"]', b"{}", b'{"do": null}', b'{"do": ["stop"]}', b"[" * 99_999],
+)
+def test_a_line_that_is_no_command_is_told_apart(line: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        task_host.command_in(line + b"\n")
+
+
+@given(st.binary(max_size=60))
+def test_no_line_ever_kills_the_reader_in_another_way(line: bytes) -> None:
+    try:
+        command = task_host.command_in(line)
+    except ValueError:
+        return
+    assert command is None or isinstance(command["do"], str)
+
+
+def test_an_empty_line_between_commands_is_ignored(desk: Desk) -> None:
+    stdin = desk.child._process.stdin
+    assert stdin is not None
+    stdin.write(b"\n \r\n")
+    desk.open(SMALL_TASK)
+    stdin.write(b"\n")
+    assert desk.init()["train_samples"] == 61
+    assert "Exception in thread" not in desk.child.log_path.read_text()

@@ -112,10 +112,40 @@ def take_command(command: dict[str, Any], commands: "queue.Queue[dict[str, Any]]
         commands.put(command)
 
 
+def command_in(line: bytes) -> dict[str, Any] | None:
+    """The command that a line holds; None for an empty line.
+
+    Raises:
+        ValueError: the line is no JSON object with a "do".
+    """
+    if not line.strip():
+        return None
+    try:
+        command = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(command, dict) or not isinstance(command.get("do"), str):
+        raise ValueError('it is no object with a "do"')
+    return command
+
+
 def read_commands(stream: BinaryIO, commands: "queue.Queue[dict[str, Any]]", stopping: threading.Event) -> None:
-    """Own stdin until the agent is gone, and then end this process and all that it started."""
+    """Own stdin until the agent is gone, and then end this process and all that it started.
+
+    A line that is no command ends the process as well: who sent it and what it was to mean cannot be known, and a
+    child that stopped reading would notice neither a stop nor the agent's death.
+    """
     for line in stream:
-        take_command(json.loads(line), commands, stopping)
+        if not line.endswith(b"\n"):
+            break  # the agent died while it wrote
+        try:
+            command = command_in(line)
+        except ValueError as error:
+            sentence = f"the training process ends: a line on its stdin is no command ({error}): {line[:200]!r}\n"
+            os.write(2, sentence.encode())  # no sys.stderr: the task may have put something else in its place
+            os._exit(1)  # the agent, which lives, ends what this process started
+        if command is not None:
+            take_command(command, commands, stopping)
     if os.name == "posix" and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)  # loader processes too; only where the group is ours
     os._exit(0)

@@ -42,12 +42,14 @@ def free_port() -> int:
 class Process:
     """One process of the fleet, with its output in a file."""
 
-    def __init__(self, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, arguments: list[str], log: Path, environment: dict[str, str], python: str = sys.executable
+    ) -> None:
         self.log = log
         base = {k: v for k, v in os.environ.items() if not k.startswith("LYDIAN_")}
         with log.open("ab") as out:
             self.popen = subprocess.Popen(
-                [sys.executable, *arguments],
+                [python, *arguments],
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,
@@ -70,10 +72,10 @@ class Process:
 class LocalFleet:
     """A coordinator and workers in a folder. Use as a context manager: nothing outlives it."""
 
-    def __init__(self, folder: Path, *, ttl_s: float = 40.0, heartbeat_s: float | None = None) -> None:
+    def __init__(self, folder: Path, *, ttl_s: float = 40.0, **settings: str) -> None:
         self.folder, self.port = folder, free_port()
         self.state = folder / "state"
-        self.environment = {"LYDIAN_TTL_S": str(ttl_s), "LYDIAN_HEARTBEAT_S": str(heartbeat_s or ttl_s / 8)}
+        self.environment = {"LYDIAN_TTL_S": str(ttl_s), "LYDIAN_HEARTBEAT_S": str(ttl_s / 8), **settings}
         self.coordinator: Process | None = None
         self.workers: dict[str, Process] = {}
         self._starts = 0
@@ -102,13 +104,14 @@ class LocalFleet:
         wait_for("the coordinator to listen", lambda: f"ready {self.url}" in process.said() or _raise_if_dead(process))
         return process
 
-    def start_worker(self, name: str, *arguments: str, environment: dict[str, str] | None = None) -> Process:
+    def start_worker(self, name: str, *arguments: str, python: Path = Path(sys.executable)) -> Process:
         token = (self.state / "join.token").read_text().strip()
         common = ("--threads", "1", "--device", "cpu")
         process = Process(
             ["-m", "worker", self.url, "--name", name, "--state-dir", str(self.folder / name), *common, *arguments],
             self.folder / f"{name}.log",
-            {"LYDIAN_TOKEN": token, **(environment or {})},
+            {"LYDIAN_TOKEN": token},
+            str(python),
         )
         self.workers[name] = process
         return process
