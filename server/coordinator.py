@@ -570,9 +570,17 @@ class Coordinator:
         if staging is not None and staging.size != total:
             raise BadUpdateError(f"{name} announced {staging.size} bytes before and {total} now", code="wrong_length")
         if staging is None:
-            self.blobs.check_room(total)
+            self._make_sure_of_room(job, total)
             staging = self._uploads[key] = Staging.open(self.blobs.part(f"{name}.{attempt}"), total)
         return staging
+
+    def _make_sure_of_room(self, job: Job, size: int) -> None:
+        """Refuse an upload that does not fit, and pause its job, so that a person is told; the worker keeps trying."""
+        try:
+            self.blobs.check_room(size)
+        except DiskFullError as error:
+            self._apply(job.id, rounds.pause(job, f"the coordinator: {error}"))
+            raise
 
     def _drop_upload(self, key: AssignmentKey) -> None:
         if (staging := self._uploads.pop(key, None)) is not None:

@@ -97,6 +97,17 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Chi
 # ---------------------------------------------------------------- life
 
 
+def test_a_child_ends_with_its_agent_even_one_that_died_while_it_wrote(children: dict[str, Child]) -> None:
+    child = children["is left alone"]
+    assert child.hello
+    assert child._process.stdin is not None
+    child._process.stdin.write(b'{"do": "tra')
+    child._process.stdin.close()
+    wait_until(lambda: not child.alive, "the child's own end")
+    assert child._process.returncode == -signal.SIGKILL  # by its own hand, and its group with it
+    assert "is no command" not in child.log_path.read_text()
+
+
 def test_hello_tells_the_build_and_outlives_the_thread_that_started_the_child(children: dict[str, Child]) -> None:
     child = children["living"]
     hello = child.hello
@@ -293,7 +304,6 @@ def test_a_line_that_is_no_command_ends_the_child_at_once_and_is_told(
     command = get_ready(child, tmp_path, "while context.step(1.0, 1): sys.stderr = None")
     stdin = child._process.stdin
     assert stdin is not None
-
     noise = [b'{"do": "tra\n']
 
     def disturb(progress: Progress) -> None:
@@ -308,16 +318,6 @@ def test_a_line_that_is_no_command_ends_the_child_at_once_and_is_told(
     assert len(told) == 1
     assert told[0].endswith("""b'{"do": "tra\\n'""")
     assert "Traceback" not in caught.value.detail
-
-
-def test_a_child_ends_with_its_agent_even_one_that_died_while_it_wrote(children: dict[str, Child]) -> None:
-    child = children["is left alone"]
-    assert child.hello
-    assert child._process.stdin is not None
-    child._process.stdin.write(b'{"do": "tra')
-    child._process.stdin.close()
-    wait_until(lambda: not child.alive, "the child's own end")
-    assert "is no command" not in child.log_path.read_text()
 
 
 def test_a_child_can_be_killed_before_hello(tmp_path: Path) -> None:

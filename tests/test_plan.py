@@ -68,6 +68,13 @@ def test_the_jobs_config_wins_over_the_tasks_own_and_data_over_both() -> None:
     assert "local_epochs" not in config
 
 
+def test_data_under_another_name_is_found_by_the_task_under_its_own() -> None:
+    spec = JobSpec.model_validate({"task": "mnist", "data": {"name": "ward-3"}})
+    folders = plan.child_config(spec, {}, {"ward-3": "/w", "mnist": "/m"})["data"]
+    assert folders == {"ward-3": "/w", "mnist": "/w"}
+    assert plan.child_config(spec, {}, {"mnist": "/m"})["data"] == {"mnist": "/m"}
+
+
 @pytest.mark.parametrize(
     ("train", "length"),
     [

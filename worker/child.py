@@ -35,7 +35,6 @@ BURY_TIMEOUT_S = 10.0  # for a killed child to be gone; one that a driver holds 
 DRAIN_TIMEOUT_S = 2.0  # for the last lines of a child that has ended
 LOG_LINES = 200  # of the log, in the detail of a failure
 LOG_BYTES = 90_000  # at most; with the longest traceback that the child sends, still within DETAIL_LIMIT
-
 SENTENCE_LIMIT, DETAIL_LIMIT = 2_000, 200_000  # characters, as messages.Abandon takes them
 STACK_MARK = b"(most recent call first)"  # what faulthandler writes above each stack
 

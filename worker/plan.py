@@ -62,7 +62,10 @@ def refusal(task: TaskRef, *, builtin: Collection[str], trust: Trust, trusted: C
 
 def child_config(spec: JobSpec, builtin: Mapping[str, Any], data: Mapping[str, str]) -> dict[str, Any]:
     """The `config` of a task's functions: the [train] section, the task's own defaults, [config], data folders."""
-    return {**spec.train.model_dump(exclude_none=True), **builtin, **spec.config, "data": dict(data)}
+    folders = dict(data)
+    if spec.data.name is not None and spec.data.name in data:  # the owner's name for what the task calls by its own
+        folders[spec.task] = data[spec.data.name]
+    return {**spec.train.model_dump(exclude_none=True), **builtin, **spec.config, "data": folders}
 
 
 def train_command(assignment: Assignment, *, base: str, indices: str | None, out: str) -> dict[str, Any]:

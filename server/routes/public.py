@@ -1,12 +1,14 @@
-"""What needs no token, and the document of everything that does."""
+"""What this coordinator is: two calls that need no token, its metrics, and the document of everything else."""
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from common import PROTOCOL, __version__
 from common.messages import VersionView
-from server.routes.access import AnyoneDep
+from server.metrics import exposition
+from server.routes.access import AdminDep, AnyoneDep, CoordinatorDep
 
 router = APIRouter(tags=["about"])
 
@@ -21,6 +23,12 @@ async def healthz() -> dict[str, str]:
 async def version() -> VersionView:
     """What this coordinator is and speaks."""
     return VersionView(version=__version__, protocol=PROTOCOL)
+
+
+@router.get("/metrics")
+async def metrics(coordinator: CoordinatorDep, _: AdminDep) -> Response:
+    """Workers, jobs and rounds for Prometheus, which sends the token as `authorization: credentials_file`."""
+    return Response(exposition(coordinator), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/openapi.json", include_in_schema=False)

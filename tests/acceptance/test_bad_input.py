@@ -378,6 +378,16 @@ def test_a_model_with_a_cut_that_loses_samples_is_refused(fleet: LocalFleet, wor
     refused(errors.BadUpdateError, "bad_samples", lambda: worker.init(facts=facts))
 
 
+def test_the_metrics_count_workers_jobs_and_rounds(fleet: LocalFleet, worker: Played, job: str) -> None:
+    worker.poll()
+    headers = {"Authorization": f"Bearer {fleet.admin_token}"}
+    text = httpx2.get(f"{fleet.url}/metrics", headers=headers).text
+    assert f'lydian_rounds_total{{job="{job}"}} 0.0' in text
+    assert 'lydian_jobs{state="training"} 1.0' in text
+    assert 'lydian_workers{state="working"} 1.0' in text
+    assert "lydian_leases 1.0" in text
+
+
 def test_nothing_is_lost_by_all_this(fleet: LocalFleet, worker: Played, job: str) -> None:
     """The worker that behaves: its job ends, and the mean is right."""
     for round_index in (1, 2):

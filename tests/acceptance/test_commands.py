@@ -1,0 +1,166 @@
+"""The commands against a real fleet, as a person or a script uses them: stdout, exit codes, files."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.acceptance.kit import LocalFleet, Process, free_port, wait_for
+
+pytestmark = pytest.mark.acceptance
+
+SMALL = ["--shards", "2", "--min-workers", "2", "--local-epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path_factory.mktemp("fleet"), LYDIAN_MAX_ATTEMPTS="1") as running:
+        running.start_workers(2, "--trust", "any")
+        yield running
+
+
+def lydian(fleet: LocalFleet, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LYDIAN_")}
+    environment |= {"LYDIAN_URL": fleet.url, "LYDIAN_TOKEN": token or fleet.admin_token}
+    command = [sys.executable, "-m", "client.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+
+
+def test_a_job_submitted_watched_and_pulled_by_commands(fleet: LocalFleet, tmp_path: Path) -> None:
+    submitted = lydian(fleet, "submit", "digits", "--rounds", "2", *SMALL)
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.strip()
+    assert job.startswith("digits-")
+    watched = lydian(fleet, "watch", job, "--json")
+    assert watched.returncode == 0, watched.stderr
+    lines = [json.loads(line) for line in watched.stdout.splitlines()]
+    rounds = [line for line in lines if line["type"] == "round"]
+    assert [line["round"] for line in rounds] == [1, 2]
+    wanted = {"round", "seconds", "workers", "samples", "bytes_down", "bytes_up", "digest"}
+    assert all(wanted <= line.keys() for line in rounds)
+    assert {line["round"] for line in lines if line["type"] == "evaluation" and "accuracy" in line["metrics"]} == {1, 2}
+    assert lines[-1]["type"] == "job"
+    assert lines[-1]["state"] == "finished"
+    target = tmp_path / "model.safetensors"
+    for choice in ([], ["--round", "1"], ["--best"]):
+        pulled = lydian(fleet, "pull", job, "-o", str(target), "--force", *choice)
+        assert pulled.returncode == 0, pulled.stderr
+        assert len(load_file(target)) == 6
+    shown = json.loads(lydian(fleet, "jobs", "--json").stdout)
+    assert [one["state"] for one in shown if one["id"] == job] == ["finished"]
+
+
+def test_workers_are_listed_with_their_hardware(fleet: LocalFleet) -> None:
+    listed = json.loads(lydian(fleet, "workers", "--json").stdout)
+    assert {one["name"] for one in listed} == {"w1", "w2"}
+    assert all(one["hardware"]["torch"]["version"].startswith("2.") for one in listed)
+    assert "w1" in lydian(fleet, "workers").stdout
+
+
+def test_a_failed_job_exits_1_and_its_log_has_the_traceback(fleet: LocalFleet, tmp_path: Path) -> None:
+    task = tmp_path / "fails.py"
+    task.write_text(
+        "import torch\nfrom torch.utils.data import TensorDataset\n\n"
+        "def model(config):\n    return torch.nn.Linear(2, 2)\n\n"
+        "def dataset(config, split):\n    return TensorDataset(torch.zeros(8, 2), torch.zeros(8).long())\n\n"
+        "def loss(model, batch, config):\n    raise RuntimeError('no luck today')\n"
+    )
+    watched = lydian(fleet, "submit", "--task", str(task), "--rounds", "1", "--watch", *SMALL)
+    assert watched.returncode == 1
+    job = watched.stdout.splitlines()[0]
+    logs = lydian(fleet, "logs", job)
+    assert logs.returncode == 0
+    assert "RuntimeError: no luck today" in logs.stdout
+    assert "fails.py" in logs.stdout
+
+
+def test_a_cancelled_job_exits_4_under_watch(fleet: LocalFleet) -> None:
+    job = lydian(fleet, "submit", "digits", "--rounds", "1000", *SMALL).stdout.strip()
+    assert lydian(fleet, "pause", job).returncode == 0
+    assert fleet.api.job(job).state == "paused"
+    assert lydian(fleet, "resume", job).returncode == 0
+    assert lydian(fleet, "cancel", job).returncode == 0
+    assert lydian(fleet, "watch", job).returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["watch", "no-such"], 1, "there is no job 'no-such'"),
+        (["submit", "digitz"], 1, "digits"),
+        (["submit", "digits", "--set", "train.learning_rate=1"], 1, "train.lr"),
+        (["submit", "digits", "--rounds", "many"], 1, "rounds"),
+        (["no-such-command"], 2, "No such command"),
+    ],
+)
+def test_a_wrong_command_says_what_is_wrong(fleet: LocalFleet, arguments: list[str], code: int, says: str) -> None:
+    ended = lydian(fleet, *arguments)
+    assert ended.returncode == code
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_wrong_token_and_an_absent_coordinator_have_sentences_of_their_own(fleet: LocalFleet) -> None:
+    wrong = lydian(fleet, "jobs", token="lyd_admin_0123456789ab_" + "x" * 43)
+    assert wrong.returncode == 1
+    assert "not known to this coordinator" in wrong.stderr
+    away = lydian(fleet, "jobs", "--url", f"http://127.0.0.1:{free_port()}")
+    assert away.returncode == 3
+    assert "does not answer" in away.stderr
+
+
+def test_a_join_token_is_printed_bare_and_lets_a_worker_join(fleet: LocalFleet) -> None:
+    printed = lydian(fleet, "token", "join")
+    assert printed.stdout.startswith("lyd_join_")
+    assert len(printed.stdout.split()) == 1
+
+
+def test_the_three_modules_do_what_the_commands_do(tmp_path: Path) -> None:
+    port, state = free_port(), tmp_path / "state"
+    environment = {"LYDIAN_STATE_DIR": str(state)}
+    server = Process(["-m", "uvicorn", "server.app:app", "--port", str(port)], tmp_path / "server.log", environment)
+    url = f"http://127.0.0.1:{port}"
+    wait_for("uvicorn to listen", lambda: "running on" in server.said())
+    worker = Process(
+        ["-m", "worker", url, "--name", "w", "--state-dir", str(tmp_path / "w"), "--threads", "1", "--device", "cpu"],
+        tmp_path / "worker.log",
+        {"LYDIAN_TOKEN": (state / "join.token").read_text().strip()},
+    )
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "client.submit_job", "digits", "--rounds", "1", "--watch"],
+            capture_output=True, text=True, check=False, timeout=120,
+            env={**os.environ, "LYDIAN_URL": url, "LYDIAN_STATE_DIR": str(state)},
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        assert worker.terminate() == 0
+        server.popen.terminate()
+        server.popen.wait(20)
+    finally:
+        worker.kill()
+        server.kill()
+
+
+def test_a_model_too_large_for_the_disk_pauses_the_job_with_the_numbers_and_goes_on_when_there_is_room(
+    tmp_path: Path,
+) -> None:
+    with LocalFleet(tmp_path, LYDIAN_RESERVE_BYTES=str(2**52)) as fleet:
+        fleet.start_workers(1)
+        job = fleet.submit(rounds=1, data={"shards": 1})
+        wait_for("the job to pause", lambda: fleet.api.job(job).state == "paused")
+        reason = fleet.api.job(job).reason
+        assert "do not fit" in reason
+        assert str(2**52) in reason
+        assert fleet.coordinator is not None
+        assert fleet.coordinator.terminate() == 0
+        fleet.environment["LYDIAN_RESERVE_BYTES"] = "0"
+        fleet.start_coordinator()
+        fleet.api.resume(job)
+        fleet.finish(job)
+        handed_out = [e for e in fleet.facts(job) if e["type"] == "handed_out" and e["kind"] == "init"]
+        assert len(handed_out) == 1, "the model was built once, and kept until there was room"
