@@ -48,7 +48,7 @@ from common.messages import (
 from common.tasks import BUILTIN
 from server import folding, rounds
 from server.auth import Tokens
-from server.blobs import Blobs, Staging
+from server.blobs import Blobs
 from server.events import Hub
 from server.fleet import Fleet, Lease, Timing, Worker
 from server.naming import assignment_id, new_id, parse_assignment
@@ -56,14 +56,15 @@ from server.optimizers import outer_step
 from server.rounds import Aggregating, Job, Limits, Step, Task, Training
 from server.settings import Settings
 from server.store import Journal, StoredFact
+from server.uploads import Uploads
 
 PROTOCOLS = (1,)  # served; the newest last
 REAPER_S = 1.0  # between two looks at leases and deadlines; less where leases are short
 HEADER_ROOM = 1 << 20  # bytes that an update's file may be larger than its base's
 
-log = logging.getLogger("lydian.coordinator")
+DAMAGED = "digest_mismatch"  # on the way: the bytes are sent again, and it is nobody's fault
 
-AssignmentKey = tuple[str, int]  # assignment id, attempt
+log = logging.getLogger("lydian.coordinator")
 
 
 @dataclass
@@ -87,8 +88,7 @@ class Coordinator:
         self._by_key: dict[str, str] = {}  # idempotency key -> job id
         self._kept: dict[str, deque[int]] = {}  # job id -> rounds whose models are kept, oldest first
         self._round_began: dict[str, float] = {}  # job id -> wall clock of the open round, for its displayed seconds
-        self._uploads: dict[AssignmentKey, Staging] = {}
-        self._locks: dict[AssignmentKey, asyncio.Lock] = {}
+        self._uploads = Uploads(self.blobs)
         self._arriving: set[str] = set()  # digests of updates that have their name and no fact yet
         self._dropped: set[str] = set()  # digests of models that are kept no more, not yet deleted
         self._averaging: dict[str, asyncio.Task[None]] = {}
@@ -138,8 +138,7 @@ class Coordinator:
         await asyncio.gather(*tasks, return_exceptions=True)
         for timer in self._looks.values():
             timer.cancel()
-        for staging in self._uploads.values():
-            staging.close()
+        self._uploads.close()
 
     def end_waits(self) -> None:
         """Answer everybody who waits: the coordinator is stopping."""
@@ -230,8 +229,7 @@ class Coordinator:
         """Drop what an ended job held: leases, half uploads, updates that were not averaged."""
         for lease in [lease for lease in self.fleet.leases.values() if lease.job == job_id]:
             self.fleet.release(lease.worker, job_id, lease.task)
-        for key in [key for key in self._uploads if key[0].startswith(f"{job_id}.")]:
-            self._uploads.pop(key).discard()
+        self._uploads.drop_job(job_id)
         self.hub.touch(job_id)
 
     def _wake(self) -> None:
@@ -479,7 +477,7 @@ class Coordinator:
         job = self.job(job_id)
         self._check_owner(job, task, reason.attempt, worker_id)
         self.fleet.release(worker_id, job_id, task)
-        self._drop_upload((name, reason.attempt))
+        self._uploads.drop((name, reason.attempt))
         back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail)
         self._apply(job_id, rounds.hand_back(job, back, self._limits))
         self._fail_if_nobody_can(job_id)
@@ -527,32 +525,19 @@ class Coordinator:
         """The bytes of an upload that are here already."""
         job_id, task = parse_assignment(name)
         self._check_owner(self.job(job_id), task, attempt, worker_id)
-        staging = self._uploads.get((name, attempt))
-        return staging.ranges if staging else ()
+        return self._uploads.held((name, attempt))
 
     async def receive(
         self, worker_id: str, name: str, attempt: int, span: tuple[int, int, int], body: AsyncIterable[bytes]
     ) -> None:
         """Write bytes [start, stop) of an upload of `total` bytes to their place, as they come."""
         start, stop, total = span
-        staging = self._staging(worker_id, name, attempt, total)
-        at = start
-        async for chunk in body:
-            if at + len(chunk) > stop:
-                raise BadUpdateError(
-                    f"more than the {stop - start} bytes announced came for {name}", code="wrong_length"
-                )
-            try:
-                staging.write(at, chunk)
-            except OSError as error:
-                self._drop_upload((name, attempt))
-                raise DiskFullError(f"byte {at} of {name} could not be written: {error}") from error
-            at += len(chunk)
-        if at != stop:
-            raise BadUpdateError(f"{at - start} of {stop - start} bytes announced came for {name}", code="wrong_length")
+        self._let_upload(worker_id, name, attempt, total)
+        await self._uploads.receive((name, attempt), total, start, stop, body)
         self.fleet.seen(worker_id, self.clock())
 
-    def _staging(self, worker_id: str, name: str, attempt: int, total: int) -> Staging:
+    def _let_upload(self, worker_id: str, name: str, attempt: int, total: int) -> None:
+        """Make sure that this worker may upload so many bytes for this, and that there is room for them."""
         job_id, task = parse_assignment(name)
         job = self.job(job_id)
         self._check_owner(job, task, attempt, worker_id)
@@ -565,14 +550,8 @@ class Coordinator:
             raise BadUpdateError(
                 f"{name} announces {total} bytes, where at most {most} are possible", code="wrong_length"
             )
-        key = (name, attempt)
-        staging = self._uploads.get(key)
-        if staging is not None and staging.size != total:
-            raise BadUpdateError(f"{name} announced {staging.size} bytes before and {total} now", code="wrong_length")
-        if staging is None:
+        if (name, attempt) not in self._uploads:
             self._make_sure_of_room(job, total)
-            staging = self._uploads[key] = Staging.open(self.blobs.part(f"{name}.{attempt}"), total)
-        return staging
 
     def _make_sure_of_room(self, job: Job, size: int) -> None:
         """Refuse an upload that does not fit, and pause its job, so that a person is told; the worker keeps trying."""
@@ -582,43 +561,35 @@ class Coordinator:
             self._apply(job.id, rounds.pause(job, f"the coordinator: {error}"))
             raise
 
-    def _drop_upload(self, key: AssignmentKey) -> None:
-        if (staging := self._uploads.pop(key, None)) is not None:
-            staging.discard()
-
     async def take(self, worker_id: str, name: str, submission: Submission) -> Receipt:
         """Let a result count, at most once, after its bytes have been looked at."""
         job_id, task = parse_assignment(name)
-        lock = self._locks.setdefault((name, submission.attempt), asyncio.Lock())
-        try:
-            async with lock:
-                return await self._take(worker_id, self.job(job_id), task, name, submission)
-        finally:
-            if not lock.locked():
-                self._locks.pop((name, submission.attempt), None)
+        async with self._uploads.lock((name, submission.attempt)):
+            return await self._take(worker_id, self.job(job_id), task, name, submission)
 
     async def _take(self, worker_id: str, job: Job, task: Task, name: str, submission: Submission) -> Receipt:
         if (repeat := self._accepted_before(job, task, submission, worker_id)) is not None:
             return repeat
         try:
             rounds.judge(job, task, submission, worker_id)
+            if task.kind == "evaluate":
+                return self._count_evaluation(job, task, submission, worker_id)
+            return await self._look_and_count(job, task, name, submission, worker_id)
         except LateError:
-            self._drop_upload((name, submission.attempt))
+            self._uploads.drop((name, submission.attempt))
             self._apply(job.id, rounds.late(task, submission.attempt, worker_id))
             raise
         except BadUpdateError as error:
-            self._refuse(job.id, task, submission.attempt, worker_id, error)
+            self._uploads.drop((name, submission.attempt))
+            if error.code != DAMAGED:
+                self._refuse(job.id, task, submission.attempt, worker_id, error)
             raise
-        if task.kind == "evaluate":
-            self.fleet.release(worker_id, job.id, task)
-            after = self._apply(job.id, rounds.take_evaluation(job, task.round, submission, worker_id))
-            self._run_queue()
-            return Receipt(repeat=False, reason=after.reason)
-        digest, size = await self._look_at(job, task, name, submission, worker_id)
-        try:
-            return self._count(job.id, task, submission, worker_id, digest, size)
-        finally:
-            self._arriving.discard(digest)
+
+    def _count_evaluation(self, job: Job, task: Task, submission: Submission, worker_id: str) -> Receipt:
+        self.fleet.release(worker_id, job.id, task)
+        after = self._apply(job.id, rounds.take_evaluation(job, task.round, submission, worker_id))
+        self._run_queue()
+        return Receipt(repeat=False, reason=after.reason)
 
     def _accepted_before(self, job: Job, task: Task, submission: Submission, worker_id: str) -> Receipt | None:
         """The same answer as before, if this very result was taken before."""
@@ -629,34 +600,22 @@ class Coordinator:
                 return Receipt(repeat=True, reason=job.reason)
         return None
 
-    async def _look_at(
-        self, job: Job, task: Task, name: str, submission: Submission, worker_id: str
-    ) -> tuple[str, int]:
-        """Check the uploaded bytes off the loop, and give them their name."""
-        key = (name, submission.attempt)
-        staging = self._uploads.get(key)
-        if staging is None or not staging.complete or submission.digest is None:
-            held = sum(stop - start for start, stop in staging.ranges) if staging else 0
-            of = staging.size if staging else "an unknown number of"
-            raise ConflictError(
-                f"{held} of {of} bytes of {name} are here",
-                code="incomplete",
-                advice="Upload the rest, then submit again.",
-            )
+    async def _look_and_count(self, job: Job, task: Task, name: str, submission: Submission, worker_id: str) -> Receipt:
+        """Check the uploaded bytes off the loop, give them their name, and let them count."""
+        key, digest = (name, submission.attempt), submission.digest
+        staging = self._uploads.finish(key)
+        if digest is None:
+            raise BadUpdateError(f"{name} was submitted without the digest of its bytes", code=DAMAGED)
         base = self.blobs.path(job.model.digest) if task.kind == "train" and job.model else None
         bound = job.spec.aggregation.norm_bound
-        staging.close()
+        await asyncio.to_thread(folding.inspect, staging.path, base, digest=digest, norm_bound=bound)
+        self._arriving.add(digest)
         try:
-            await asyncio.to_thread(folding.inspect, staging.path, base, digest=submission.digest, norm_bound=bound)
-        except BadUpdateError as error:
-            self._drop_upload(key)
-            if error.code != "digest_mismatch":  # damaged on the way: sent again, nobody's fault
-                self._refuse(job.id, task, submission.attempt, worker_id, error)
-            raise
-        self._arriving.add(submission.digest)
-        await asyncio.to_thread(self.blobs.adopt, staging.path, submission.digest, durable=task.kind == "init")
-        self._uploads.pop(key, None)
-        return submission.digest, staging.size
+            await asyncio.to_thread(self.blobs.adopt, staging.path, digest, durable=task.kind == "init")
+            self._uploads.forget(key)
+            return self._count(job.id, task, submission, worker_id, digest, staging.size)
+        finally:
+            self._arriving.discard(digest)
 
     def _count(
         self, job_id: str, task: Task, submission: Submission, worker_id: str, digest: str, size: int

@@ -70,7 +70,7 @@ class Task:
                 return "initialisation"
             case "train":
                 return f"round {self.round}, shard {self.shard}"
-            case "evaluate":
+            case _:
                 return f"evaluation of round {self.round}"
 
 

@@ -372,10 +372,13 @@ def test_a_worker_of_another_protocol_is_told_which_side_to_upgrade(fleet: Local
         )
 
 
-def test_a_model_with_a_cut_that_loses_samples_is_refused(fleet: LocalFleet, worker: Played) -> None:
-    fleet.submit(rounds=1, data={"shards": 2})
+def test_a_model_with_a_cut_that_loses_samples_is_refused_and_built_again(fleet: LocalFleet, worker: Played) -> None:
+    job = fleet.submit(rounds=1, data={"shards": 2})
     facts = ModelFacts(parameters=8, train_samples=10, test_samples=0, bounds=(0, 5, 9))
     refused(errors.BadUpdateError, "bad_samples", lambda: worker.init(facts=facts))
+    assert [entry.code for entry in fleet.api.logs(job)] == ["bad_samples"]
+    assert worker.init().attempt == 2
+    assert fleet.api.job(job).state == "training"
 
 
 def test_the_metrics_count_workers_jobs_and_rounds(fleet: LocalFleet, worker: Played, job: str) -> None:
