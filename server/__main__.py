@@ -75,7 +75,7 @@ def serve(
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    for chatty in ("httpx2", "httpcore2", "asyncio"):
+    for chatty in ("httpx2", "httpcore2", "asyncio", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         settings = Settings.from_environment()

@@ -237,12 +237,13 @@ def begin(job: Job, serving: Sequence[str], spare: int) -> Step:
     if spare < wanted:
         taken = f", {len(serving) - spare} of them with older jobs" if spare < len(serving) else ""
         refused = "".join(f"; {why}" for why in sorted(set(job.excluded.values())))
-        return Step(reason=f"waiting for {_workers(wanted)}: {len(serving)} can serve it{taken}{refused}")
-    reason = f"{_workers(spare)} there, {wanted} needed: one builds the model"
+        return Step(reason=f"waiting for {workers(wanted)}: {len(serving)} can serve it{taken}{refused}")
+    reason = f"{workers(spare)} there, {wanted} needed: one builds the model"
     return Step((StateChanged(state="initialising", reason=reason),), reason)
 
 
-def _workers(number: int) -> str:
+def workers(number: int) -> str:
+    """A number of workers, in words."""
     return f"{number} worker{'' if number == 1 else 's'}"
 
 

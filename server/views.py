@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from common.facts import HandedBack, Now, WorkerNow
 from common.messages import JobView, LogEntry, WorkerView
+from server import rounds
 from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody
 from server.rounds import Job, Paused, Queued, Task, Training, close_if_due
@@ -40,7 +41,7 @@ def why(coordinator: Coordinator, job: Job) -> str:
         wanted, serving = job.spec.round.min_workers, coordinator.fleet.serving(job, now)
         nobody = why_nobody(coordinator.fleet, job, now)
         behind = f"; {nobody}" if nobody else "" if len(serving) < wanted else ", and older jobs go first"
-        return f"waiting for {wanted} workers that can serve it: {len(serving)} of {len(live)} live can{behind}"
+        return f"waiting for {rounds.workers(wanted)} that can serve it: {len(serving)} of {len(live)} live can{behind}"
     reason = close_if_due(job, live, now).reason if isinstance(job.inner, Training) else job.reason
     if not coordinator.fleet.held(job.id) and not coordinator.fleet.serving(job, now):
         reason += f"; no live worker serves it ({why_nobody(coordinator.fleet, job, now) or 'none is live'})"

@@ -221,6 +221,22 @@ def test_outstanding_names_the_newest_attempt_of_every_task_that_is_out() -> Non
     assert rounds.outstanding(play.job) == []
 
 
+def test_outstanding_names_an_evaluation_while_a_round_is_averaged() -> None:
+    play = training(rounds=3)
+    play.whole_round("a", "b")
+    play.give(Task("evaluate", 1), "a")
+    play.train(0, "a")
+    play.train(1, "b")
+    play.close_if_due("a", "b")
+    assert rounds.outstanding(play.job) == [(Task("evaluate", 1), 1, "a", "")]
+
+
+def test_nothing_is_open_in_an_ended_job() -> None:
+    play = training()
+    play.do(rounds.cancel(play.job, "me"))
+    assert not rounds.is_open(play.job, Task("train", 1, 0))
+
+
 def test_outstanding_names_the_initialisation() -> None:
     play = Play(spec())
     play.begin("a")
@@ -318,6 +334,15 @@ def test_private_data_may_have_any_number_of_samples_but_none() -> None:
     assert rounds.judge(play.job, Task("train", 1, 0), submission(play.update(0, "a", samples=123456)), "a") is None
     with pytest.raises(BadUpdateError, match="at least 1"):
         rounds.judge(play.job, Task("train", 1, 0), submission(play.update(0, "a", samples=0)), "a")
+
+
+def test_an_evaluation_that_was_handed_out_may_count() -> None:
+    play = training()
+    play.whole_round("a", "b")
+    play.give(Task("evaluate", 1), "a")
+    assert rounds.judge(play.job, Task("evaluate", 1), Submission(attempt=1), "a") is None
+    with pytest.raises(NotFoundError):
+        rounds.judge(play.job, Task("evaluate", 1), Submission(attempt=1), "b")
 
 
 def test_a_shard_is_never_accepted_twice_even_by_a_replay() -> None:
