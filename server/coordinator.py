@@ -127,7 +127,7 @@ class Coordinator:
         for job in [job for job in self.jobs.values() if not job.over]:
             await self._verify(job)
             self._settle(job.id)
-        self._reaper = asyncio.create_task(self._reap(), name="reaper")
+        self._start_reaper()
 
     async def stop(self) -> None:
         """Hand out nothing more; what is being averaged is averaged again by the next coordinator."""
@@ -222,7 +222,9 @@ class Coordinator:
             delay = max(step.look_again_at - now, 0.0)
             self._looks[job_id] = asyncio.get_running_loop().call_later(delay, self._settle, job_id)
         if isinstance(job.inner, Aggregating) and job_id not in self._averaging:
-            self._averaging[job_id] = asyncio.create_task(self._average(job_id, job.inner), name=f"average {job_id}")
+            task = asyncio.create_task(self._average(job_id, job.inner), name=f"average {job_id}")
+            task.add_done_callback(lambda done: self._averaged(job_id, done))
+            self._averaging[job_id] = task
         self.hub.touch(job_id)
 
     def _forget(self, job_id: str) -> None:
@@ -690,6 +692,15 @@ class Coordinator:
         self._discard(phase)
         self._run_queue()
 
+    def _averaged(self, job_id: str, done: asyncio.Task[None]) -> None:
+        """A fault of our own while averaging must not leave the job waiting without a word."""
+        if done.cancelled() or (error := done.exception()) is None:
+            return
+        log.error("%s: averaging broke off", job_id, exc_info=error)
+        self._averaging.pop(job_id, None)
+        if not self.jobs[job_id].over:
+            self._apply(job_id, rounds.fail(self.jobs[job_id], f"averaging broke off: {type(error).__name__}: {error}"))
+
     def _fold(self, job: Job, phase: Aggregating) -> ModelRef:
         self.blobs.check_room(phase.base.size)
         target = self.blobs.part(f"{job.id}.model.{phase.round}")
@@ -722,6 +733,16 @@ class Coordinator:
         return needed
 
     # ------------------------------------------------------------ time
+
+    def _start_reaper(self) -> None:
+        self._reaper = asyncio.create_task(self._reap(), name="reaper")
+        self._reaper.add_done_callback(self._reaped)
+
+    def _reaped(self, done: asyncio.Task[None]) -> None:
+        """Without a reaper no lease would ever expire: a fault in it is logged, and it goes on."""
+        if not done.cancelled() and not self._stopping:
+            log.error("the reaper broke off and is started again", exc_info=done.exception())
+            self._start_reaper()
 
     async def _reap(self) -> None:
         """Take expired leases away and keep deadlines, once a second. Notices when it stood still itself."""

@@ -228,6 +228,9 @@ class Agent:
             except TaskFailure as failure:
                 log.warning("%s: %s", label, failure.sentence)
                 self._abandon(assignment, failure.code, failure.sentence, failure.detail)
+            except OSError as error:  # this machine's disk, not the task: the agent lives on
+                log.warning("%s: %s", label, error)
+                self._abandon(assignment, "worker_error", f"{self.options.name} cannot use its state folder: {error}")
             except (TaskStopped, Dropped) as dropped:
                 log.info("%s: dropped: %s", label, heart.order_reason or dropped)
             except Leaving:

@@ -348,6 +348,20 @@ def test_a_worker_drains_on_sigterm_and_leaves_no_child(tmp_path: Path) -> None:
         wait_for("the other worker to go on alone", lambda: fleet.api.job(job).round > before + 1)
 
 
+def test_a_worker_whose_folder_breaks_gives_its_work_back_and_lives_on(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path, LYDIAN_MAX_ATTEMPTS="1") as fleet:
+        fleet.start_workers(1)
+        job = fleet.submit(rounds=1000, data={"shards": 1})
+        fleet.await_event(job, lambda e: e["type"] == "round", "a round closed")
+        work, aside = fleet.folder / "w1" / "work", fleet.folder / "w1" / "aside"
+        work.rename(aside)
+        view = fleet.finish(job, "failed")
+        assert "work" in view.reason
+        aside.rename(work)
+        assert fleet.workers["w1"].popen.poll() is None
+        fleet.finish(fleet.submit(rounds=1, data={"shards": 1}))
+
+
 def test_a_killed_agent_leaves_no_orphan(tmp_path: Path) -> None:
     with LocalFleet(tmp_path) as fleet:
         fleet.start_workers(1)
