@@ -114,4 +114,4 @@ def _announce(settings: Settings, binding: Binding, port: int) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="lydian serve")

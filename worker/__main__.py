@@ -141,4 +141,4 @@ def _data_folders(given: list[str]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="lydian work")
