@@ -69,7 +69,8 @@ def _weights(folder: Path, megabytes: int, updates: int) -> None:
     sha = seconds(lambda: file_digest(base))
     print(
         f"weights, {megabytes} MB: digest {sha * 1e3:.1f} ms, look at an update {look * 1e3:.1f} ms, "
-        f"average of {updates} with fsync {fold * 1e3:.1f} ms ({megabytes * MEGABYTE * updates / fold / 1e9:.2f} GB/s read)"
+        f"average of {updates} with fsync {fold * 1e3:.1f} ms "
+        f"({megabytes * MEGABYTE * updates / fold / 1e9:.2f} GB/s read)"
     )
 
 
