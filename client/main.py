@@ -246,6 +246,22 @@ def drain(
         typer.echo(shown.one_line(f"{view.name} is {view.state}: {view.reason}"))
 
 
+@app.command()
+def readmit(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="The worker's id.")],
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a worker work again that was set aside or drained; its refused results are forgiven."""
+    with coordinator(url, token) as api:
+        view = api.readmit(worker)
+    if as_json:
+        print_message(view)
+    else:
+        typer.echo(shown.one_line(f"{view.name} is {view.state}: {view.reason}"))
+
+
 @token_app.command()
 def join(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
     """Print a new token that lets a worker join."""

@@ -30,7 +30,9 @@ from common.facts import (
     HandedBack,
     Initialised,
     Late,
+    Lost,
     Now,
+    Restored,
     RoundClosed,
     StateChanged,
     Submitted,
@@ -108,7 +110,7 @@ class Board:
                 self.now, self.state, self.reason = fact, fact.state, fact.reason
             case StateChanged():
                 self.now, self.state, self.reason = None, fact.state, fact.reason
-            case HandedBack() | Late() | Extended() | EvaluationGivenUp():
+            case HandedBack() | Late() | Lost() | Restored() | Extended() | EvaluationGivenUp():
                 self.troubles.append(plain_line(fact, self) or "")
             case _:
                 pass
@@ -167,6 +169,10 @@ def _plain_line(fact: Message, board: Board) -> str | None:
             return f"{fact.worker_name} gave back {work}: {fact.sentence} ({fact.code})"
         case Late():
             return f"an update of round {fact.round}, shard {fact.shard} came too late and is not used"
+        case Lost():
+            return f"after a power cut: {fact.reason}"
+        case Restored():
+            return f"{fact.worker_name} sent the update of round {fact.round}, shard {fact.shard} again"
         case Extended():
             return f"round {fact.round} gets more time: {fact.reason}"
         case _:

@@ -1,12 +1,12 @@
-"""Every HTTP call of protocol v1, from the caller's side. The one module that knows httpx2.
+"""Every HTTP call of the protocol, from the caller's side. Only this module and common.transfers know httpx2.
 
 Calls return messages and raise the errors of common.errors: what the coordinator answered, as the class it was, or
 UnavailableError with the code `unreachable` when no answer came. No call retries by itself, except `events`, which is a
 stream that outlives the coordinator; whoever calls decides how long to insist.
 """
 
-import hashlib
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,14 +16,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from common.errors import (
-    BadUpdateError,
-    LydianError,
-    NotFoundError,
-    UnauthenticatedError,
-    UnavailableError,
-    from_answer,
-)
+from common.errors import UnavailableError
 from common.messages import (
     OVER,
     Abandon,
@@ -44,9 +37,9 @@ from common.messages import (
     Welcome,
     WorkerView,
 )
-from common.ranges import content_range, gaps, parse_ranges
+from common.ranges import parse_ranges
+from common.transfers import Download, Upload, raise_for, unreachable
 
-PIECE = 1 << 20  # bytes handed to the socket or the disk at a time
 POLL_SLACK_S = 15.0  # a long poll may take this much longer than was asked for before the line counts as dead
 
 M = TypeVar("M", bound=Message)
@@ -61,7 +54,7 @@ class CoordinatorApi:
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx2.Timeout(timeout_s, connect=10.0),
-            limits=httpx2.Limits(max_keepalive_connections=8, keepalive_expiry=60.0),
+            limits=httpx2.Limits(max_keepalive_connections=20, keepalive_expiry=60.0),
         )
 
     def use_token(self, token: str) -> None:
@@ -94,33 +87,45 @@ class CoordinatorApi:
         """Renew the lease of an assignment and learn whether to go on."""
         return self._ask(HeartbeatAnswer, "POST", f"/v1/workers/{worker}/heartbeat", beat)
 
-    def download_model(self, digest: str, target: Path) -> int:
-        """Fetch a model version to `target`, which appears only whole and verified. Returns the bytes received."""
-        return self._download(f"/v1/models/{digest}", target, digest=digest)
+    def download_model(
+        self, digest: str, target: Path, *, size: int | None = None, stop: threading.Event | None = None
+    ) -> int:
+        """Fetch a model version to `target`, which appears only whole and verified. Returns the bytes received.
 
-    def download_task(self, digest: str, target: Path) -> int:
+        What a broken call has brought is kept beside the target; the next one, of any process, fetches the rest. Who
+        knows the `size`, in bytes, saves the question for it.
+
+        Raises:
+            TransferStopped: `stop` was set.
+        """
+        return Download(
+            self._client, self.url, f"/v1/models/{digest}", target, digest=digest, size=size, stop=stop
+        ).run()
+
+    def download_task(self, digest: str, target: Path, *, stop: threading.Event | None = None) -> int:
         """Fetch a user's task file to `target`, verified like a model."""
-        return self._download(f"/v1/tasks/{digest}", target, digest=digest)
+        return Download(self._client, self.url, f"/v1/tasks/{digest}", target, digest=digest, stop=stop).run()
 
-    def upload(self, assignment: str, attempt: int, source: Path, *, resume: bool = False) -> int:
+    def upload(
+        self,
+        assignment: str,
+        attempt: int,
+        source: Path,
+        *,
+        resume: bool = False,
+        stop: threading.Event | None = None,
+    ) -> int:
         """Send the bytes of an update. With `resume`, only what the coordinator does not hold yet.
 
         Returns:
             The bytes sent.
+
+        Raises:
+            TransferStopped: `stop` was set.
         """
-        size = source.stat().st_size
         path = f"/v1/updates/{assignment}?attempt={attempt}"
         held = parse_ranges(self._send("HEAD", path).headers.get("Lydian-Ranges", "")) if resume else ()
-        sent = 0
-        for start, stop in gaps(held, size):
-            headers = {
-                "Content-Range": content_range(start, stop, size),
-                "Content-Length": str(stop - start),
-                "Content-Type": "application/octet-stream",
-            }
-            self._send("PUT", path, content=_pieces(source, start, stop), headers=headers)
-            sent += stop - start
-        return sent
+        return Upload(self._client, self.url, path, source, held, stop).run()
 
     def submit(self, assignment: str, submission: Submission) -> Receipt:
         """Hand in the result of an assignment; the bytes were uploaded before."""
@@ -176,13 +181,18 @@ class CoordinatorApi:
         """Let a worker finish what it does and give it nothing more."""
         return self._ask(WorkerView, "POST", f"/v1/workers/{_part(worker)}/drain")
 
+    def readmit(self, worker: str) -> WorkerView:
+        """Give a worker work again that was set aside or drained."""
+        return self._ask(WorkerView, "POST", f"/v1/workers/{_part(worker)}/readmit")
+
     def new_token(self, request: TokenRequest) -> TokenAnswer:
         """A new token."""
         return self._ask(TokenAnswer, "POST", "/v1/tokens", request)
 
     def pull(self, job: str, target: Path, *, which: str = "newest") -> int:
         """Fetch a job's model: `newest`, `best` or a round's number. Returns the bytes received."""
-        return self._download(f"/v1/jobs/{_part(job)}/model?which={quote(which)}", target)
+        path = f"/v1/jobs/{_part(job)}/model?which={quote(which)}"
+        return Download(self._client, self.url, path, target).run()
 
     def events(
         self, job: str, *, after: int = 0, on_wait: Callable[[str], None] = lambda _: None, patience_s: float = 3600.0
@@ -211,7 +221,7 @@ class CoordinatorApi:
                 if time.monotonic() - away_since > patience_s:
                     if isinstance(error, UnavailableError):
                         raise
-                    raise _unreachable(self.url, error) from error
+                    raise unreachable(self.url, error) from error
                 on_wait(f"the coordinator at {self.url} does not answer ({error}); waiting for it to come back")
             time.sleep(0.5)  # between two connections, never between two events
 
@@ -222,7 +232,7 @@ class CoordinatorApi:
         headers = {"Last-Event-ID": str(after), "Accept": "text/event-stream"}
         path = f"/v1/jobs/{_part(job)}/events"
         with self._client.stream("GET", path, headers=headers, timeout=httpx2.Timeout(60.0)) as answer:
-            _raise_for(answer)
+            raise_for(answer)
             for line in answer.iter_lines():
                 if line.startswith("data:"):
                     yield json.loads(line[5:])
@@ -237,74 +247,11 @@ class CoordinatorApi:
         try:
             answer = self._client.request(method, path, **options)
         except httpx2.TransportError as error:
-            raise _unreachable(self.url, error) from error
-        _raise_for(answer)
+            raise unreachable(self.url, error) from error
+        raise_for(answer)
         return answer
-
-    def _download(self, path: str, target: Path, *, digest: str | None = None) -> int:
-        part = target.with_name(target.name + ".part")
-        seen, received = hashlib.sha256(), 0
-        try:
-            with self._client.stream("GET", path) as answer, part.open("wb") as file:
-                _raise_for(answer)
-                expected = digest or answer.headers.get("ETag", "").strip('"')
-                for piece in answer.iter_raw(PIECE):
-                    seen.update(piece)
-                    received += len(piece)
-                    file.write(piece)
-        except httpx2.TransportError as error:
-            raise _unreachable(self.url, error) from error
-        if seen.hexdigest() != expected:
-            raise BadUpdateError(
-                f"{received} bytes came for {expected[:12]}… and their SHA-256 is {seen.hexdigest()[:12]}…",
-                code="digest_mismatch",
-                advice="The bytes were damaged on the way; fetch them again.",
-            )
-        part.replace(target)
-        return received
-
-
-def _unreachable(url: str, error: httpx2.TransportError) -> UnavailableError:
-    why = str(error) or type(error).__name__
-    return UnavailableError(
-        f"the coordinator at {url} does not answer: {why}",
-        code="unreachable",
-        advice="Is it running (`lydian serve`), and is this the right address (--url or LYDIAN_URL)?",
-    )
-
-
-def _raise_for(answer: httpx2.Response) -> None:
-    """Turn an error answer into the error it carries."""
-    if answer.status_code < 400:
-        return
-    answer.read()
-    try:
-        body = json.loads(answer.content)
-    except ValueError:
-        if answer.request.method == "HEAD":  # a HEAD has no body to say more
-            raise _bare(answer) from None
-        body = answer.text
-    raise from_answer(answer.status_code, body)
-
-
-def _bare(answer: httpx2.Response) -> LydianError:
-    kind = {401: UnauthenticatedError, 404: NotFoundError}.get(answer.status_code, LydianError)
-    return kind(f"{answer.request.url.path} answered HTTP {answer.status_code}")
 
 
 def _part(name: str) -> str:
     """A name as one piece of a path, whatever was typed."""
     return quote(name, safe="")
-
-
-def _pieces(source: Path, start: int, stop: int) -> Iterator[bytes]:
-    with source.open("rb") as file:
-        file.seek(start)
-        while start < stop:
-            piece = file.read(min(PIECE, stop - start))
-            if not piece:
-                raise LydianError(
-                    f"{source} became shorter while it was sent", advice="Did something else write to it?"
-                )
-            start += len(piece)
-            yield piece

@@ -5,6 +5,8 @@
     ├── UnauthenticatedError         401  no token, or one that is not known
     ├── ForbiddenError               403  a known token that may not do this
     ├── NotFoundError                404  no such job, worker, model, round, assignment
+    ├── TooSlowError                 408  a body stood still, or came below the least rate
+    ├── TooLargeError                413  a body beyond what this call may have
     ├── ConflictError                409  true once, not any more
     │   ├── SupersededError               another attempt of this task counts
     │   └── JobOverError                  the job has ended
@@ -77,6 +79,22 @@ class NotFoundError(LydianError):
     status = 404
     code = "not_found"
     advice = "`lydian jobs` and `lydian workers` list what there is."
+
+
+class TooSlowError(LydianError):
+    """A body stood still for too long, or came too slowly; what came of an upload is kept."""
+
+    status = 408
+    code = "too_slow"
+    advice = "Send the rest: HEAD on an upload says which bytes are here."
+
+
+class TooLargeError(LydianError):
+    """A body has more bytes than its call may have; nothing of it was kept."""
+
+    status = 413
+    code = "too_large"
+    advice = "See docs/protocol.md for the size of this call's body."
 
 
 class ConflictError(LydianError):
@@ -164,8 +182,8 @@ class DiskFullError(LydianError):
 
 _FAMILY: tuple[type[LydianError], ...] = (
     SupersededError, JobOverError, BadJobError, BadTaskError, BadUpdateError,  # told apart by code, first
-    BadRequestError, UnauthenticatedError, ForbiddenError, NotFoundError, ConflictError, LateError, RefusedError,
-    VersionSkewError, UnavailableError, DiskFullError,
+    BadRequestError, UnauthenticatedError, ForbiddenError, NotFoundError, TooSlowError, TooLargeError, ConflictError,
+    LateError, RefusedError, VersionSkewError, UnavailableError, DiskFullError,
 )  # fmt: skip
 
 

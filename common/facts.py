@@ -26,6 +26,7 @@ class StateChanged(Message):
     type: Literal["job"] = "job"
     state: State
     reason: str
+    room: Count = Field(0, description="paused: bytes that must be free before it goes on by itself; 0: by a person")
 
 
 class HandedOut(Message):
@@ -106,6 +107,32 @@ class Accepted(Message):
     metrics: Metrics
     bytes_down: Count
     bytes_up: Count
+    resumed_at: Count = Field(0, description="the step of the checkpoint that its worker went on from; 0: none")
+
+
+class Lost(Message):
+    """The bytes of an accepted update are not whole on the disk any more; its worker is asked for its copy."""
+
+    type: Literal["lost"] = "lost"
+    round: Count
+    shard: Count
+    attempt: int
+    worker: Name
+    worker_name: str
+    digest: Digest
+    reason: str
+
+
+class Restored(Message):
+    """The bytes of a lost update are here again."""
+
+    type: Literal["restored"] = "restored"
+    round: Count
+    shard: Count
+    attempt: int
+    worker: Name
+    worker_name: str
+    digest: Digest
 
 
 class Late(Message):
@@ -174,8 +201,8 @@ class EvaluationGivenUp(Message):
 
 
 Fact = Annotated[
-    Submitted | StateChanged | HandedOut | HandedBack | Initialised | Opened | Accepted | Late | Extended | Frozen
-    | RoundClosed | Evaluated | EvaluationGivenUp,
+    Submitted | StateChanged | HandedOut | HandedBack | Initialised | Opened | Accepted | Lost | Restored | Late
+    | Extended | Frozen | RoundClosed | Evaluated | EvaluationGivenUp,
     Field(discriminator="type"),
 ]  # fmt: skip
 FACT: TypeAdapter[Fact] = TypeAdapter(Fact)

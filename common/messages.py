@@ -73,6 +73,9 @@ class RoundSection(Message):
     )
     deadline: float | None = Field(None, gt=0, description="seconds for a round to reach its quorum; extended once")
     evaluate_every: int = Field(1, ge=0, description="rounds between evaluations (0: only the last round)")
+    fsync: bool = Field(
+        False, description="wait for the coordinator's disk before an update is acknowledged (its worker keeps a copy)"
+    )
 
 
 class AggregationSection(Message):
@@ -146,6 +149,14 @@ class Hardware(Message):
     torch: TorchBuild
 
 
+class Holding(Message):
+    """An attempt that a worker has on its disk."""
+
+    assignment: Name
+    attempt: int = Field(ge=1)
+    digest: Digest | None = Field(None, description="of the update; None: it is not trained to the end")
+
+
 class Registration(Message):
     """`POST /v1/workers`: with a join token the first time, with the worker's own credential ever after."""
 
@@ -157,6 +168,8 @@ class Registration(Message):
     data: tuple[Name, ...] = Field((), description="names of data folders that the worker's owner offers")
     trust: Trust = Field("none", description="which task files that are not built in this worker runs")
     trusted: tuple[Digest, ...] = Field((), max_length=10_000, description="the task files that are listed")
+    place: str = Field("", max_length=64, description="machine and state folder, hashed: a copied folder has another")
+    holding: tuple[Holding, ...] = Field((), max_length=100, description="what its spool has from an earlier life")
 
 
 class Welcome(Message):
@@ -220,13 +233,17 @@ class PollRequest(Message):
     claim_key: str = Field(min_length=1, max_length=64)
     wait_s: float = Field(25.0, ge=0, le=60)
     loaded: tuple[Name, ...] = Field((), description="jobs whose data and model the worker keeps in memory")
+    holding: tuple[Holding, ...] = Field((), max_length=100, description="updates handed in and kept until settled")
+    degraded: str = Field("", max_length=500, description="why the worker can take no work now; empty: it can")
 
 
 class PollAnswer(Message):
-    """Work, or jobs that are over and may be forgotten, or both."""
+    """Work, jobs that are over and may be forgotten, and what became of the updates that the worker keeps."""
 
     assignment: Assignment | None = None
     forget: tuple[Name, ...] = ()
+    settled: tuple[Holding, ...] = Field((), description="kept updates that are needed no more: delete them")
+    wanted: tuple[Holding, ...] = Field((), description="kept updates whose bytes are lost here: hand them in again")
 
 
 class Progress(Message):
@@ -276,6 +293,7 @@ class Submission(Message):
     metrics: Metrics = Field(default_factory=dict, max_length=100)
     bytes_down: Count = Field(0, description="bytes downloaded for this assignment")
     facts: ModelFacts | None = Field(None, description="init only")
+    resumed_at: Count = Field(0, description="the step of the checkpoint it went on from; 0: none was needed")
 
 
 class Receipt(Message):
@@ -290,7 +308,7 @@ class Abandon(Message):
 
     attempt: int = Field(ge=1)
     code: Literal["released", "task_failed", "task_exited", "task_stalled", "out_of_memory", "no_data", "not_trusted",
-                  "unknown_task", "bad_task", "worker_error"]  # fmt: skip
+                  "unknown_task", "bad_task", "worker_error", "disk_full"]  # fmt: skip
     sentence: str = Field(max_length=2_000)
     detail: str = Field("", max_length=200_000, description="traceback and the last lines of the child's output")
 
@@ -335,7 +353,7 @@ class WorkerView(Message):
 
     id: str
     name: str
-    state: Literal["idle", "working", "gone", "draining", "set aside"]
+    state: Literal["idle", "working", "gone", "draining", "degraded", "set aside"]
     reason: str
     last_seen_s: float = Field(description="seconds since its last call")
     version: str

@@ -13,29 +13,43 @@ from typing import Annotated
 
 import typer
 import uvicorn
+from fastapi import FastAPI
 
 from common import __version__
 from common.errors import LydianError
 from common.tailscale import expiry_warning, tailscale_status
-from server.app import create_app
+from server.app import create_app, failed_start
 from server.binding import Binding, choose, open_sockets
 from server.settings import Settings
+from server.wire import impatient
 
 KEEP_ALIVE_S = 75  # longer than a poll waits: a worker's connection outlives its polls
+GRACEFUL_S = 5  # for transfers under way when told to stop; they are resumed by the next coordinator
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, that says when it listens."""
+    """Uvicorn, that says when it listens, and in one sentence why it cannot."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
+        self._app = app
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
-        """Load the state, then listen, then say so."""
-        await super().startup(sockets)
+        """Load the state, then listen, then say so.
+
+        Raises:
+            LydianError: the application cannot start, as it says itself.
+        """
+        try:
+            await super().startup(sockets)
+        except SystemExit:
+            error = failed_start(self._app)
+            if error is None:
+                raise
+            raise error from None
         if self.started and not self.should_exit:
             self._on_ready()
 
@@ -91,12 +105,21 @@ def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> 
     status, why_none = (None, "") if host else tailscale_status()
     binding = choose(host, status, why_none, insecure=insecure, machine=platform.node())
     sockets = open_sockets(binding.hosts, port)
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings), log_config=None, access_log=False, timeout_keep_alive=KEEP_ALIVE_S, workers=1
+        app,
+        http=impatient(settings.body_idle_s),
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACEFUL_S,
+        workers=1,
     )
+    # Uvicorn would log the traceback of what is told in one sentence.
+    logging.getLogger("uvicorn.error").addFilter(lambda _: failed_start(app) is None)
     if status is not None and (warning := expiry_warning(status, now=datetime.now(UTC))):
         typer.echo(warning, err=True)
-    server = Server(config, on_ready=lambda: _announce(settings, binding, sockets[0].getsockname()[1]))
+    server = Server(config, app, on_ready=lambda: _announce(settings, binding, sockets[0].getsockname()[1]))
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends itself the signal again when it has stopped
         signal.signal(number, lambda *_: None)
     server.run(sockets=sockets)

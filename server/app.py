@@ -9,7 +9,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from http import HTTPStatus
 from types import FrameType
 from typing import Any
@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException
 from common import __version__
 from common.errors import BadRequestError, LydianError, NotFoundError, UnavailableError
 from server.auth import Scope, Tokens, guard_logs, token_file
+from server.bodies import BodyLimits
 from server.coordinator import Coordinator
 from server.routes import jobs, models, public, tokens, updates, workers
 from server.settings import Settings
@@ -39,26 +40,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        guard_logs()
-        chosen = settings or Settings.from_environment()
-        chosen.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with lock_folder(chosen.state_dir):
-            journal = Journal.open(chosen.state_dir / "journal.sqlite")
+        async with AsyncExitStack() as stack:
             try:
-                known = Tokens(journal)
-                scopes: tuple[Scope, ...] = ("admin", "join")
-                for scope in scopes:
-                    token_file(chosen.state_dir, f"{scope}.token", scope, known)
-                coordinator = Coordinator.open(chosen, journal, known)
-                app.state.coordinator = coordinator
-                await coordinator.start()
-                try:
-                    with _answering_waits_on_sigterm(coordinator):
-                        yield
-                finally:
-                    await coordinator.stop()
-            finally:
-                journal.close()
+                coordinator = await _start(settings or Settings.from_environment(), stack)
+            except (LydianError, OSError) as error:
+                app.state.failed_start = error
+                raise
+            app.state.coordinator = coordinator
+            with _answering_waits_on_sigterm(coordinator):
+                yield
 
     app = FastAPI(
         title="LydianAI distributed training",
@@ -68,12 +58,42 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    app.add_middleware(BodyLimits, settings=settings)
     for module in (public, jobs, workers, updates, models, tokens):
         app.include_router(module.router)
     app.add_exception_handler(LydianError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
     return app
+
+
+async def _start(settings: Settings, stack: AsyncExitStack) -> Coordinator:
+    """A coordinator that runs; leaving the stack stops it and gives its folder back."""
+    guard_logs()
+    settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    stack.enter_context(lock_folder(settings.state_dir))
+    journal = Journal.open(settings.state_dir / "journal.sqlite", ballast_bytes=settings.reserve_bytes)
+    stack.callback(journal.close)
+    known = Tokens(journal)
+    scopes: tuple[Scope, ...] = ("admin", "join")
+    for scope in scopes:
+        token_file(settings.state_dir, f"{scope}.token", scope, known)
+    coordinator = Coordinator.open(settings, journal, known)
+    stack.push_async_callback(coordinator.stop)
+    await coordinator.start()
+    return coordinator
+
+
+def failed_start(app: FastAPI) -> LydianError | None:
+    """Why the application could not start, in a sentence; None if it has, or has not tried."""
+    error = getattr(app.state, "failed_start", None)
+    if isinstance(error, OSError):
+        return LydianError(
+            f"the state folder cannot be used: {error}",
+            code="folder_unusable",
+            advice="Give this user the right to write there, or start with another --state-dir.",
+        )
+    return error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Weight files, named by what is in them, and uploads on their way to becoming one.
 
     folder/parts/NAME.part ──adopt──▶ folder/blobs/ab/ab12…   (the SHA-256 of its bytes)
+    folder/parts/NAME.ranges          what of NAME.part is here (common.staging)
 
 A file under its digest is whole, unless a power cut took bytes of one that was adopted without waiting for the disk.
 Nothing that came over the network becomes a path: digests are 64 hex digits, part names a few plain characters. Knows
@@ -11,16 +12,13 @@ import hashlib
 import os
 import re
 import secrets
-import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Self
 
-from common.errors import BadRequestError, ConflictError, DiskFullError, NotFoundError
-from common.ranges import Ranges, gaps, with_range
+from common.errors import BadRequestError, DiskFullError, NotFoundError
+from common.staging import RECORD
 from server.store import sync
 
-MAX_RANGES = 1000  # separate pieces of one upload: bounds its memory, and the header that lists them
 BLOCK = 512  # bytes; the unit of st_blocks, whatever the file system
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -31,15 +29,16 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", 
 class Blobs:
     """The files of one state folder. Calls may come from any thread; two on the same digest do no harm."""
 
-    def __init__(self, folder: Path, *, reserve_bytes: int) -> None:
+    def __init__(self, folder: Path, *, reserve_bytes: int, ballast: Path | None = None) -> None:
         """Make the folders where they are missing.
 
         Args:
             folder: the state folder; blobs/ and parts/ lie in it, on one file system.
             reserve_bytes: room that uploads and models leave to the journal.
+            ballast: a file that holds some of that room already (server.ballast).
         """
         self._blobs, self._parts = folder / "blobs", folder / "parts"
-        self._reserve_bytes = reserve_bytes
+        self._reserve_bytes, self._ballast = reserve_bytes, ballast
         for each in (self._blobs, self._parts):
             each.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -131,11 +130,15 @@ class Blobs:
             raise BadRequestError(f"{name[:80]!r} cannot be the name of a file", code="bad_name")
         return self._parts / f"{name}.part"
 
-    def clear_parts(self, older_than_s: float) -> int:
-        """Delete parts that were last written to so many seconds ago; 0: all. Returns the bytes that were freed."""
-        freed, now = 0, time.time()
-        for path, about in _files(self._parts, "*.part"):
-            if older_than_s <= 0 or now - about.st_mtime >= older_than_s:
+    def recorded(self) -> list[str]:
+        """Names of the parts that have a record of what is in them."""
+        return sorted(path.name.removesuffix(RECORD) for path, _ in _files(self._parts, f"*{RECORD}"))
+
+    def clear_parts(self, keep: Collection[str] = ()) -> int:
+        """Delete every part and record but those of these names. Returns the bytes that were freed."""
+        freed = 0
+        for path, about in [*_files(self._parts, "*.part"), *_files(self._parts, f"*{RECORD}")]:
+            if path.stem not in keep:
                 freed += about.st_blocks * BLOCK
                 path.unlink(missing_ok=True)
         return freed
@@ -148,83 +151,21 @@ class Blobs:
         """
         disk = os.statvfs(self._parts)
         free, promised = disk.f_bavail * disk.f_frsize, self._promised()
-        if wanted > free - promised - self._reserve_bytes:
+        reserved = max(self._reserve_bytes - self._ballast_held(), 0)
+        if wanted > free - promised - reserved:
             raise DiskFullError(
                 f"{wanted} bytes do not fit: {free} are free in {self._parts.parent}, of which "
-                f"{promised} are promised to uploads under way and {self._reserve_bytes} reserved for the journal"
+                f"{promised} are promised to uploads under way and {reserved} reserved for the journal"
             )
+
+    def _ballast_held(self) -> int:
+        if self._ballast is None or not self._ballast.exists():
+            return 0
+        return self._ballast.stat().st_blocks * BLOCK
 
     def _promised(self) -> int:
         """Bytes that open uploads have still to bring: a part has its full length at once, its blocks by and by."""
         return sum(max(about.st_size - about.st_blocks * BLOCK, 0) for _, about in _files(self._parts, "*.part"))
-
-
-class Staging:
-    """One upload under way: a file of known size that is filled by pieces in any order. Not for several threads."""
-
-    def __init__(self, path: Path, size: int, descriptor: int) -> None:
-        self.path = path
-        self.size = size  # bytes, when complete
-        self.ranges: Ranges = ()  # bytes that are here
-        self._descriptor: int | None = descriptor
-
-    @classmethod
-    def open(cls, path: Path, size: int) -> Self:
-        """Begin an upload of `size` bytes at `path`. What was there is gone."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            os.truncate(descriptor, size)  # takes no room; tells check_room what is to come
-        except OSError:
-            os.close(descriptor)
-            raise
-        return cls(path, size, descriptor)
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Put bytes at their place. The same bytes again change nothing.
-
-        Raises:
-            BadRequestError: they reach beyond the upload (`out_of_range`), or lie in too many separate pieces
-                (`too_many_pieces`); nothing was written.
-            ConflictError: the upload was closed (`upload_closed`); nothing was written.
-            OSError: the disk did not take them; `ranges` says what it took.
-        """
-        stop = offset + len(data)
-        if self._descriptor is None:
-            raise ConflictError("the upload is complete and being looked at", code="upload_closed")
-        if offset < 0 or stop > self.size:
-            raise BadRequestError(f"bytes {offset} to {stop} are not in an upload of {self.size}", code="out_of_range")
-        if len(with_range(self.ranges, offset, stop)) > MAX_RANGES:
-            raise BadRequestError(
-                f"the upload has {MAX_RANGES} separate pieces, and byte {offset} would begin another",
-                code="too_many_pieces",
-                advice="Fill the gaps between the pieces first.",
-            )
-        left = memoryview(data)
-        while left:
-            written = os.pwrite(self._descriptor, left, offset)
-            self.ranges = with_range(self.ranges, offset, offset + written)
-            left, offset = left[written:], offset + written
-
-    @property
-    def missing(self) -> Ranges:
-        """The bytes that are not here yet."""
-        return gaps(self.ranges, self.size)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every byte is here."""
-        return not self.missing
-
-    def close(self) -> None:
-        """Take no more bytes. The file stays, and what is known of it. Twice is once."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def discard(self) -> None:
-        """Take no more bytes, and delete the file."""
-        self.close()
-        self.path.unlink(missing_ok=True)
 
 
 def parse_content_range(header: str | None, length: int | None) -> tuple[int, int, int]:

@@ -6,15 +6,18 @@ the phase (`_settle`), not by remembering what was started; so a restarted coord
 """
 
 import asyncio
+import errno
 import hashlib
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NoReturn, Self
 
-from common import __version__
+from common import PROTOCOL, __version__
 from common.errors import (
     BadTaskError,
     BadUpdateError,
@@ -34,6 +37,7 @@ from common.messages import (
     Assignment,
     Heartbeat,
     HeartbeatAnswer,
+    Holding,
     JobRequest,
     ModelRef,
     PollAnswer,
@@ -50,19 +54,21 @@ from server import folding, rounds
 from server.auth import Tokens
 from server.blobs import Blobs
 from server.events import Hub
+from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
 from server.naming import assignment_id, new_id, parse_assignment
 from server.optimizers import outer_step
-from server.rounds import Aggregating, Job, Limits, Step, Task, Training
+from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
 from server.settings import Settings
-from server.store import Journal, StoredFact
-from server.uploads import Uploads
+from server.store import DiskBrokenError, Journal, StoredFact
+from server.uploads import Key, Uploads
 
-PROTOCOLS = (1,)  # served; the newest last
+PROTOCOLS = (PROTOCOL - 1, PROTOCOL)  # served; the newest last
 REAPER_S = 1.0  # between two looks at leases and deadlines; less where leases are short
 HEADER_ROOM = 1 << 20  # bytes that an update's file may be larger than its base's
 
 DAMAGED = "digest_mismatch"  # on the way: the bytes are sent again, and it is nobody's fault
+EXIT_DISK_BROKEN = 74  # EX_IOERR of sysexits.h
 
 log = logging.getLogger("lydian.coordinator")
 
@@ -102,7 +108,7 @@ class Coordinator:
     @classmethod
     def open(cls, settings: Settings, journal: Journal, tokens: Tokens) -> Self:
         """Rebuild the state from the journal."""
-        blobs = Blobs(settings.state_dir, reserve_bytes=settings.reserve_bytes)
+        blobs = Blobs(settings.state_dir, reserve_bytes=settings.reserve_bytes, ballast=journal.ballast.path)
         self = cls(settings, journal, blobs, tokens, Hub())
         now = self.clock()
         recent: dict[str, tuple[str, int]] = {}  # worker id -> the last job and round it had work of
@@ -111,7 +117,9 @@ class Coordinator:
             if isinstance(stored.fact, HandedOut):
                 recent[stored.fact.worker] = (stored.job, stored.fact.round)
         for row in journal.workers():
-            self.fleet.workers[row.id] = Worker(row.id, row.registration, set_aside=row.set_aside_reason)
+            self.fleet.workers[row.id] = Worker(
+                row.id, row.registration, set_aside=row.set_aside_reason, strikes=row.strikes
+            )
         active = {job.id: job for job in self.jobs.values() if not job.over}
         for worker_id, (job_id, round_index) in recent.items():
             if job_id in active and round_index >= active[job_id].closed and worker_id in self.fleet.workers:
@@ -122,12 +130,32 @@ class Coordinator:
 
     async def start(self) -> None:
         """Verify what the open rounds stand on, and go on where the last coordinator stopped."""
-        self.blobs.clear_parts(older_than_s=0.0)
+        self._uploads.restore(self._is_awaited)
         self.blobs.sweep(self._needed())
-        for job in [job for job in self.jobs.values() if not job.over]:
+        self._hold_ballast()
+        for job in self._active():
             await self._verify(job)
             self._settle(job.id)
         self._start_reaper()
+
+    def _active(self) -> list[Job]:
+        return [job for job in self.jobs.values() if not job.over]
+
+    def _is_awaited(self, key: Key) -> bool:
+        """Whether an upload that was under way when the last coordinator ended may still be finished."""
+        name, attempt = key
+        try:
+            job_id, task = parse_assignment(name)
+        except LydianError:
+            return False
+        job = self.jobs.get(job_id)
+        return job is not None and 1 <= attempt <= rounds.tries_of(job, task).attempt and rounds.is_open(job, task)
+
+    def _hold_ballast(self) -> None:
+        """Keep room for the journal; taken back as soon as there is any, after a full disk."""
+        ballast = self.journal.ballast
+        if ballast.held < ballast.size and not ballast.hold():
+            log.debug("%d bytes for the journal's ballast are not free", ballast.size)
 
     async def stop(self) -> None:
         """Hand out nothing more; what is being averaged is averaged again by the next coordinator."""
@@ -157,19 +185,31 @@ class Coordinator:
         self._note(stored)
 
     async def _verify(self, job: Job) -> None:
-        """After a power cut a file may be gone or short under a right name. A lost update's shard is open again."""
+        """After a power cut a file may be gone or short under a right name. A lost update is asked for again."""
         if job.model is not None and not await asyncio.to_thread(self._intact, job.model.digest):
             self._apply(job.id, rounds.fail(job, f"the model {job.model.digest[:12]}… is damaged on the disk"))
             return
-        phase = job.inner
-        updates = phase.accepted.values() if isinstance(phase, Training) else ()
-        for update in updates:
-            if not await asyncio.to_thread(self._intact, update.digest):
-                sentence = f"the update {update.digest[:12]}… is not whole on the disk after a restart"
-                back = self._back(
-                    Task("train", update.round, update.shard), update.attempt, update.worker, "lost", sentence
-                )
-                self._apply(job.id, Step((back,), sentence))
+        known = {update.shard for update in rounds.lost_of(job)}
+        for update in rounds.accepted_of(job):
+            intact = await asyncio.to_thread(self._intact, update.digest)
+            if intact and update.shard in known:
+                self._apply(job.id, rounds.restored(update))
+            elif not intact and update.shard not in known:
+                self._apply(job.id, rounds.lost(update))
+
+    def _give_up_lost(self, job: Job) -> None:
+        """Open the shards again whose update is lost here and whose worker has been gone for a lease time."""
+        now = self.clock()
+        for update in rounds.lost_of(job):
+            worker = self.fleet.workers.get(update.worker)
+            if worker is None or not self.fleet.is_live(worker, now):
+                self._open_again(job.id, update, f"{update.worker_name} has been gone for {self.settings.ttl_s:g} s")
+
+    def _open_again(self, job_id: str, update: Accepted, why: str) -> None:
+        sentence = f"the update {update.digest[:12]}… is not whole on the disk after a restart, and {why}"
+        task = Task("train", update.round, update.shard)
+        back = self._back(task, update.attempt, update.worker, "lost", sentence)
+        self._apply(job_id, Step((back,), sentence))
 
     def _intact(self, digest: str) -> bool:
         path = self.blobs.path(digest)
@@ -179,7 +219,7 @@ class Coordinator:
 
     def _apply(self, job_id: str, step: Step) -> Job:
         """Journal a decision, make it the state, tell who listens, and do what the new phase calls for."""
-        for stored in self.journal.append(job_id, step.facts) if step.facts else ():
+        for stored in self._keep_facts(job_id, step):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
         if step.facts:
@@ -188,6 +228,12 @@ class Coordinator:
                 self._wake()
             self._settle(job_id)
         return self.jobs[job_id]
+
+    def _keep_facts(self, job_id: str, step: Step) -> list[StoredFact]:
+        try:
+            return self.journal.append(job_id, step.facts) if step.facts else []
+        except DiskBrokenError as error:
+            _die(str(error))
 
     def _note(self, stored: StoredFact) -> None:
         """Keep the indexes that are derived from facts."""
@@ -216,12 +262,14 @@ class Coordinator:
             return
         step = rounds.close_if_due(job, self.fleet.live(now), now)
         if step.facts:
+            reach("frozen-before")
             self._apply(job_id, step)
+            reach("frozen-after")
             return
         if step.look_again_at is not None:
             delay = max(step.look_again_at - now, 0.0)
             self._looks[job_id] = asyncio.get_running_loop().call_later(delay, self._settle, job_id)
-        if isinstance(job.inner, Aggregating) and job_id not in self._averaging:
+        if isinstance(job.inner, Aggregating) and not rounds.lost_of(job) and job_id not in self._averaging:
             task = asyncio.create_task(self._average(job_id, job.inner), name=f"average {job_id}")
             task.add_done_callback(lambda done: self._averaged(job_id, done))
             self._averaging[job_id] = task
@@ -300,7 +348,7 @@ class Coordinator:
         """Let jobs leave the queue that can, oldest first."""
         now = self.clock()
         older: list[Job] = []
-        for job in [job for job in self.jobs.values() if not job.over]:
+        for job in self._active():
             if isinstance(job.phase, rounds.Queued):
                 self._apply(job.id, rounds.begin(job, self.fleet.serving(job, now), self.fleet.spare(job, older, now)))
             older.append(self.jobs[job.id])
@@ -313,26 +361,49 @@ class Coordinator:
             sides = "the coordinator" if registration.protocol > PROTOCOLS[-1] else "this worker"
             raise VersionSkewError(
                 f"worker {registration.version} speaks protocol {registration.protocol}, "
-                f"coordinator {__version__} speaks {', '.join(map(str, PROTOCOLS))}",
+                f"coordinator {__version__} speaks {' and '.join(map(str, PROTOCOLS))}",
                 advice=f"Upgrade {sides}.",
             )
         now = self.clock()
         worker_id = known or new_id(registration.name)
+        self._refuse_rival(worker_id, registration, now)
         self.journal.worker_put(worker_id, registration)
         credential = None if known else self.tokens.issue("work", worker=worker_id)
         for lease in self.fleet.register(worker_id, registration, now):
-            self._give_back(lease, "expired", f"{registration.name} was started anew")
+            if self._goes_on(lease, registration.holding):
+                self.fleet.grant(lease.job, lease.task, lease.attempt, worker_id, now, lease.claim_key)
+            else:
+                self._give_back(lease, "expired", f"{registration.name} was started anew")
         self._run_queue()
         self._settle_all()
         reason = f"welcome{' back' if known else ''}, {registration.name}"
         return Welcome(
             worker_id=worker_id,
             credential=credential,
-            protocol=PROTOCOLS[-1],
+            protocol=registration.protocol,
             heartbeat_s=self.settings.heartbeat_s,
             ttl_s=self.settings.ttl_s,
             reason=reason,
         )
+
+    def _refuse_rival(self, worker_id: str, registration: Registration, now: float) -> None:
+        """One credential on two machines: the one at work stays, so that they do not push each other out in turn."""
+        rival = self.fleet.rival(worker_id, registration, now)
+        if rival is None:
+            return
+        host, own = rival.registration.hardware.hostname, registration.hardware.hostname
+        waits = "waits for work" if rival.polling else f"called {now - (rival.seen_at or now):.1f} s ago"
+        raise ConflictError(
+            f"{rival.name} is at work already, on host {host} ({waits}), and {own} came with its credential too",
+            code="already_working",
+            advice="A copied state folder? Give this one its own --state-dir and a join token. If the one on "
+            f"{host} was moved here, stop it there and start this one {self.settings.ttl_s:g} s later.",
+        )
+
+    def _goes_on(self, lease: Lease, holding: tuple[Holding, ...]) -> bool:
+        """Whether a worker that was started anew has the work of its lease on its disk."""
+        name = assignment_id(lease.job, lease.task)
+        return any((held.assignment, held.attempt) == (name, lease.attempt) for held in holding)
 
     def worker(self, worker_id: str) -> Worker:
         """The worker of this id."""
@@ -345,6 +416,18 @@ class Coordinator:
         """Give a worker nothing more; what it does, it finishes."""
         worker = self.worker(worker_id)
         worker.draining = True
+        self._wake()
+        return worker
+
+    def readmit(self, worker_id: str) -> Worker:
+        """Give a worker work again that was set aside or drained; its strikes are forgiven."""
+        worker = self.worker(worker_id)
+        self.journal.worker_judged(worker_id, 0, None)
+        if worker.set_aside is not None or worker.draining:
+            log.info("%s is readmitted", worker.name)
+        worker.set_aside, worker.strikes, worker.draining = None, 0, False
+        self._run_queue()
+        self._settle_all()
         self._wake()
         return worker
 
@@ -362,6 +445,7 @@ class Coordinator:
     ) -> PollAnswer | None:
         """Wait for work. Answered the moment there is some; None when `wait_s` have passed without."""
         worker = self._called(worker_id, request.start_id)
+        worker.degraded = request.degraded
         until = self.clock() + min(request.wait_s, self.settings.poll_s)
         worker.polling += 1
         try:
@@ -382,37 +466,75 @@ class Coordinator:
                     return None
                 if await disconnected():
                     return None
-                self._called(worker_id, request.start_id)
+                worker = self._same(worker_id, request.start_id)
         finally:
-            worker.polling -= 1
+            self.fleet.workers[worker_id].polling -= 1
 
     def _called(self, worker_id: str, start_id: str) -> Worker:
+        """A worker calls. A process that another one has taken the place of is told so."""
         worker = self.worker(worker_id)
-        ours = worker.registration.start_id
-        if start_id != ours:
+        if start_id != worker.registration.start_id:
+            worker.rival_at = self.clock()
+        return self.fleet.seen(self._same(worker_id, start_id).id, self.clock())
+
+    def _same(self, worker_id: str, start_id: str) -> Worker:
+        worker = self.worker(worker_id)
+        if start_id != worker.registration.start_id:
             raise SupersededError(
-                f"another process works as {worker.name} since this one registered",
+                f"another process works as {worker.name} since this one registered, "
+                f"on host {worker.registration.hardware.hostname}",
                 advice="If two machines share one state folder, give each its own; else start the worker again.",
             )
-        return self.fleet.seen(worker_id, self.clock())
+        return worker
 
     def _claim(self, worker: Worker, request: PollRequest) -> PollAnswer | None:
-        """Work for a worker that asks, or what it may forget; None: nothing yet."""
+        """Work for a worker that asks, or what it may forget, or is to send again; None: nothing yet."""
         forget = tuple(j for j in request.loaded if j not in self.jobs or self.jobs[j].over)
+        settled = tuple(held for held in request.holding if not self._stands_on(held))
+        wanted = self._lost_with(worker, request.holding)
         lease = self.fleet.leases.get(worker.id)
         if lease is not None and lease.claim_key == request.claim_key:  # our answer was lost on the way
-            return PollAnswer(assignment=self._assignment(lease), forget=forget)
+            return PollAnswer(assignment=self._assignment(lease), forget=forget, settled=settled, wanted=wanted)
         if lease is not None:
             self._give_back(lease, "released", f"{worker.name} asked for new work instead")
+        if wanted:
+            return PollAnswer(forget=forget, settled=settled, wanted=wanted)
         choice = self.fleet.choose(worker.id, list(self.jobs.values()))
         if choice is None:
-            return PollAnswer(forget=forget) if forget else None
+            return PollAnswer(forget=forget, settled=settled) if forget or settled else None
         job, task = choice
         step = rounds.hand_out(job, task, worker.id, request.claim_key)
         attempt = rounds.tries_of(job, task).attempt + 1
         lease = self.fleet.grant(job.id, task, attempt, worker.id, self.clock(), request.claim_key)
         self._apply(job.id, step)
-        return PollAnswer(assignment=self._assignment(lease), forget=forget)
+        return PollAnswer(assignment=self._assignment(lease), forget=forget, settled=settled)
+
+    def _stands_on(self, held: Holding) -> bool:
+        """Whether the round that is open or being averaged has this very update: its worker must keep its copy."""
+        try:
+            job_id, task = parse_assignment(held.assignment)
+        except LydianError:
+            return False
+        updates = rounds.accepted_of(self.jobs[job_id]) if job_id in self.jobs else ()
+        return any(
+            (u.round, u.shard, u.attempt, u.digest) == (task.round, task.shard, held.attempt, held.digest)
+            for u in updates
+        )
+
+    def _lost_with(self, worker: Worker, holding: tuple[Holding, ...]) -> tuple[Holding, ...]:
+        """The updates of this worker that are lost here and not there; those lost there too are trained again."""
+        wanted: list[Holding] = []
+        for job in self._active():
+            for update in rounds.lost_of(job):
+                if update.worker != worker.id:
+                    continue
+                name = assignment_id(job.id, Task("train", update.round, update.shard))
+                copy = Holding(assignment=name, attempt=update.attempt, digest=update.digest)
+                if copy in holding:
+                    wanted.append(copy)
+                else:
+                    self._open_again(job.id, update, f"{worker.name} has no copy of it")
+        return tuple(wanted)
 
     def _assignment(self, lease: Lease) -> Assignment:
         job, task = self.jobs[lease.job], lease.task
@@ -458,6 +580,9 @@ class Coordinator:
             lease = self.fleet.grant(job_id, task, beat.attempt, worker_id, now)
         if job.over:
             return HeartbeatAnswer(order="cancelled", reason=f"the job is {job.phase.state}: {job.reason}")
+        if not rounds.is_open(job, task):  # closed by quorum: whatever comes now is late
+            self.fleet.release(worker_id, job_id, task)
+            return HeartbeatAnswer(order="superseded", reason=f"{task} takes no more results: {job.reason}")
         if lease is None:
             return HeartbeatAnswer(order="superseded", reason=f"{task} is not with this worker any more")
         self.fleet.renew(lease, beat.progress, now)
@@ -535,15 +660,22 @@ class Coordinator:
         """Write bytes [start, stop) of an upload of `total` bytes to their place, as they come."""
         start, stop, total = span
         self._let_upload(worker_id, name, attempt, total)
-        await self._uploads.receive((name, attempt), total, start, stop, body)
-        self.fleet.seen(worker_id, self.clock())
+
+        def seen() -> None:
+            self.fleet.seen(worker_id, self.clock())
+
+        try:
+            await self._uploads.receive((name, attempt), total, start, stop, body, seen)
+        except OSError as error:
+            _die_if_broken(error)
+            raise
 
     def _let_upload(self, worker_id: str, name: str, attempt: int, total: int) -> None:
         """Make sure that this worker may upload so many bytes for this, and that there is room for them."""
         job_id, task = parse_assignment(name)
         job = self.job(job_id)
         self._check_owner(job, task, attempt, worker_id)
-        if not rounds.is_open(job, task):
+        if not rounds.is_open(job, task) and self._lost(job, task, attempt, worker_id) is None:
             raise LateError(f"{task} takes no more results: {job.reason}")
         if task.kind == "evaluate":
             raise ForbiddenError("an evaluation has no bytes to upload", code="no_upload")
@@ -560,8 +692,20 @@ class Coordinator:
         try:
             self.blobs.check_room(size)
         except DiskFullError as error:
-            self._apply(job.id, rounds.pause(job, f"the coordinator: {error}"))
+            self._apply(job.id, rounds.pause(job, f"the coordinator until there is room: {error}", room=size))
             raise
+
+    def _lost(self, job: Job, task: Task, attempt: int, worker_id: str) -> Accepted | None:
+        """The update that this very attempt handed in before, if its bytes are lost here."""
+        for update in rounds.lost_of(job):
+            if (update.round, update.shard, update.attempt, update.worker) == (
+                task.round,
+                task.shard,
+                attempt,
+                worker_id,
+            ):
+                return update if task.kind == "train" else None
+        return None
 
     async def take(self, worker_id: str, name: str, submission: Submission) -> Receipt:
         """Let a result count, at most once, after its bytes have been looked at."""
@@ -570,6 +714,8 @@ class Coordinator:
             return await self._take(worker_id, self.job(job_id), task, name, submission)
 
     async def _take(self, worker_id: str, job: Job, task: Task, name: str, submission: Submission) -> Receipt:
+        if (lost := self._lost(job, task, submission.attempt, worker_id)) is not None:
+            return await self._restore(job, name, lost, submission)
         if (repeat := self._accepted_before(job, task, submission, worker_id)) is not None:
             return repeat
         try:
@@ -586,6 +732,15 @@ class Coordinator:
             if error.code != DAMAGED:
                 self._refuse(job.id, task, submission.attempt, worker_id, error)
             raise
+
+    async def _restore(self, job: Job, name: str, lost: Accepted, submission: Submission) -> Receipt:
+        """Take the bytes of an accepted update again. What counted, counts; nothing else of it is looked at."""
+        if submission.digest != lost.digest:
+            raise SupersededError(f"{name} was accepted as {lost.digest[:12]}…, and only those bytes are wanted again")
+        await self._look(job, Task("train", lost.round, lost.shard), name, lost.attempt, lost.digest)
+        if lost in rounds.lost_of(self.jobs[job.id]):
+            self._apply(job.id, rounds.restored(lost))
+        return Receipt(repeat=True, reason=self.jobs[job.id].reason)
 
     def _count_evaluation(self, job: Job, task: Task, submission: Submission, worker_id: str) -> Receipt:
         self.fleet.release(worker_id, job.id, task)
@@ -604,20 +759,31 @@ class Coordinator:
 
     async def _look_and_count(self, job: Job, task: Task, name: str, submission: Submission, worker_id: str) -> Receipt:
         """Check the uploaded bytes off the loop, give them their name, and let them count."""
-        key, digest = (name, submission.attempt), submission.digest
-        staging = self._uploads.finish(key)
+        digest = submission.digest
         if digest is None:
             raise BadUpdateError(f"{name} was submitted without the digest of its bytes", code=DAMAGED)
-        base = self.blobs.path(job.model.digest) if task.kind == "train" and job.model else None
-        bound = job.spec.aggregation.norm_bound
-        await asyncio.to_thread(folding.inspect, staging.path, base, digest=digest, norm_bound=bound)
         self._arriving.add(digest)
         try:
-            await asyncio.to_thread(self.blobs.adopt, staging.path, digest, durable=task.kind == "init")
-            self._uploads.forget(key)
-            return self._count(job.id, task, submission, worker_id, digest, staging.size)
+            size = await self._look(job, task, name, submission.attempt, digest)
+            return self._count(job.id, task, submission, worker_id, digest, size)
         finally:
             self._arriving.discard(digest)
+
+    async def _look(self, job: Job, task: Task, name: str, attempt: int, digest: str) -> int:
+        """Check the uploaded bytes and give them their name. Returns how many they are."""
+        staging = self._uploads.finish((name, attempt))
+        base = self.blobs.path(job.model.digest) if task.kind == "train" and job.model else None
+        bound = job.spec.aggregation.norm_bound
+        durable = task.kind == "init" or job.spec.round.fsync
+        try:
+            await asyncio.to_thread(folding.inspect, staging.path, base, digest=digest, norm_bound=bound)
+            await asyncio.to_thread(self.blobs.adopt, staging.path, digest, durable=durable)
+        except OSError as error:
+            _die_if_broken(error)
+            raise
+        self._uploads.forget((name, attempt))
+        reach("update-named")
+        return staging.size
 
     def _count(
         self, job_id: str, task: Task, submission: Submission, worker_id: str, digest: str, size: int
@@ -648,10 +814,13 @@ class Coordinator:
                 metrics=submission.metrics,
                 bytes_down=submission.bytes_down,
                 bytes_up=size,
+                resumed_at=submission.resumed_at,
             )
             step = rounds.take_update(job, update)
         self.fleet.release(worker_id, job_id, task)
+        reach("accepted-before")
         after = self._apply(job_id, step)
+        reach("accepted-after")
         return Receipt(repeat=False, reason=after.reason)
 
     def _refuse(self, job_id: str, task: Task, attempt: int, worker_id: str, error: LydianError) -> None:
@@ -661,8 +830,8 @@ class Coordinator:
         worker.strikes += 1
         if worker.strikes >= self.settings.strikes and worker.set_aside is None:
             worker.set_aside = f"{worker.strikes} results were refused, the last: {error}"
-            self.journal.worker_set_aside(worker_id, worker.set_aside)
             log.warning("%s is set aside: %s", worker.name, worker.set_aside)
+        self.journal.worker_judged(worker_id, worker.strikes, worker.set_aside)
         back = self._back(task, attempt, worker_id, error.code, str(error))
         self._apply(job_id, rounds.hand_back(self.jobs[job_id], back, self._limits))
 
@@ -673,22 +842,28 @@ class Coordinator:
         job = self.jobs[job_id]
         try:
             model = await asyncio.to_thread(self._fold, job, phase)
+        except folding.Stopped:
+            log.info("%s: round %d is averaged by the next coordinator", job_id, phase.round)
+            return
         except (OSError, DiskFullError, BadUpdateError) as error:
             log.exception("%s: round %d could not be averaged", job_id, phase.round)
             self._averaging.pop(job_id, None)
+            if isinstance(error, OSError):
+                _die_if_broken(error)
+            job = self.jobs[job_id]
             if isinstance(error, BadUpdateError):
-                self._apply(
-                    job_id, rounds.fail(self.jobs[job_id], f"round {phase.round} could not be averaged: {error}")
-                )
-            else:
-                why = f"the coordinator, since round {phase.round} could not be averaged: {error}"
-                self._apply(job_id, rounds.pause(self.jobs[job_id], why))
+                self._apply(job_id, rounds.fail(job, f"round {phase.round} could not be averaged: {error}"))
+            elif not job.over:
+                why = f"the coordinator until there is room: round {phase.round} could not be averaged: {error}"
+                self._apply(job_id, rounds.pause(job, why, room=phase.base.size))
             return
         self._averaging.pop(job_id, None)
         job, now = self.jobs[job_id], self.clock()
         if job.inner == phase:
             step = rounds.close(job, model, seconds=now - phase.opened_at, places=self.fleet.places(job, now), now=now)
+            reach("closed-before")
             self._apply(job_id, step)
+            reach("closed-after")
         self._discard(phase)
         self._run_queue()
 
@@ -706,9 +881,13 @@ class Coordinator:
         target = self.blobs.part(f"{job.id}.model.{phase.round}")
         updates = [(self.blobs.path(update.digest), update.samples) for update in phase.accepted]
         step = outer_step(job.spec.aggregation.algorithm)
-        digest = folding.average(self.blobs.path(phase.base.digest), updates, target, step=step)
+        digest = folding.average(
+            self.blobs.path(phase.base.digest), updates, target, step=step, stopped=lambda: self._stopping
+        )
         size = target.stat().st_size
+        reach("model-written")
         self.blobs.adopt(target, digest, durable=True)
+        reach("model-named")
         return ModelRef(digest=digest, size=size)
 
     def _discard(self, phase: Aggregating) -> None:
@@ -760,9 +939,34 @@ class Coordinator:
                 sentence = f"{name} has not been heard of for {self.settings.ttl_s:g} s"
                 back = self._back(lease.task, lease.attempt, lease.worker, "expired", sentence)
                 self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
+            self._hold_ballast()
+            for job in self._active():
+                self._give_up_lost(job)
+                self._resume_if_room(job)
             self._run_queue()
             self._settle_all()
 
+    def _resume_if_room(self, job: Job) -> None:
+        """A job that a full disk has paused goes on when there is room again."""
+        room = job.phase.room if isinstance(job.phase, Paused) else 0
+        if room:
+            with suppress(DiskFullError):
+                self.blobs.check_room(room)
+                self._apply(job.id, rounds.resume(job, "the coordinator: there is room on its disk again"))
+
     def _settle_all(self) -> None:
-        for job in [job for job in self.jobs.values() if not job.over]:
+        for job in self._active():
             self._settle(job.id)
+
+
+def _die_if_broken(error: OSError) -> None:
+    """A disk that fails cannot be argued with: what is on it is not known until the next start has looked."""
+    if error.errno == errno.EIO:
+        _die(str(error))
+
+
+def _die(why: str) -> NoReturn:
+    """End at once, as by `kill -9`: a next start finds everything as after any other death, and checks every file."""
+    log.critical("the coordinator ends, and its next start checks every file: %s", why)
+    logging.shutdown()
+    os._exit(EXIT_DISK_BROKEN)

@@ -100,6 +100,7 @@ def _moves(test_samples: int) -> list[Move]:
         ("update accepted", lambda job: rounds.take_update(job, _update(job))),
         ("all updates or quorum in", lambda job: rounds.close_if_due(job, _WORKER, 0.0)),
         ("quorum missed twice", _miss_deadline),
+        ("a power cut took an update, and its worker is gone", _lose),
         ("round averaged", lambda job: rounds.close(job, _MODEL, seconds=0.0, places=_WORKER, now=0.0)),
         ("target reached", lambda job: _evaluate(job, 1.0)),
         ("evaluated", lambda job: _evaluate(job, 0.0)),
@@ -151,6 +152,12 @@ def _miss_deadline(job: Job) -> Step:
     return Step() if any(isinstance(fact, Frozen) for fact in step.facts) else step
 
 
+def _lose(job: Job) -> Step:
+    """The bytes of an accepted update are gone, and so is the worker that had a copy."""
+    update = next(iter(rounds.accepted_of(job)), None)
+    return Step() if update is None else Step((_back(Task("train", update.round), "lost"),))
+
+
 def _evaluate(job: Job, accuracy: float) -> Step:
     if not job.evaluations:
         return Step()
@@ -162,17 +169,20 @@ def _fail_task(job: Job, *kinds: str) -> Step:
     task = next((t for t in _tasks(job) if t.kind in kinds and rounds.is_open(job, t)), None)
     if task is None:
         return Step()
-    back = HandedBack(
+    return rounds.hand_back(job, _back(task, "task_failed"), _ONE_STRIKE)
+
+
+def _back(task: Task, code: str) -> HandedBack:
+    return HandedBack(
         kind=task.kind,
         round=task.round,
         shard=0,
         attempt=1,
         worker="w",
         worker_name="w",
-        code="task_failed",
+        code=code,
         sentence="x",
     )
-    return rounds.hand_back(job, back, _ONE_STRIKE)
 
 
 if __name__ == "__main__":

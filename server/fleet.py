@@ -51,6 +51,8 @@ class Worker:
     draining: bool = False
     set_aside: str | None = None
     strikes: int = 0
+    degraded: str = ""  # why it can take no work now, as it says itself
+    rival_at: float | None = None  # monotonic seconds at which an older process of the same name last called
 
     @property
     def name(self) -> str:
@@ -75,9 +77,25 @@ class Fleet:
         worker = Worker(worker_id, registration, seen_at=now)
         if known is not None:
             worker.set_aside, worker.strikes, worker.polling = known.set_aside, known.strikes, known.polling
+            worker.rival_at = known.rival_at
         self.workers[worker_id] = worker
         void = self.leases.pop(worker_id, None) if reborn else None
         return [void] if void else []
+
+    def rival(self, worker_id: str, registration: Registration, now: float) -> Worker | None:
+        """The live worker whose credential somebody else comes with, from a copied state folder; None: there is none.
+
+        The same place with a new start_id is a restart, and goes before its earlier life. From another place it is a
+        second machine, and must not push out the one at work; nor may two processes of one place do so in turn, once
+        the elder was seen to live on.
+        """
+        known = self.workers.get(worker_id)
+        if known is None or known.registration.start_id == registration.start_id or not self.is_live(known, now):
+            return None
+        ours, theirs = known.registration.place, registration.place
+        elsewhere = bool(ours and theirs) and ours != theirs
+        in_turn = known.rival_at is not None and now - known.rival_at <= PLACE_KEPT_S
+        return known if elsewhere or in_turn else None
 
     def seen(self, worker_id: str, now: float) -> Worker:
         """A worker called."""
@@ -93,7 +111,7 @@ class Fleet:
 
     def live(self, now: float) -> list[str]:
         """Ids of the live workers that may get work, by name."""
-        able = [w for w in self.workers.values() if self.is_live(w, now) and w.set_aside is None and not w.draining]
+        able = [w for w in self.workers.values() if self.is_live(w, now) and may_work(w)]
         return [w.id for w in sorted(able, key=lambda w: (w.name, w.id))]
 
     def serving(self, job: Job, now: float) -> list[str]:
@@ -109,7 +127,8 @@ class Fleet:
             if w.id not in serving
             and w.seen_at is not None
             and now - w.seen_at <= PLACE_KEPT_S
-            and not (w.left or w.draining or w.set_aside or w.id in job.excluded)
+            and not (w.left or w.id in job.excluded)
+            and may_work(w)
             and why_not(w, job) is None
         )
         return [*serving, *sorted(expected)]
@@ -173,7 +192,7 @@ class Fleet:
             jobs: all jobs, oldest first.
         """
         worker = self.workers[worker_id]
-        if worker.set_aside is not None or worker.draining:
+        if not may_work(worker):
             return None
         for job in jobs:
             if job.over or isinstance(job.phase, Paused | Queued) or why_not(worker, job) is not None:
@@ -192,6 +211,11 @@ class Fleet:
             theirs = [w for w in self.serving(other, now) if w in serving]
             serving.difference_update(theirs[: workers_needed(other, len(theirs))])
         return len(serving)
+
+
+def may_work(worker: Worker) -> bool:
+    """Whether a worker that is there may be given work."""
+    return worker.set_aside is None and not worker.draining and not worker.degraded
 
 
 def workers_needed(job: Job, serving: int) -> int:
@@ -224,7 +248,7 @@ def why_not(worker: Worker, job: Job) -> str | None:
 class Standing:
     """How a worker is shown: its state and why."""
 
-    state: Literal["idle", "working", "gone", "draining", "set aside"]
+    state: Literal["idle", "working", "gone", "draining", "degraded", "set aside"]
     reason: str
 
 
@@ -238,6 +262,8 @@ def standing(fleet: Fleet, worker: Worker, now: float, describe: Callable[[Lease
     if not fleet.is_live(worker, now):
         away = "not seen since the coordinator started" if worker.seen_at is None else "no call for a lease time"
         return Standing("gone", away)
+    if worker.degraded and lease is None:
+        return Standing("degraded", worker.degraded)
     if worker.draining:
         return Standing("draining", describe(lease) if lease else "takes no more work")
     return Standing("working", describe(lease)) if lease else Standing("idle", "waiting for work")

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -26,11 +26,15 @@ from server.averaging import Float64Block, Rule, cast, majority, maximum, pooled
 from server.optimizers import OuterStep
 from server.robust import check_finite, check_layout, check_norm, norm_of, squared_distance
 
-__all__ = ["BLOCK_ELEMENTS", "Inspection", "average", "file_digest", "inspect"]
+__all__ = ["BLOCK_ELEMENTS", "Inspection", "Stopped", "average", "file_digest", "inspect"]
 
 BLOCK_ELEMENTS = 1 << 18  # 2 MiB as float64
 OPEN_FILES = 256  # kept open during an average; a quarter of what Linux allows a process unless told otherwise
 _WIDEST = 8  # bytes of the widest dtype
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: what was asked for
+    """The average was broken off because its coordinator stops. The next one does it again, from the same files."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def average(
     target: Path,
     *,
     step: OuterStep,
+    stopped: Callable[[], bool] = lambda: False,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> str:
     """Fold the updates of a round into the next model.
@@ -88,6 +93,7 @@ def average(
         updates: (file, samples) of each update that counts, in the order of the shards. Each has been inspected.
         target: the file to write; it is fsynced, and removed if anything fails. Renaming it is the caller's part.
         step: the outer step, for the trained float tensors.
+        stopped: asked before each block whether to give up.
         block_elements: elements of each file in memory at once; it changes no byte of the result.
 
     Returns:
@@ -95,6 +101,7 @@ def average(
 
     Raises:
         ValueError: no update, or one with less than one sample.
+        Stopped: `stopped` said so.
         BadUpdateError: an update no longer fits the base, or a new value is beyond its dtype (server.averaging.cast).
         OSError: reading or writing failed, or the base is damaged.
     """
@@ -110,6 +117,8 @@ def average(
             file.write(layout.header)
             for index, tensor in enumerate(layout.tensors):
                 for first, count in _spans(tensor, block_elements):
+                    if stopped():
+                        raise Stopped(f"averaging was broken off at {tensor.name}, element {first}")
                     block = fold.block(index, first, count).view(np.uint8).data
                     digest.update(block)
                     file.write(block)

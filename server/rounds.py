@@ -7,11 +7,14 @@ else changes one, so that replaying the journal gives the state back.
     Queued ──▶ Initialising ──▶ Training ⇄ Aggregating ──▶ Evaluating ──▶ Finished
        Paused wraps any of these; Failed and Cancelled end any of these.
 
+An accepted update whose bytes a power cut took is *lost* until its worker has sent its copy again (*restored*), or
+until nobody can send it any more and its shard is open again. No round is frozen or averaged while it lacks one.
+
 Which worker holds what is not known here (server.fleet); only the attempts are, since they fence.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TypeVar, assert_never
@@ -28,7 +31,9 @@ from common.facts import (
     HandedOut,
     Initialised,
     Late,
+    Lost,
     Opened,
+    Restored,
     RoundClosed,
     Shard,
     StateChanged,
@@ -40,7 +45,7 @@ from common.sharding import cohort, cut
 V = TypeVar("V")
 
 GRACE = 0.1  # once the quorum is in, stragglers get this share of the time that it took
-NOT_THE_TASKS_FAULT = frozenset({"released", "expired", "lost"})
+NOT_THE_TASKS_FAULT = frozenset({"released", "expired", "lost", "disk_full"})
 NOT_FOR_THIS_WORKER = frozenset({"no_data", "not_trusted", "unknown_task"})
 
 
@@ -117,6 +122,7 @@ class Training:
     accepted: Mapping[int, Accepted] = field(default_factory=dict)
     quorum_at: float | None = None  # monotonic seconds at which the quorum was reached
     extended: bool = False
+    lost: frozenset[int] = frozenset()  # shards whose accepted update has no bytes here
     state: State = field(default="training", init=False)
 
 
@@ -129,6 +135,7 @@ class Aggregating:
     accepted: tuple[Accepted, ...]  # in shard order: the order of summation
     left_out: int
     opened_at: float
+    before: Training  # what was frozen: opened again only if an update is lost for good
     state: State = field(default="aggregating", init=False)
 
 
@@ -144,6 +151,7 @@ class Paused:
     """No work is handed out. What is out may come in, and a frozen round is averaged."""
 
     before: "Queued | Initialising | Training | Aggregating | Evaluating"
+    room: int = 0  # bytes that must be free before it goes on by itself; 0: a person paused it
     state: State = field(default="paused", init=False)
 
 
@@ -247,11 +255,19 @@ def workers(number: int) -> str:
     return f"{number} worker{'' if number == 1 else 's'}"
 
 
-def pause(job: Job, who: str) -> Step:
-    """Hand out no more work until resumed. Pausing twice is pausing."""
+def pause(job: Job, who: str, room: int = 0) -> Step:
+    """Hand out no more work until resumed. Pausing twice is pausing, but a person's pause outlasts a full disk's.
+
+    Args:
+        job: the job.
+        who: a user, or the coordinator with what is wrong.
+        room: bytes that must be free on the coordinator's disk before the job goes on by itself; 0: not by itself.
+    """
     _refuse_if_over(job)
+    if isinstance(job.phase, Paused) and (room > 0 or job.phase.room == 0):
+        return Step(reason=job.reason)
     reason = f"paused by {who}"
-    return Step(reason=job.reason) if isinstance(job.phase, Paused) else Step((_changed("paused", reason),), reason)
+    return Step((StateChanged(state="paused", reason=reason, room=room),), reason)
 
 
 def resume(job: Job, who: str) -> Step:
@@ -500,6 +516,58 @@ def judge(job: Job, task: Task, submission: Submission, worker: str) -> Accepted
     return None
 
 
+def lost(update: Accepted) -> Step:
+    """The bytes of an accepted update are gone, by a power cut: its worker is asked for its copy."""
+    reason = f"{_of(update)} is not whole on the disk; {update.worker_name} is asked for its copy"
+    fact = Lost(
+        round=update.round,
+        shard=update.shard,
+        attempt=update.attempt,
+        worker=update.worker,
+        worker_name=update.worker_name,
+        digest=update.digest,
+        reason=reason,
+    )
+    return Step((fact,), reason)
+
+
+def restored(update: Accepted) -> Step:
+    """The bytes of a lost update are here again."""
+    fact = Restored(
+        round=update.round,
+        shard=update.shard,
+        attempt=update.attempt,
+        worker=update.worker,
+        worker_name=update.worker_name,
+        digest=update.digest,
+    )
+    return Step((fact,), f"{_of(update)} is whole again")
+
+
+def _of(update: Accepted) -> str:
+    return f"the update of round {update.round}, shard {update.shard}"
+
+
+def accepted_of(job: Job) -> tuple[Accepted, ...]:
+    """The updates that count in the round that is open or being averaged."""
+    match job.inner:
+        case Training(accepted=accepted):
+            return tuple(accepted.values())
+        case Aggregating(accepted=frozen):
+            return frozen
+        case _:
+            return ()
+
+
+def lost_of(job: Job) -> tuple[Accepted, ...]:
+    """The updates that count and whose bytes are not here."""
+    match job.inner:
+        case Training(lost=shards) | Aggregating(before=Training(lost=shards)):
+            return tuple(update for update in accepted_of(job) if update.shard in shards)
+        case _:
+            return ()
+
+
 def take_update(job: Job, update: Accepted) -> Step:
     """Let an update count whose bytes have been looked at. At most one counts a shard."""
     task = Task("train", update.round, update.shard)
@@ -531,6 +599,8 @@ def close_if_due(job: Job, live: Iterable[str], now: float) -> Step:
     held, total, waited = len(phase.accepted), len(phase.accepted) + len(awaited), now - phase.opened_at
     quorum = quorum_of(job.spec, total)
     tally = f"{held} of {total} updates after {waited:.1f} s"
+    if phase.lost:
+        return Step(reason=_awaits_lost(job, phase.round))
     if not phase.shards:
         return Step(reason=f"round {phase.round}: no live worker offers data for it")
     if not awaited:
@@ -550,6 +620,11 @@ def close_if_due(job: Job, live: Iterable[str], now: float) -> Step:
     numbers = ", ".join(str(s.shard) for s in awaited[:8]) + (" …" if len(awaited) > 8 else "")
     reason = f"round {phase.round}: {tally}, quorum {quorum}; awaiting shard {numbers}"
     return Step(reason=reason, look_again_at=min(look_again, default=None))
+
+
+def _awaits_lost(job: Job, round_index: int) -> str:
+    who = "; ".join(f"shard {update.shard} from {update.worker_name}" for update in lost_of(job)[:8])
+    return f"round {round_index}: updates that a power cut took are awaited again: {who}"
 
 
 def _freeze(phase: Training, reason: str) -> Step:
@@ -689,6 +764,10 @@ def evolve(job: Job, fact: Fact, now: float) -> Job:
             return _evolve_opened(job, fact, now)
         case Accepted():
             return _evolve_accepted(job, fact, now)
+        case Lost():
+            return _evolve_lost(replace(job, reason=fact.reason), fact.round, lambda shards: shards | {fact.shard})
+        case Restored():
+            return _evolve_lost(job, fact.round, lambda shards: shards - {fact.shard})
         case Extended():
             return _with_inner(replace(job, reason=fact.reason), replace(_training(job), extended=True))
         case Frozen():
@@ -708,8 +787,9 @@ def evolve(job: Job, fact: Fact, now: float) -> Job:
 def _evolve_state(job: Job, fact: StateChanged, now: float) -> Job:
     phase: Phase
     match fact.state:
-        case "paused" if not isinstance(job.phase, Paused | Over):
-            phase = Paused(job.phase)
+        case "paused" if not job.over:
+            assert not isinstance(job.inner, Over)  # noqa: S101 - it is not over
+            phase = Paused(job.inner, fact.room)
         case "finished":
             phase = Finished()
         case "failed":
@@ -739,13 +819,24 @@ def _evolve_back(job: Job, fact: HandedBack) -> Job:
     task = Task(fact.kind, fact.round, fact.shard)
     if fact.code in NOT_FOR_THIS_WORKER:
         job = replace(job, excluded={**job.excluded, fact.worker: fact.sentence})
-    phase = job.inner
+    phase = job.inner.before if isinstance(job.inner, Aggregating) else job.inner
     if fact.code == "lost" and isinstance(phase, Training) and phase.round == fact.round:
-        accepted = _without(phase.accepted, fact.shard)
-        return _with_inner(job, replace(phase, accepted=accepted, quorum_at=None))
+        accepted, shards = _without(phase.accepted, fact.shard), phase.lost - {fact.shard}
+        return _with_inner(job, replace(phase, accepted=accepted, lost=shards, quorum_at=None))
     if not is_open(job, task):
         return job
     return _with_tries(job, task, _counted(tries_of(job, task), fact))
+
+
+def _evolve_lost(job: Job, round_index: int, change: Callable[[frozenset[int]], frozenset[int]]) -> Job:
+    match job.inner:
+        case Training(round=r) as phase if r == round_index:
+            return _with_inner(job, replace(phase, lost=change(phase.lost)))
+        case Aggregating(round=r) as frozen if r == round_index:
+            before = replace(frozen.before, lost=change(frozen.before.lost))
+            return _with_inner(job, replace(frozen, before=before))
+        case _:
+            raise ConflictError(f"{job.id} is {job.inner.state}: no update of round {round_index} can be lost or found")
 
 
 def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
@@ -776,7 +867,7 @@ def _evolve_frozen(job: Job, fact: Frozen) -> Job:
     phase = _training(job)
     updates = tuple(phase.accepted[shard] for shard in fact.shards)
     left_out = len(phase.shards) - len(updates)
-    frozen = Aggregating(phase.round, phase.base, updates, left_out, phase.opened_at)
+    frozen = Aggregating(phase.round, phase.base, updates, left_out, phase.opened_at, before=phase)
     return _with_inner(replace(job, reason=fact.reason), frozen)
 
 
@@ -811,7 +902,7 @@ def _with_tries(job: Job, task: Task, tries: Tries) -> Job:
 
 
 def _with_inner(job: Job, phase: Active) -> Job:
-    return replace(job, phase=Paused(phase) if isinstance(job.phase, Paused) else phase)
+    return replace(job, phase=replace(job.phase, before=phase) if isinstance(job.phase, Paused) else phase)
 
 
 def _training(job: Job) -> Training:

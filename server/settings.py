@@ -39,6 +39,10 @@ class Settings:
     ttl_s: Seconds = Field(default=40.0, description="seconds above 0, of a worker's silence that end its lease")
     heartbeat_s: Seconds = Field(default=10.0, description="seconds above 0 between two heartbeats")
     poll_s: Seconds = Field(default=25.0, description="seconds above 0, the longest that a poll waits for work")
+    body_idle_s: Seconds = Field(
+        default=30.0, description="seconds above 0 without a byte that end a body or a download"
+    )
+    body_min_rate: Bytes = Field(default=4096, description="bytes a second, 0 or more, below which a body is too slow")
     reserve_bytes: Bytes = Field(default=64 << 20, description="bytes of disk, 0 or more, kept for the journal")
     max_model_bytes: Bytes = Field(default=64 << 30, description="bytes, 0 or more, that a new model may have")
     max_attempts: Times = Field(default=5, description="a number from 1 on: failures of one task that end its job")

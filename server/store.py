@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from pydantic import ValidationError
 
@@ -26,11 +26,13 @@ from common import __version__
 from common.errors import ConflictError, DiskFullError, LydianError, NotFoundError, UnavailableError
 from common.facts import FACT, Fact, HandedBack
 from common.messages import Kind, Registration
+from server.ballast import Ballast
 
-SCHEMA = 1  # of the file, in PRAGMA user_version
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {}  # schema -> the step from it to the next one
+SCHEMA = 2  # of the file, in PRAGMA user_version
 BUSY_TIMEOUT_S = 5.0  # for a backup or a person's sqlite3 that holds the file
 PAGE = 200  # facts read at a time
+
+T = TypeVar("T")
 
 # `written_by` is read from files of newer schemas, to say which version wrote them: it stays as it is in every schema.
 _TABLES = """
@@ -57,7 +59,8 @@ CREATE TABLE workers (
     name TEXT NOT NULL,
     registration TEXT NOT NULL,
     created_at TEXT NOT NULL,
-    set_aside_reason TEXT
+    set_aside_reason TEXT,
+    strikes INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE tokens (
     id TEXT PRIMARY KEY,
@@ -69,12 +72,27 @@ CREATE TABLE tokens (
 );
 """
 
+
+def _count_strikes(database: sqlite3.Connection) -> None:
+    database.execute("ALTER TABLE workers ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0")
+
+
+# schema -> the step from it to the next one
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_strikes}
+
 # Literal types, so that SQLite can use the partial indexes. Initialised is early among its job's facts: it needs none.
 _RESULTS: dict[Kind, str] = {
     "init": "type = 'initialised'",
     "train": "type = 'accepted' AND stands = 1 AND round = :round AND shard = :shard",
     "evaluate": "type = 'evaluation' AND round = :round",
 }
+
+
+class DiskBrokenError(LydianError):
+    """The disk did not do what it was told. Whether a commit is on it is not known: only a new start can tell."""
+
+    code = "disk_broken"
+    advice = "Look into the system's log for the disk; the coordinator ends, and its next start checks every file."
 
 
 @dataclass(frozen=True)
@@ -113,25 +131,43 @@ class StoredWorker:
     registration: Registration
     created_at: str
     set_aside_reason: str | None
+    strikes: int  # results refused since it was last readmitted
 
 
 class Journal:
     """One journal file, open. Made by `Journal.open`."""
 
-    def __init__(self, path: Path, database: sqlite3.Connection) -> None:
+    def __init__(self, path: Path, database: sqlite3.Connection, ballast: Ballast) -> None:
         self.path = path
+        self.ballast = ballast
         self._database = database
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, ballast_bytes: int = 0) -> Self:
         """Open a journal, make it when there is none, and bring an older one to this version's schema.
 
-        An older file is copied to `NAME.schema-N.backup` beside it first.
+        An older file is copied to `NAME.schema-N.backup` beside it first. On a full disk the ballast is given up.
+
+        Args:
+            path: the file.
+            ballast_bytes: room beside it that is the journal's alone (server.ballast).
 
         Raises:
             LydianError: a newer version wrote the file (`journal_too_new`, the file is untouched), or it is no journal
                 or damaged (`journal_damaged`), or the file system cannot keep it (`journal_unfit_disk`).
+            DiskFullError: there is no room for it.
         """
+        ballast = Ballast(path.with_name("ballast"), ballast_bytes)
+        try:
+            database = cls._connect(path)
+        except DiskFullError:
+            if not ballast.release():
+                raise
+            database = cls._connect(path)
+        return cls(path, database, ballast)
+
+    @staticmethod
+    def _connect(path: Path) -> sqlite3.Connection:
         with _sentences(path):
             found = _check_before_touching(path)
             if found is None:
@@ -146,7 +182,7 @@ class Journal:
             except BaseException:
                 database.close()
                 raise
-        return cls(path, database)
+        return database
 
     def close(self) -> None:
         """Close the file. Twice is once."""
@@ -170,11 +206,8 @@ class Journal:
 
     def append_all(self, facts: Iterable[tuple[str, Fact]]) -> list[StoredFact]:
         """Keep facts of several jobs, (job, fact) each, all or none; see `append`."""
-        at, stored = _now(), list[StoredFact]()
-        with self._transaction():
-            for job, fact in facts:
-                stored.append(StoredFact(self._insert(job, at, fact), at, job, fact))
-        return stored
+        at, given = _now(), list(facts)
+        return self._write(lambda: [StoredFact(self._insert(job, at, fact), at, job, fact) for job, fact in given])
 
     def _insert(self, job: str, at: str, fact: Fact) -> int:
         place = getattr(fact, "round", None), getattr(fact, "shard", None)
@@ -251,30 +284,30 @@ class Journal:
 
     def worker_put(self, worker_id: str, registration: Registration) -> None:
         """Keep what a worker says about itself; its first day and whether it is set aside stay as they are."""
-        with self._transaction():
-            self._database.execute(
-                "INSERT INTO workers (id, name, registration, created_at) VALUES (?, ?, ?, ?)"
-                " ON CONFLICT (id) DO UPDATE SET name = excluded.name, registration = excluded.registration",
-                (worker_id, registration.name, registration.model_dump_json(), _now()),
-            )
+        values = (worker_id, registration.name, registration.model_dump_json(exclude={"holding"}), _now())
+        statement = (
+            "INSERT INTO workers (id, name, registration, created_at) VALUES (?, ?, ?, ?)"
+            " ON CONFLICT (id) DO UPDATE SET name = excluded.name, registration = excluded.registration"
+        )
+        self._write(lambda: self._database.execute(statement, values))
 
-    def worker_set_aside(self, worker_id: str, reason: str | None) -> None:
-        """Keep why a worker is given no more work; None: it is again.
+    def worker_judged(self, worker_id: str, strikes: int, set_aside_reason: str | None) -> None:
+        """Keep how often a worker's results were refused, and why it is given no more work; None: it is given some.
 
         Raises:
             NotFoundError: there is no such worker.
         """
-        with self._transaction():
-            statement = "UPDATE workers SET set_aside_reason = ? WHERE id = ?"
-            if self._database.execute(statement, (reason, worker_id)).rowcount == 0:
-                raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+        statement = "UPDATE workers SET strikes = ?, set_aside_reason = ? WHERE id = ?"
+        changed = self._write(lambda: self._database.execute(statement, (strikes, set_aside_reason, worker_id)))
+        if changed.rowcount == 0:
+            raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
 
     def workers(self) -> list[StoredWorker]:
         """All workers that ever joined, in that order."""
         with _sentences(self.path):
-            statement = "SELECT id, registration, created_at, set_aside_reason FROM workers ORDER BY rowid"
+            statement = "SELECT id, registration, created_at, set_aside_reason, strikes FROM workers ORDER BY rowid"
             rows = self._database.execute(statement).fetchall()
-        return [StoredWorker(row[0], self._registration(row[0], row[1]), row[2], row[3]) for row in rows]
+        return [StoredWorker(row[0], self._registration(row[0], row[1]), *row[2:]) for row in rows]
 
     def _registration(self, worker_id: str, text: str) -> Registration:
         try:
@@ -291,16 +324,17 @@ class Journal:
             ConflictError: the id is taken (`token_id_taken`).
             NotFoundError: there is no such worker.
         """
-        with self._transaction():
+        statement = "INSERT INTO tokens (id, scope, secret_hash, worker, created_at) VALUES (?, ?, ?, ?, ?)"
+
+        def add() -> None:
             try:
-                self._database.execute(
-                    "INSERT INTO tokens (id, scope, secret_hash, worker, created_at) VALUES (?, ?, ?, ?, ?)",
-                    (token_id, scope, secret_hash, worker, _now()),
-                )
+                self._database.execute(statement, (token_id, scope, secret_hash, worker, _now()))
             except sqlite3.IntegrityError as error:
                 if error.sqlite_errorname == "SQLITE_CONSTRAINT_FOREIGNKEY":
                     raise NotFoundError(f"there is no worker {worker!r}", code="unknown_worker") from error
                 raise ConflictError(f"there is a token {token_id!r} already", code="token_id_taken") from error
+
+        self._write(add)
 
     def token_revoke(self, token_id: str) -> None:
         """Let a token count no more. Revoking it again changes nothing.
@@ -308,10 +342,9 @@ class Journal:
         Raises:
             NotFoundError: there is no such token.
         """
-        with self._transaction():
-            statement = "UPDATE tokens SET revoked_at = coalesce(revoked_at, ?) WHERE id = ?"
-            if self._database.execute(statement, (_now(), token_id)).rowcount == 0:
-                raise NotFoundError(f"there is no token {token_id!r}", code="unknown_token")
+        statement = "UPDATE tokens SET revoked_at = coalesce(revoked_at, ?) WHERE id = ?"
+        if self._write(lambda: self._database.execute(statement, (_now(), token_id))).rowcount == 0:
+            raise NotFoundError(f"there is no token {token_id!r}", code="unknown_token")
 
     def tokens(self) -> list[StoredToken]:
         """All tokens that were ever issued, revoked ones too."""
@@ -321,10 +354,18 @@ class Journal:
 
     # ------------------------------------------------------------ the file
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _write(self, change: Callable[[], T]) -> T:
+        """Make a change in one transaction; on a full disk with the ballast's room."""
+        try:
+            return self._write_once(change)
+        except DiskFullError:
+            if not self.ballast.release():
+                raise
+            return self._write_once(change)
+
+    def _write_once(self, change: Callable[[], T]) -> T:
         with _sentences(self.path), _transaction(self._database):
-            yield
+            return change()
 
     def _damaged(self, what: str, error: ValidationError) -> LydianError:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -363,8 +404,10 @@ def _sentences(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", None) or type(error).__name__
         said = f"{error} ({name})"
-        if name.startswith("SQLITE_FULL"):
+        if name in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE"):  # the second: no room for the file beside the -wal
             raise DiskFullError(f"there is no room left for the journal {path}: {said}") from error
+        if name.startswith("SQLITE_IOERR"):
+            raise DiskBrokenError(f"the disk failed under the journal {path}: {said}") from error
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             raise UnavailableError(
                 f"another program held the journal {path} for {BUSY_TIMEOUT_S:g} s: {said}", code="journal_busy"

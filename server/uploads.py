@@ -1,15 +1,20 @@
 """Updates on their way in: the bytes of each attempt, from the first range to the look that is taken at them.
 
-Knows nothing of jobs: who may upload what, and how much, is decided before.
+Survives the coordinator: what was written is noted beside it (server.blobs), at least once a MiB and at the end of each
+stream, however that ended. Knows nothing of jobs: who may upload what, and how much, is decided before.
 """
 
 import asyncio
-from collections.abc import AsyncIterable
+import errno
+from collections.abc import AsyncIterable, Callable
 
 from common.errors import BadUpdateError, ConflictError, DiskFullError
-from server.blobs import Blobs, Staging
+from common.staging import Staging
+from server.blobs import Blobs
 
 Key = tuple[str, int]  # assignment id, attempt
+
+NOTE_EVERY = 1 << 20  # bytes of one stream that a killed coordinator forgets at most
 
 
 class Uploads:
@@ -19,6 +24,16 @@ class Uploads:
         self._blobs = blobs
         self._open: dict[Key, Staging] = {}
         self._locks: dict[Key, asyncio.Lock] = {}
+
+    def restore(self, keep: Callable[[Key], bool]) -> None:
+        """Go on with the uploads of an earlier process that are still wanted; delete all else that is half here."""
+        for name in self._blobs.recorded():
+            assignment, _, attempt = name.rpartition(".")
+            key = (assignment, int(attempt)) if attempt.isdecimal() else None
+            staging = Staging.reopen(self._blobs.part(name)) if key is not None and keep(key) else None
+            if key is not None and staging is not None:
+                self._open[key] = staging
+        self._blobs.clear_parts(keep={_name(key) for key in self._open})
 
     def held(self, key: Key) -> tuple[tuple[int, int], ...]:
         """The ranges that are here, merged and sorted."""
@@ -30,10 +45,10 @@ class Uploads:
         Raises:
             BadUpdateError: another length was announced before.
         """
-        name, attempt = key
+        name, _ = key
         staging = self._open.get(key)
         if staging is None:
-            staging = self._open[key] = Staging.open(self._blobs.part(f"{name}.{attempt}"), total)
+            staging = self._open[key] = Staging.open(self._blobs.part(_name(key)), total)
         if staging.size != total:
             raise BadUpdateError(f"{name} announced {staging.size} bytes before and {total} now", code="wrong_length")
         return staging
@@ -41,25 +56,66 @@ class Uploads:
     def __contains__(self, key: Key) -> bool:
         return key in self._open
 
-    async def receive(self, key: Key, total: int, start: int, stop: int, body: AsyncIterable[bytes]) -> None:
+    async def receive(
+        self,
+        key: Key,
+        total: int,
+        start: int,
+        stop: int,
+        body: AsyncIterable[bytes],
+        seen: Callable[[], None] = lambda: None,
+    ) -> None:
         """Write bytes [start, stop) to their place, as they come.
+
+        Args:
+            key: whose they are.
+            total: bytes of the whole upload.
+            start: their place in it.
+            stop: where they end.
+            body: they themselves, in order.
+            seen: called for each chunk: its sender is alive.
 
         Raises:
             BadUpdateError: more or fewer bytes came than were announced; those that came are kept.
             DiskFullError: they could not be written; the upload is dropped.
+            OSError: EIO: the disk is broken.
         """
-        staging, at = self.begin(key, total), start
-        async for chunk in body:
-            if at + len(chunk) > stop:
-                raise BadUpdateError(f"more than the {stop - start} bytes announced for {key[0]}", code="wrong_length")
-            try:
-                staging.write(at, chunk)
-            except OSError as error:
-                self.drop(key)
-                raise DiskFullError(f"byte {at} of {key[0]} could not be written: {error}") from error
-            at += len(chunk)
+        try:
+            staging = self.begin(key, total)
+            at = await self._fill(staging, key, start, stop, body, seen)
+        except OSError as error:
+            self.drop(key)
+            if error.errno == errno.EIO:
+                raise
+            raise DiskFullError(f"bytes of {key[0]} could not be written: {error}") from error
         if at != stop:
             raise BadUpdateError(f"{at - start} of {stop - start} bytes announced for {key[0]}", code="wrong_length")
+
+    async def _fill(
+        self,
+        staging: Staging,
+        key: Key,
+        start: int,
+        stop: int,
+        body: AsyncIterable[bytes],
+        seen: Callable[[], None],
+    ) -> int:
+        """Write what comes, and note it by and by. Returns where it ended."""
+        at = noted = start
+        try:
+            async for chunk in body:
+                seen()
+                if at + len(chunk) > stop:
+                    sentence = f"more than the {stop - start} bytes announced for {key[0]}"
+                    raise BadUpdateError(sentence, code="wrong_length")
+                staging.write(at, chunk)
+                at += len(chunk)
+                if at - noted >= NOTE_EVERY:
+                    staging.note(noted, at)
+                    noted = at
+        finally:
+            staging.note(noted, at)
+        return at
 
     def finish(self, key: Key) -> Staging:
         """The whole upload, closed: nothing more is written to it.
@@ -81,7 +137,8 @@ class Uploads:
 
     def forget(self, key: Key) -> None:
         """The file has another name now."""
-        self._open.pop(key, None)
+        if (staging := self._open.pop(key, None)) is not None:
+            staging.forget()
 
     def drop(self, key: Key) -> None:
         """Delete what is here of an upload, if anything is."""
@@ -103,3 +160,8 @@ class Uploads:
         for idle in [known for known, lock in self._locks.items() if known != key and not lock.locked()]:
             del self._locks[idle]
         return self._locks.setdefault(key, asyncio.Lock())
+
+
+def _name(key: Key) -> str:
+    """The part's name; `restore` reads it back."""
+    return f"{key[0]}.{key[1]}"

@@ -3,11 +3,20 @@
 from collections.abc import Iterator
 
 from common.facts import HandedBack, Now, WorkerNow
-from common.messages import JobView, LogEntry, WorkerView
+from common.messages import JobView, LogEntry, PollAnswer, WorkerView
 from server import rounds
 from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody
 from server.rounds import Job, Paused, Queued, Task, Training, close_if_due
+
+
+def poll_answer(answer: PollAnswer, protocol: int) -> str:
+    """The answer to a poll as JSON, without what a worker of an older protocol would refuse as unknown."""
+    if protocol >= 2:
+        return answer.model_dump_json()
+    return answer.model_dump_json(
+        exclude={"settled": True, "wanted": True, "assignment": {"spec": {"round": {"fsync"}}}}
+    )
 
 
 def job_view(coordinator: Coordinator, job: Job) -> JobView:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from common import PROTOCOL
 from common.facts import Accepted, Fact, HandedBack, Initialised, Submitted
 from common.messages import (
     Hardware,
@@ -32,7 +33,7 @@ def spec(**keys: Any) -> JobSpec:
 def registration(name: str = "w", **keys: Any) -> Registration:
     build = TorchBuild(version="2.14.1", device="cpu", threads=1)
     hardware = Hardware(hostname=name, system="Linux", python="3.11", cpu="x", cores=1, memory=1, torch=build)
-    fields = {"name": name, "protocol": 1, "version": "0.1.0", "start_id": "s1", "hardware": hardware, **keys}
+    fields = {"name": name, "protocol": PROTOCOL, "version": "0.1.0", "start_id": "s1", "hardware": hardware, **keys}
     return Registration.model_validate(fields)
 
 

@@ -6,7 +6,6 @@ import os
 import random
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -15,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common import staging as stagings
 from common.errors import BadRequestError, ConflictError, DiskFullError, NotFoundError
 from common.ranges import content_range
+from common.staging import Staging
 from server import blobs as module
 from server import store
-from server.blobs import Blobs, Staging, parse_content_range
+from server.blobs import Blobs, parse_content_range
 
 SIZE = 64
 DATA = bytes(range(SIZE))
@@ -98,7 +99,7 @@ def test_bytes_outside_of_the_upload_are_refused_and_not_written(staging: Stagin
 def test_an_upload_in_crumbs_is_refused_before_it_fills_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_RANGES", 3)
+    monkeypatch.setattr(stagings, "MAX_RANGES", 3)
     with closing(Staging.open(tmp_path / "upload", SIZE)) as staging:
         for offset in (0, 10, 20):
             staging.write(offset, b"x")
@@ -192,8 +193,8 @@ def test_a_file_that_is_not_there_has_no_size(blobs: Blobs) -> None:
 def test_an_adopted_upload_moves_to_its_name(blobs: Blobs, tmp_path: Path, durable: bool) -> None:
     staging = Staging.open(blobs.part("job.train.1.0.1"), SIZE)
     staging.write(0, DATA)
-    staging.close()
     blobs.adopt(staging.path, sha256(DATA), durable=durable)
+    staging.forget()
     assert blobs.path(sha256(DATA)).read_bytes() == DATA
     assert files(tmp_path) == [f"blobs/{sha256(DATA)[:2]}/{sha256(DATA)}"]
 
@@ -314,15 +315,28 @@ def test_what_an_upload_has_brought_is_counted_once(blobs: Blobs) -> None:
         staging.discard()
 
 
-def test_old_parts_are_cleared_and_young_ones_kept(blobs: Blobs, tmp_path: Path) -> None:
-    for name, age_s in (("old", 7200), ("young", 60), ("from-the-future", -7200)):
-        part = blobs.part(name)
-        part.write_bytes(b"x" * 4096)
-        os.utime(part, (time.time() - age_s, time.time() - age_s))
-    assert blobs.clear_parts(older_than_s=3600) > 0
-    assert files(tmp_path) == ["parts/from-the-future.part", "parts/young.part"]
-    blobs.clear_parts(older_than_s=0)
+def test_every_part_and_record_is_cleared_but_those_that_are_kept(blobs: Blobs, tmp_path: Path) -> None:
+    for name in ("kept", "gone"):
+        with closing(Staging.open(blobs.part(name), 4096)) as staging:
+            staging.write(0, b"x" * 4096)
+    assert blobs.recorded() == ["gone", "kept"]
+    assert blobs.clear_parts(keep={"kept"}) > 0
+    assert files(tmp_path) == ["parts/kept.part", "parts/kept.ranges"]
+    blobs.clear_parts()
     assert files(tmp_path) == []
+
+
+def test_room_that_the_ballast_holds_is_not_reserved_twice(tmp_path: Path) -> None:
+    ballast = tmp_path / "ballast"
+    ballast.write_bytes(bytes(8 << 20))
+    store.sync(ballast)
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    plain = Blobs(tmp_path, reserve_bytes=8 << 20)
+    weighted = Blobs(tmp_path, reserve_bytes=8 << 20, ballast=ballast)
+    wanted = free - (4 << 20)  # fits only where the reserve is not taken off once more
+    with pytest.raises(DiskFullError):
+        plain.check_room(wanted)
+    weighted.check_room(wanted)
 
 
 def test_parts_that_vanish_while_room_is_counted_are_no_error(blobs: Blobs) -> None:

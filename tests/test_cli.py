@@ -160,6 +160,10 @@ def canned_app(canned: Canned) -> FastAPI:
     async def workers() -> list[dict[str, Any]]:
         return [WORKER]
 
+    @web.post("/v1/workers/{worker}/readmit")
+    async def readmit(worker: str) -> dict[str, Any]:
+        return WORKER | {"state": "idle", "reason": "waiting for work"}
+
     @web.post("/v1/workers/{worker}/drain")
     async def drain(worker: str) -> dict[str, Any]:
         return WORKER | {"state": "draining", "reason": "finishes round 2"}
@@ -506,6 +510,7 @@ def test_logs_are_whole_and_cannot_steer_the_terminal(lydian: Lydian) -> None:
         (("pause", "digits-1"), "digits-1 is paused: waiting for 2 updates"),
         (("resume", "digits-1"), "digits-1 is training: waiting for 2 updates"),
         (("drain", "w-1"), "gpu-box is draining: finishes round 2"),
+        (("readmit", "w-1"), "gpu-box is idle: waiting for work"),
     ],
 )
 def test_an_order_is_answered_with_the_state_that_followed(

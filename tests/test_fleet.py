@@ -278,3 +278,71 @@ def test_a_worker_at_work_is_shown_with_its_task() -> None:
 
 def _describe(lease: Lease) -> str:
     return f"{lease.job} {lease.task}"
+
+
+# ---------------------------------------------------------------- one credential, two machines
+
+
+def at(place: str, start_id: str) -> Any:
+    return registration("a", place=place, start_id=start_id)
+
+
+def working_at(place: str) -> Fleet:
+    made = Fleet(Timing(ttl_s=40.0))
+    made.register("a", at(place, "s1"), now=0.0)
+    return made
+
+
+def test_a_new_worker_has_no_rival() -> None:
+    assert Fleet().rival("a", at("here", "s1"), now=0.0) is None
+
+
+def test_the_same_process_that_registers_again_is_no_rival_of_itself() -> None:
+    assert working_at("here").rival("a", at("here", "s1"), now=1.0) is None
+
+
+def test_a_restart_in_the_same_folder_goes_before_its_earlier_life() -> None:
+    assert working_at("here").rival("a", at("here", "s2"), now=1.0) is None
+
+
+def test_a_copied_folder_finds_the_worker_at_work() -> None:
+    some = working_at("here")
+    assert some.rival("a", at("there", "s2"), now=1.0) is some.workers["a"]
+
+
+def test_a_moved_folder_may_work_once_the_old_place_is_silent_for_a_lease_time() -> None:
+    assert working_at("here").rival("a", at("there", "s2"), now=40.1) is None
+
+
+def test_a_worker_of_the_older_protocol_has_no_place_and_no_rival() -> None:
+    assert working_at("").rival("a", at("there", "s2"), now=1.0) is None
+    assert working_at("here").rival("a", at("", "s2"), now=1.0) is None
+
+
+def test_two_processes_of_one_place_cannot_push_each_other_out_in_turn() -> None:
+    some = working_at("here")
+    some.register("a", at("here", "s2"), now=1.0)  # a clone of the machine
+    some.workers["a"].rival_at = 2.0  # and the first one was seen to live on
+    assert some.rival("a", at("here", "s3"), now=3.0) is some.workers["a"]
+    some.register("a", at("here", "s2"), now=4.0)
+    assert some.workers["a"].rival_at == 2.0
+    some.workers["a"].seen_at = 700.0
+    assert some.rival("a", at("here", "s3"), now=700.0) is None
+
+
+# ---------------------------------------------------------------- degraded
+
+
+def test_a_degraded_worker_gets_no_work_and_is_shown_with_its_reason() -> None:
+    some = fleet("a")
+    some.workers["a"].degraded = "no room in its state folder"
+    assert some.choose("a", [running("j")]) is None
+    assert some.live(0.0) == []
+    shown = standing(some, some.workers["a"], 0.0, lambda lease: str(lease.task))
+    assert (shown.state, shown.reason) == ("degraded", "no room in its state folder")
+
+
+def test_no_place_is_kept_for_a_degraded_worker() -> None:
+    some = fleet("a", "b")
+    some.workers["b"].degraded = "read-only disk"
+    assert some.places(running("j"), 0.0) == ["a"]

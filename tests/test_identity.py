@@ -340,7 +340,7 @@ def test_a_folder_that_vanished_is_an_error_and_leaves_the_identity_as_it_was(jo
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_said_to_be_one(tmp_path: Path, number: int) -> None:
-    with pytest.raises(DiskFullError, match=r"No space left|quota"), identity._usable(tmp_path):
+    with pytest.raises(DiskFullError, match=r"No space left|quota"), identity.usable(tmp_path):
         raise OSError(number, os.strerror(number), str(tmp_path))
 
 

@@ -1,6 +1,7 @@
 """The round machine, by calls of pure functions alone."""
 
 import math
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from common.errors import BadUpdateError, ConflictError, JobOverError, LateError, NotFoundError, SupersededError
 from common.facts import (
+    Accepted,
     EvaluationGivenUp,
     Extended,
     Frozen,
@@ -748,6 +750,88 @@ def test_a_fact_about_a_task_that_is_gone_changes_no_tries() -> None:
     assert play.job == before
 
 
+# ---------------------------------------------------------------- a power cut
+
+
+def whole_round_in(play: Play) -> tuple[Accepted, ...]:
+    play.train(0, "a")
+    play.train(1, "b")
+    return rounds.accepted_of(play.job)
+
+
+def test_a_round_that_lacks_the_bytes_of_an_update_is_not_frozen_and_says_whom_it_waits_for() -> None:
+    play = training()
+    first, _ = whole_round_in(play)
+    play.do(rounds.lost(first))
+    step = play.close_if_due("a", "b")
+    assert not step.facts
+    assert step.reason == "round 1: updates that a power cut took are awaited again: shard 0 from a"
+    play.do(rounds.restored(first))
+    assert isinstance(play.close_if_due("a", "b").facts[0], Frozen)
+
+
+def test_an_update_lost_while_it_was_being_averaged_is_found_again_and_stays_in_the_frozen_set() -> None:
+    play = training()
+    updates = whole_round_in(play)
+    play.close_if_due("a", "b")
+    play.do(rounds.lost(updates[1]))
+    assert rounds.lost_of(play.job) == (updates[1],)
+    assert isinstance(play.job.inner, Aggregating)
+    play.do(rounds.restored(updates[1]))
+    assert rounds.lost_of(play.job) == ()
+    assert rounds.accepted_of(play.job) == updates
+
+
+def test_a_frozen_round_is_open_again_for_the_one_shard_that_is_lost_for_good() -> None:
+    play = training()
+    updates = whole_round_in(play)
+    play.close_if_due("a", "b")
+    play.do(rounds.lost(updates[1]))
+    task = Task("train", 1, 1)
+    play.back(task, "lost", worker="b", attempt=1)
+    assert rounds.accepted_of(play.job) == updates[:1]
+    assert rounds.next_task(play.job, "a", frozenset()) == task
+    play.give(task, "a")
+    assert rounds.tries_of(play.job, task).attempt == 2
+
+
+def test_nothing_is_lost_of_a_job_that_is_not_in_a_round() -> None:
+    play = Play(spec())
+    assert rounds.accepted_of(play.job) == rounds.lost_of(play.job) == ()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_lost_update_of_another_round_is_refused(frozen: bool) -> None:
+    play = training()
+    update = whole_round_in(play)[0]
+    if frozen:
+        play.close_if_due("a", "b")
+    with pytest.raises(ConflictError, match="no update of round 7 can be lost or found"):
+        play.do(rounds.lost(update.model_copy(update={"round": 7})))
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def test_a_job_paused_for_room_knows_how_much_and_resumes_like_any_other() -> None:
+    play = training()
+    play.do(rounds.pause(play.job, "the coordinator until there is room", room=500))
+    assert isinstance(play.job.phase, Paused)
+    assert play.job.phase.room == 500
+    assert not play.do(rounds.pause(play.job, "the coordinator again", room=900)).facts
+    play.do(rounds.resume(play.job, "the coordinator"))
+    assert play.job.phase.state == "training"
+
+
+def test_a_persons_pause_outlasts_that_of_a_full_disk() -> None:
+    play = training()
+    play.do(rounds.pause(play.job, "the coordinator until there is room", room=500))
+    play.do(rounds.pause(play.job, "a user"))
+    assert isinstance(play.job.phase, Paused)
+    assert play.job.phase.room == 0
+    assert not play.do(rounds.pause(play.job, "the coordinator", room=5)).facts
+
+
 # ---------------------------------------------------------------- any history
 
 
@@ -826,14 +910,46 @@ class AnyHistory(RuleBasedStateMachine):
         before = self.play.job
         step = self.play.close_if_due("a", "b", "c")
         assert step.reason
+        if rounds.lost_of(before):
+            assert self.play.job == before, "a round went on without bytes that it needs"
         if isinstance(self.play.job.inner, Aggregating) and isinstance(before.inner, Training):
             assert self.play.job.inner.accepted
             shards = [u.shard for u in self.play.job.inner.accepted]
             assert shards == sorted(before.inner.accepted)
 
+    @precondition(lambda self: rounds.accepted_of(self.play.job))
+    @rule(data=st.data())
+    def power_cut_takes_an_update(self, data: st.DataObject) -> None:
+        update = data.draw(st.sampled_from(rounds.accepted_of(self.play.job)))
+        if update not in rounds.lost_of(self.play.job):
+            self.play.do(rounds.lost(update))
+            assert update in rounds.lost_of(self.play.job)
+
+    @precondition(lambda self: rounds.lost_of(self.play.job))
+    @rule(data=st.data(), again=st.booleans())
+    def lost_update_is_found_or_given_up(self, data: st.DataObject, again: bool) -> None:
+        update = data.draw(st.sampled_from(rounds.lost_of(self.play.job)))
+        key = (update.round, update.shard)
+        if again:
+            self.play.do(rounds.restored(update))
+            assert update in rounds.accepted_of(self.play.job)
+            return
+        task = Task("train", *key)
+        self.play.back(task, "lost", worker=update.worker, attempt=update.attempt)
+        assert self.counted.pop(key) == update.digest
+        assert rounds.is_open(self.play.job, task) or self.play.job.over
+
+    @rule()
+    def coordinator_is_killed(self) -> None:
+        self.play.job = self.play.replayed()
+        self.out = [o for o in self.out if (o[0], o[1], o[2], "") in rounds.outstanding(self.play.job)]
+
     @rule()
     def average(self) -> None:
-        if isinstance(self.play.job.inner, Aggregating):
+        if isinstance(self.play.job.inner, Aggregating) and not rounds.lost_of(self.play.job):
+            updates = [(u.round, u.shard) for u in self.play.job.inner.accepted]
+            assert len(set(updates)) == len(updates)
+            assert all(self.counted[key] for key in updates)
             self.play.close(number=self.play.job.closed + 1)
 
     @rule(decide=st.sampled_from([rounds.pause, rounds.resume]))
@@ -866,10 +982,15 @@ def _timeless(job: rounds.Job) -> rounds.Job:
     if isinstance(inner, Training):
         inner = rounds.replace(inner, opened_at=0.0, quorum_at=None)
     if isinstance(inner, Aggregating):
-        inner = rounds.replace(inner, opened_at=0.0)
-    phase = Paused(inner) if isinstance(job.phase, Paused) else inner  # type: ignore[arg-type]
+        before = rounds.replace(inner.before, opened_at=0.0, quorum_at=None)
+        inner = rounds.replace(inner, opened_at=0.0, before=before)
+    phase = Paused(inner, job.phase.room) if isinstance(job.phase, Paused) else inner  # type: ignore[arg-type]
     return rounds.replace(job, phase=phase)
 
 
 TestAnyHistory = AnyHistory.TestCase
-TestAnyHistory.settings = settings(deadline=None, max_examples=60, stateful_step_count=60)
+# 100,000 steps in the long profile: LYDIAN_FAULTS=full
+FULL = os.environ.get("LYDIAN_FAULTS") == "full"
+TestAnyHistory.settings = settings(
+    deadline=None, max_examples=1000 if FULL else 60, stateful_step_count=100 if FULL else 60
+)

@@ -281,7 +281,7 @@ def test_a_journal_of_a_newer_version_is_refused_by_that_versions_name_and_left_
     for name in ("journal.sqlite", "journal.sqlite-wal"):
         shutil.copy(tmp_path / name, killed)
     before = snapshot(killed)
-    with pytest.raises(LydianError, match=r"written by version 7\.8\.9, with schema 99.*knows schema 1") as refused:
+    with pytest.raises(LydianError, match=r"written by version 7\.8\.9, with schema 99.*knows schema 2") as refused:
         Journal.open(killed / "journal.sqlite")
     assert refused.value.code == "journal_too_new"
     assert {name: content for name, content in snapshot(killed).items() if name in before} == before
@@ -290,18 +290,18 @@ def test_a_journal_of_a_newer_version_is_refused_by_that_versions_name_and_left_
 def test_an_older_journal_is_migrated_after_a_copy_of_it_was_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(Journal.open(path)) as journal:
         journal.append("a", [late(1)])
-    monkeypatch.setattr(store, "SCHEMA", 2)
+    monkeypatch.setattr(store, "SCHEMA", 3)
     monkeypatch.setattr(
-        store, "MIGRATIONS", {1: lambda database: database.execute("ALTER TABLE facts ADD COLUMN who TEXT")}
+        store, "MIGRATIONS", {2: lambda database: database.execute("ALTER TABLE facts ADD COLUMN who TEXT")}
     )
     with closing(Journal.open(path)) as journal:
         assert [stored.fact for stored in journal.facts()] == [late(1)]
     with closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
-        assert database.execute("SELECT schema FROM written_by").fetchall() == [(1,), (2,)]
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
+        assert database.execute("SELECT schema FROM written_by").fetchall() == [(2,), (3,)]
         assert database.execute("SELECT who FROM facts").fetchall() == [(None,)]
-    monkeypatch.setattr(store, "SCHEMA", 1)
-    with closing(Journal.open(path.with_name("journal.sqlite.schema-1.backup"))) as old:
+    monkeypatch.setattr(store, "SCHEMA", 2)
+    with closing(Journal.open(path.with_name("journal.sqlite.schema-2.backup"))) as old:
         assert [stored.fact for stored in old.facts()] == [late(1)]
 
 
@@ -313,12 +313,27 @@ def test_a_migration_that_fails_leaves_the_old_journal_whole(path: Path, monkeyp
     with closing(Journal.open(path)) as journal:
         journal.append("a", [late(1)])
     with monkeypatch.context() as patch:
-        patch.setattr(store, "SCHEMA", 2)
-        patch.setattr(store, "MIGRATIONS", {1: step})
+        patch.setattr(store, "SCHEMA", 3)
+        patch.setattr(store, "MIGRATIONS", {2: step})
         with pytest.raises(LydianError, match="nowhere"):
             Journal.open(path)
     with closing(Journal.open(path)) as journal:
         assert [stored.fact for stored in journal.facts()] == [late(1)]
+
+
+def test_a_journal_of_the_first_schema_is_read_with_nobody_having_a_strike(path: Path) -> None:
+    with closing(Journal.open(path)) as journal:
+        journal.worker_put("w1", registration())
+        journal.append("a", [late(1)])
+    by_hand(path, "ALTER TABLE workers DROP COLUMN strikes")
+    by_hand(path, "UPDATE written_by SET schema = 1")
+    by_hand(path, "PRAGMA user_version = 1")
+    with closing(Journal.open(path)) as journal:
+        assert [worker.strikes for worker in journal.workers()] == [0]
+        assert [stored.fact for stored in journal.facts()] == [late(1)]
+        journal.worker_judged("w1", 2, None)
+        assert [worker.strikes for worker in journal.workers()] == [2]
+    assert path.with_name("journal.sqlite.schema-1.backup").exists()
 
 
 def test_a_process_that_died_before_the_tables_were_made_is_no_obstacle(path: Path) -> None:
@@ -409,11 +424,11 @@ def test_a_worker_that_comes_back_keeps_its_first_day_and_stays_set_aside(path: 
         journal.worker_put("w1", registration("old"))
         journal.worker_put("w2", registration("other"))
         (first, _) = journal.workers()
-        journal.worker_set_aside("w1", "3 results were refused")
+        journal.worker_judged("w1", 3, "3 results were refused")
         journal.worker_put("w1", registration("new", start_id="s2"))
     with closing(Journal.open(path)) as journal:
         (one, two) = journal.workers()
-        journal.worker_set_aside("w1", None)
+        journal.worker_judged("w1", 3, None)
         assert journal.workers()[0].set_aside_reason is None
     assert (one.id, one.registration) == ("w1", registration("new", start_id="s2"))
     assert (one.created_at, one.set_aside_reason) == (first.created_at, "3 results were refused")
@@ -422,7 +437,7 @@ def test_a_worker_that_comes_back_keeps_its_first_day_and_stays_set_aside(path: 
 
 def test_a_worker_that_is_not_there_cannot_be_set_aside(journal: Journal) -> None:
     with pytest.raises(NotFoundError, match="no worker 'w1'"):
-        journal.worker_set_aside("w1", "reason")
+        journal.worker_judged("w1", 3, "reason")
 
 
 def test_a_registration_that_cannot_be_read_names_its_worker(journal: Journal) -> None:

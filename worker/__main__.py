@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ import typer
 from common import __version__
 from common.api import CoordinatorApi
 from common.errors import LydianError
+from worker import plan
 from worker.agent import Agent, Options
 from worker.hardware import usable_cores
 from worker.identity import Identity, default_folder, trust_file, trusted_digests
@@ -56,6 +58,12 @@ def work(
         list[Path] | None,
         typer.Option(help="Add a task file to the list that --trust listed goes by; may be repeated."),
     ] = None,
+    checkpoint_every: Annotated[
+        float, typer.Option(min=0, help="Seconds between two checkpoints of the work under way (0: none).")
+    ] = 30.0,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds to finish what is under way after the first SIGTERM or Ctrl-C.")
+    ] = 60.0,
     stall_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds without a sign of life that end a task.")
     ] = 600.0,
@@ -65,6 +73,12 @@ def work(
     ] = False,
 ) -> None:
     """Join a coordinator and train for it, until SIGTERM or Ctrl-C (twice: at once).
+
+    What is trained and not handed in yet, and checkpoints of what is under way, are kept in the state folder: a worker
+    that was killed goes on where it was.
+
+    Exit codes: 0 left in good order · 1 refused, or cannot work here · 3 no coordinator answers · 4 another machine
+    works with this worker's credential.
 
     Examples:
 
@@ -83,28 +97,41 @@ def work(
     for chatty in ("httpx2", "httpcore2", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        _agent(url, token, name, state_dir, device, threads, data or [], trust, allow or [], stall_timeout).run()
+        options = Options(
+            name="",
+            device=device,
+            threads=threads or usable_cores(),
+            trust=trust.value,
+            stall_s=stall_timeout,
+            join_token=token,
+            checkpoint_every_s=checkpoint_every,
+            grace_s=grace,
+        )
+        _agent(url, name, state_dir, data or [], allow or [], options).run()
     except LydianError as error:
         typer.echo(error.lines(), err=True)
-        raise typer.Exit(3 if error.code == "unreachable" else 1) from error
+        raise typer.Exit(exit_code(error)) from error
+
+
+def exit_code(error: LydianError) -> int:
+    """What the process ends with: a supervisor restarts some ends and not others (deploy/lydian-worker.service)."""
+    if plan.is_rival(error):
+        return 4
+    return 3 if error.code == "unreachable" else 1
 
 
 def _agent(
     url: str,
-    token: str | None,
     name: str | None,
     state_dir: Path | None,
-    device: str,
-    threads: int,
     data: list[str],
-    trust: TrustChoice,
     allow: list[Path],
-    stall_s: float,
+    options: Options,
 ) -> Agent:
     shown = name or re.sub(r"[^A-Za-z0-9._-]+", "-", platform.node())[:63] or "worker"
     folder = state_dir or default_folder(shown)
     identity = Identity.open(folder, url)
-    if identity.credential is None and token is None:
+    if identity.credential is None and options.join_token is None:
         raise LydianError(
             f"{shown} has not joined {url} yet and there is no join token",
             code="no_token",
@@ -112,18 +139,9 @@ def _agent(
         )
     for file in allow:
         trust_file(folder, file)
-    options = Options(
-        name=shown,
-        device=device,
-        threads=threads or usable_cores(),
-        data=_data_folders(data),
-        trust=trust.value,
-        trusted=trusted_digests(folder),
-        stall_s=stall_s,
-        join_token=token,
-    )
+    options = replace(options, name=shown, data=_data_folders(data), trusted=trusted_digests(folder))
     os.environ.pop("LYDIAN_TOKEN", None)  # nothing that this process starts needs it
-    return Agent(CoordinatorApi(url, token), identity, Spool.open(folder), options, folder)
+    return Agent(CoordinatorApi(url, options.join_token), identity, Spool.open(folder), options, folder)
 
 
 def _data_folders(given: list[str]) -> dict[str, str]:

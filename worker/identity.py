@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import platform
 import re
 import secrets
 import stat
@@ -34,6 +35,8 @@ log = logging.getLogger("lydian.worker")
 
 IDENTITY_FILE = "identity.json"
 TRUST_FILE = "trusted.txt"
+
+MACHINE_IDS = (Path("/etc/machine-id"), Path("/var/lib/dbus/machine-id"))
 
 _PORTS = {"http": 80, "https": 443}
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")
@@ -60,6 +63,7 @@ class Identity:
         self.folder = folder
         self.url = url
         self.start_id = secrets.token_hex(16)  # new at each start, so that the coordinator can tell a restart
+        self.place = place_of(folder)  # the same at each start, so that it can tell a copied folder
         self._known = known
         self._unlock = weakref.finalize(self, os.close, lock)
 
@@ -76,13 +80,13 @@ class Identity:
                 folder cannot be used (folder_unusable); the URL is none (bad_url).
         """
         name = _coordinator(url)
-        with _usable(folder), contextlib.ExitStack() as unless_done:
+        with usable(folder), contextlib.ExitStack() as unless_done:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = _lock(folder)
             unless_done.callback(os.close, lock)
-            known = _read(folder / IDENTITY_FILE)
+            self = cls(folder, name, _read(folder / IDENTITY_FILE), lock)
             unless_done.pop_all()
-        return cls(folder, name, known, lock)
+        return self
 
     @property
     def worker_id(self) -> str | None:
@@ -114,7 +118,7 @@ class Identity:
         self.close()
 
     def _write(self, known: dict[str, _Known]) -> None:
-        with _usable(self.folder):
+        with usable(self.folder):
             content = _File(coordinators=known).model_dump_json(indent=2) + "\n"
             _replace(self.folder / IDENTITY_FILE, content.encode())
         self._known = known
@@ -135,6 +139,24 @@ def default_folder(name: str) -> Path:
     return Path(platformdirs.user_state_dir("lydian")) / "workers" / name
 
 
+def place_of(folder: Path) -> str:
+    """Where a state folder is, as 64 hex digits: another machine or a copied folder has another place.
+
+    Made of the machine's id (its name where it has none) and the folder's device and inode; none of them can be read
+    out of it. The same folder moved within its file system keeps its place.
+    """
+    where = folder.stat()
+    return hashlib.sha256(f"{_machine()}\n{where.st_dev}\n{where.st_ino}".encode()).hexdigest()
+
+
+def _machine() -> str:
+    for path in MACHINE_IDS:
+        with contextlib.suppress(OSError):  # a system without it, or one that does not show it
+            if known := path.read_text(encoding="ascii", errors="replace").strip():
+                return known
+    return platform.node()
+
+
 # ---------------------------------------------------------------- trust
 
 
@@ -145,7 +167,7 @@ def trusted_digests(folder: Path) -> tuple[str, ...]:
         LydianError: a line is none (code bad_trust_list), or the file cannot be read.
     """
     path = folder / TRUST_FILE
-    with _usable(folder):
+    with usable(folder):
         lines = path.read_bytes().splitlines() if path.exists() else []
     digests: list[str] = []
     for number, line in enumerate(lines, start=1):
@@ -183,7 +205,7 @@ def trust_file(folder: Path, task_path: Path) -> str:
         return digest
     path = folder / TRUST_FILE
     name = re.sub(r"[^ -~]", "?", task_path.name)  # a line break in a name must not become a line
-    with _usable(folder):
+    with usable(folder):
         unended = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(descriptor, "ab") as file:
@@ -219,8 +241,13 @@ def _bad_url(url: str, why: str) -> LydianError:
 
 
 @contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
-    """Turn the system's refusals into a sentence about the folder."""
+def usable(folder: Path) -> Iterator[None]:
+    """Inside, what the system refuses becomes a sentence about the state folder.
+
+    Raises:
+        DiskFullError: there is no room.
+        LydianError: anything else (code folder_unusable).
+    """
     try:
         yield
     except OSError as error:

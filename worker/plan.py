@@ -1,9 +1,21 @@
-"""What the agent decides: may this task run here, what is the child asked, what follows from an error.
+"""What the agent decides: may this task run here, what is the child asked, what follows from an error, from an answer
+and from what the last life left on the disk.
 
 Pure: no network, disk, clock or tensor. Randomness is passed in.
+
+    found in the spool       asked of the coordinator      what follows
+    trained                  submit                        receipt: keep a train update until settled, drop the rest
+                                                           superseded, late, job over, refused: drop
+                                                           incomplete, damaged: send the bytes that are missing there
+    not trained to the end   heartbeat                     continue, drain: go on from the checkpoint
+                                                           superseded, cancelled: drop
+                                                           the third start of the same attempt: give it back
+    handed in                poll                          settled: delete; wanted: send it again
 """
 
-from collections.abc import Collection, Mapping
+import errno
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,16 +29,19 @@ from common.errors import (
     LydianError,
     NotFoundError,
     SupersededError,
+    TooSlowError,
     UnauthenticatedError,
     UnavailableError,
     VersionSkewError,
 )
-from common.messages import Assignment, JobSpec, TaskRef, Trust
+from common.messages import Assignment, HeartbeatAnswer, Holding, JobSpec, Kind, TaskRef, Trust, VersionView
 from common.sharding import derived_seed
 
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 RESENDS = 5  # of bytes that arrive damaged, before the assignment is given up
+STARTS = 2  # of one attempt: an agent that died in the middle of it twice does not try again
+HOLDINGS = 100  # that one message takes
 
 
 @dataclass(frozen=True)
@@ -68,15 +83,36 @@ def child_config(spec: JobSpec, builtin: Mapping[str, Any], data: Mapping[str, s
     return {**spec.train.model_dump(exclude_none=True), **builtin, **spec.config, "data": folders}
 
 
-def train_command(assignment: Assignment, *, base: str, indices: str | None, out: str) -> dict[str, Any]:
+def train_command(
+    assignment: Assignment,
+    *,
+    base: str,
+    indices: str | None,
+    out: str,
+    checkpoint: str | None = None,
+    checkpoint_every_s: float = 0.0,
+) -> dict[str, Any]:
     """What the child is asked to train.
 
-    The seed depends on (job seed, round, shard) alone: whoever trains the shard draws the same numbers.
+    The seed depends on (job seed, round, shard) alone: whoever trains the shard draws the same numbers. One attempt
+    gives the same command in every life of the agent, so that the child goes on from the checkpoint of the last one.
+
+    Args:
+        assignment: of kind train.
+        base: path of the model to train.
+        indices: path of the samples of the shard; None: all of this worker's own data.
+        out: path of the update.
+        checkpoint: path of the checkpoint.
+        checkpoint_every_s: seconds between two checkpoints; 0: none is written, nor gone on from.
     """
     train = assignment.spec.train
     epochs = train.local_epochs
     if epochs is None and train.local_steps is None and train.local_seconds is None:
         epochs = 1
+    keeping = {}
+    if checkpoint is not None and checkpoint_every_s > 0:
+        digest = assignment.base.digest if assignment.base else ""
+        keeping = {"checkpoint": checkpoint, "checkpoint_every_s": checkpoint_every_s, "base_digest": digest}
     return {
         "do": "train",
         "base": base,
@@ -87,12 +123,16 @@ def train_command(assignment: Assignment, *, base: str, indices: str | None, out
         "epochs": epochs,
         "steps": train.local_steps,
         "seconds": train.local_seconds,
+        **keeping,
     }
 
 
 def init_seed(spec: JobSpec) -> int:
     """The seed that the model is built from."""
     return derived_seed(spec.seed, "init")
+
+
+# ---------------------------------------------------------------- calls that failed
 
 
 @dataclass(frozen=True)
@@ -104,14 +144,14 @@ class Next:
 
 
 def after(error: LydianError, *, resends: int = 0) -> Next:
-    """What the agent does after a call failed.
+    """What the agent does after a call about an assignment failed.
 
     Args:
         error: what the call raised.
         resends: how often this assignment's bytes were sent again already.
     """
     match error:
-        case UnavailableError() | DiskFullError():
+        case UnavailableError() | DiskFullError() | TooSlowError():
             return Next("wait", str(error))
         case UnauthenticatedError() | ForbiddenError() | VersionSkewError():
             return Next("stop", error.lines())
@@ -127,6 +167,13 @@ def after(error: LydianError, *, resends: int = 0) -> Next:
             return Next("drop", str(error))
 
 
+def is_rival(error: LydianError) -> bool:
+    """Whether an answer to a call of the worker itself (register, poll, heartbeat) says that another process works with
+    its credential. Then there is nothing to try again: the two would push each other out in turn.
+    """
+    return isinstance(error, ConflictError) and error.code in ("superseded", "already_working")
+
+
 def wait_s(failures: int, jitter: float) -> float:
     """Seconds to wait before the next try: exponential with full jitter, so that a fleet does not come back at once.
 
@@ -136,3 +183,106 @@ def wait_s(failures: int, jitter: float) -> float:
     """
     longest: float = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(failures - 1, 30))
     return longest * jitter
+
+
+def version_refusal(coordinator: VersionView, *, protocol: int, version: str) -> VersionSkewError | None:
+    """Why this worker cannot work for that coordinator; None: it can, or the coordinator itself will say why not.
+
+    Args:
+        coordinator: what it says of itself.
+        protocol: the one that this worker speaks.
+        version: this worker's.
+    """
+    if coordinator.protocol >= protocol:
+        return None
+    return VersionSkewError(
+        f"coordinator {coordinator.version} speaks protocol {coordinator.protocol}, "
+        f"and worker {version} speaks protocol {protocol}, which it does not know",
+        advice=f"Upgrade the coordinator, or install version {coordinator.version} here.",
+    )
+
+
+# ---------------------------------------------------------------- what the spool holds
+
+
+def stays(kind: Kind) -> bool:
+    """Whether a result is kept after its receipt, until the model made from it is on the coordinator's disk.
+
+    An update may be lost there by a power cut. The first model is durable before its receipt; an evaluation is small.
+    """
+    return kind == "train"
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """What becomes of an attempt that the last life of the agent did not train to the end."""
+
+    action: Literal["go on", "give back", "drop"]
+    why: str
+
+
+def resumption(answer: HeartbeatAnswer, starts: int) -> Resumption:
+    """Whether an unfinished attempt is carried on.
+
+    Args:
+        answer: the coordinator's to a heartbeat for it.
+        starts: how often it was started already, from 1.
+    """
+    if answer.order in ("superseded", "cancelled"):
+        return Resumption("drop", answer.reason)
+    if starts >= STARTS:
+        times = f"{starts} times"
+        sentence = f"the whole agent ended {times} in the middle of this work, so it is not started once more"
+        return Resumption("give back", sentence)
+    return Resumption("go on", answer.reason)
+
+
+def told(unsent: Sequence[Holding], kept: Sequence[Holding]) -> tuple[Holding, ...]:
+    """The attempts that one message names: what is still to be handed in goes before what is kept, old before new.
+
+    What does not fit has its turn when the coordinator has settled what does.
+    """
+    return tuple([*unsent, *kept][:HOLDINGS])
+
+
+# ---------------------------------------------------------------- this machine's disk
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+CLOSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+def disk_verdict(number: int | None) -> Literal["full", "closed", "broken", "other"]:
+    """What an error of the system says about the disk.
+
+    Args:
+        number: errno; None where there was none.
+
+    Returns:
+        full or closed (read-only, forbidden): no work until that has changed. broken: what is on the disk cannot be
+        known, so the agent must stop. other: not the disk.
+    """
+    if number == errno.EIO:
+        return "broken"
+    return "full" if number in FULL else "closed" if number in CLOSED else "other"
+
+
+def errno_in(sentence: str) -> int | None:
+    """The number of the system's error that the child's words name; None where they name none.
+
+    Python writes `[Errno 28] No space left on device`; safetensors, in Rust, `No space left on device (os error 28)`.
+    """
+    found = re.search(r"\[Errno (\d{1,4})\]|\(os error (\d{1,4})\)", sentence)
+    return int(found[1] or found[2]) if found else None
+
+
+def room_needed(assignment: Assignment, *, fetched: int) -> int:
+    """Bytes that must be free before an assignment is begun: for what is left to download, and for what comes out.
+
+    Args:
+        assignment: with the size of the base, which an update has as well; that of a first model is not known.
+        fetched: bytes of the base that are here already.
+    """
+    if assignment.base is None:
+        return 0
+    size = assignment.base.size
+    return max(size - fetched, 0) + (size if assignment.kind == "train" else 0)

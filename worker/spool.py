@@ -1,36 +1,314 @@
-"""The worker's files: models fetched, task files, indices, updates on their way out.
+"""The worker's files: models fetched, task files, and what each attempt leaves behind until nobody can want it.
 
-Names are digests and assignment ids that we checked; nothing that was received becomes a path.
+    FOLDER/models/DIGEST.safetensors     base models, the newest few; .part: half-fetched, gone on with
+    FOLDER/tasks/DIGEST/NAME.py          task files
+    FOLDER/work/JOB.labels.npy           labels of the training set, for one life
+    FOLDER/work/ASSIGNMENT.ATTEMPT/      one attempt
+        assignment.json                  what was asked for, by which coordinator, and how often it was started
+        indices.npy                      the samples of the shard
+        checkpoint                       the child's, while it trains
+        update.safetensors               what came out
+        submission.json                  written last: the update is whole, and this is how it is handed in
+        accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
+
+        ──begin──▶ Untrained ──finish──▶ Trained ──keep──▶ Kept ──settled──▶ (gone)
+
+The files are the truth: they are read at each start, and a kill between any two of them leaves one of these states.
+What was trained is put onto the disk by `Durability`, in a thread beside hashing and uploading. Between the child's
+last word and the submission's file lies the hashing of the update: a kill there goes back to the checkpoint.
+
+Names are digests, ids and numbers that we checked; nothing that was received becomes a path.
 """
 
+import contextlib
+import errno
+import logging
+import os
+import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
 
 import numpy as np
+from pydantic import Field, ValidationError
 
-from common.messages import Assignment
+from common.messages import Assignment, Count, Holding, Kind, Message, Name, Submission
+from common.weights import file_digest
+from worker.identity import usable
+
+log = logging.getLogger("lydian.worker")
 
 MODELS_KEPT = 3  # the open round's base, the one being evaluated, and the one before
+JSON_LIMIT = 16 << 20  # bytes; a job's whole configuration is in an assignment
+PROBE_BYTES = 4096  # what a disk must take to count as well again
+
+_PLACE = re.compile(r"([A-Za-z0-9._-]{1,63})\.([1-9][0-9]{0,8})")
+
+ASKED, TRAINED, ACCEPTED, UPDATE = "assignment.json", "submission.json", "accepted.json", "update.safetensors"
+
+M = TypeVar("M", bound=Message)
+
+
+class _Asked(Message):
+    """The content of assignment.json."""
+
+    coordinator: str
+    starts: int = Field(ge=1)
+    assignment: Assignment
+
+
+class _Done(Message):
+    """The content of submission.json and accepted.json: enough to hand the update in without assignment.json."""
+
+    coordinator: str
+    assignment: Name
+    job: Name
+    kind: Kind
+    size: Count = Field(description="bytes of the update; 0: there is none")
+    submission: Submission
+
+
+# ---------------------------------------------------------------- one attempt
 
 
 @dataclass(frozen=True)
-class Spool:
-    """Files of one worker under one folder."""
+class Place:
+    """The folder of one attempt, and whose it is."""
 
     folder: Path
+    coordinator: str
+    job: str
+    kind: Kind
+    assignment: str  # its id
+    attempt: int
+
+    @property
+    def update(self) -> Path:
+        """Where the result is written."""
+        return self.folder / UPDATE
+
+    @property
+    def indices(self) -> Path:
+        """The samples of the shard."""
+        return self.folder / "indices.npy"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the child writes how far it came."""
+        return self.folder / "checkpoint"
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """An attempt that was begun."""
+
+    place: Place
+    assignment: Assignment
+    starts: int
+
+    @property
+    def holding(self) -> Holding:
+        """How the coordinator is told of it."""
+        return Holding(assignment=self.place.assignment, attempt=self.place.attempt)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An attempt whose result is whole and not handed in."""
+
+    place: Place
+    submission: Submission
+
+    @property
+    def holding(self) -> Holding:
+        """How the coordinator is told of it."""
+        return Holding(assignment=self.place.assignment, attempt=self.place.attempt, digest=self.submission.digest)
+
+
+@dataclass(frozen=True)
+class Kept(Trained):
+    """An attempt whose result was accepted, and may be wanted once more."""
+
+
+Attempt = Untrained | Trained | Kept
+
+
+class Durability:
+    """Puts the files of one attempt onto the disk, in a thread beside the work; `wait` before somebody relies on it."""
+
+    def __init__(self, disk: ThreadPoolExecutor, place: Place) -> None:
+        self._disk, self._place = disk, place
+        self._writes: list[Future[None]] = []
+
+    def begin(self) -> None:
+        """Start to put what is there now onto the disk. Returns at once; again is cheap. Any thread may call it."""
+        self._writes.append(self._disk.submit(_put_onto_disk, self._place.folder))
+
+    def wait(self) -> None:
+        """Wait until all that was there at the last `begin` would survive a power cut.
+
+        Raises:
+            OSError: the disk did not take it. EIO: what is on it is not known any more.
+        """
+        for write in self._writes:  # each one: the system tells of a failed write once
+            write.result()
+
+
+# ---------------------------------------------------------------- all of them
+
+
+class Spool:
+    """Files of one worker under one folder. Made by `open`; one process at a time (worker.identity has the lock)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._attempts: dict[Path, Attempt] = {}  # oldest first
+        self._verified: set[str] = set()  # models that were hashed in this life
+        self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
 
     @classmethod
-    def open(cls, folder: Path) -> "Spool":
-        """The spool in this folder, without the half-written files of an earlier life."""
-        for name in ("models", "tasks", "work"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        spool = cls(folder)
-        shutil.rmtree(folder / "work")
-        (folder / "work").mkdir()
-        for part in [*folder.glob("models/*.part"), *folder.glob("tasks/*.part")]:
-            part.unlink()
-        return spool
+    def open(cls, folder: Path) -> Self:
+        """The spool in this folder, with what an earlier life left in it. What is torn or foreign is removed.
+
+        Raises:
+            DiskFullError: there is no room in the folder.
+            LydianError: it cannot be written (code folder_unusable).
+        """
+        with usable(folder):
+            for name in ("models", "tasks", "work"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            self = cls(folder)
+            self._probe()
+            self._read()
+        return self
+
+    def close(self) -> None:
+        """Wait for what is on its way to the disk."""
+        self._disk.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ attempts
+
+    def untrained(self, coordinator: str) -> list[Untrained]:
+        """The attempts for a coordinator that are to be carried on, oldest first."""
+        return [held for held in self._of(coordinator) if isinstance(held, Untrained)]
+
+    def trained(self, coordinator: str) -> list[Trained]:
+        """The attempts for a coordinator that are to be handed in, oldest first."""
+        return [held for held in self._of(coordinator) if isinstance(held, Trained) and not isinstance(held, Kept)]
+
+    def kept(self, coordinator: str) -> list[Kept]:
+        """The attempts that a coordinator accepted and has not settled, oldest first."""
+        return [held for held in self._of(coordinator) if isinstance(held, Kept)]
+
+    def _of(self, coordinator: str) -> list[Attempt]:
+        return [held for held in self._attempts.values() if held.place.coordinator == coordinator]
+
+    def begin(self, assignment: Assignment, coordinator: str) -> Untrained:
+        """Make a place for a new attempt. What had its name before (another life of the coordinator's) is removed."""
+        folder = self.folder / "work" / f"{assignment.id}.{assignment.attempt}"
+        _remove(folder)
+        self._attempts.pop(folder, None)
+        folder.mkdir()
+        place = Place(folder, coordinator, assignment.job, assignment.kind, assignment.id, assignment.attempt)
+        begun = Untrained(place, assignment, starts=1)
+        _write(folder / ASKED, _Asked(coordinator=coordinator, starts=1, assignment=assignment))
+        self._attempts[folder] = begun
+        return begun
+
+    def start_again(self, held: Untrained) -> Untrained:
+        """Count one more start of an attempt. It is on the disk when this returns: the start may take the machine."""
+        again = replace(held, starts=held.starts + 1)
+        place = held.place
+        _write(
+            place.folder / ASKED,
+            _Asked(coordinator=place.coordinator, starts=again.starts, assignment=held.assignment),
+        )
+        _put_onto_disk(place.folder)
+        self._attempts[place.folder] = again
+        return again
+
+    def durability(self, held: Attempt) -> Durability:
+        """What puts an attempt's files onto the disk."""
+        return Durability(self._disk, held.place)
+
+    def finish(self, held: Untrained, submission: Submission) -> Trained:
+        """The result is whole. From here on a killed agent hands it in instead of training again."""
+        place = held.place
+        size = place.update.stat().st_size if submission.digest is not None else 0
+        done = _Done(
+            coordinator=place.coordinator,
+            assignment=place.assignment,
+            job=place.job,
+            kind=place.kind,
+            size=size,
+            submission=submission,
+        )
+        try:
+            _write(place.folder / TRAINED, done)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            place.checkpoint.unlink(missing_ok=True)  # needed no more, and larger than what there was no room for
+            _write(place.folder / TRAINED, done)
+        trained = Trained(place, submission)
+        self._attempts[place.folder] = trained
+        return trained
+
+    def keep(self, held: Trained) -> Kept:
+        """The result was accepted: keep it until it is settled, without what only training needed. Twice is once."""
+        place = held.place
+        kept = Kept(place, held.submission)
+        self._attempts[place.folder] = kept
+        if not isinstance(held, Kept):
+            (place.folder / TRAINED).rename(place.folder / ACCEPTED)
+        for path in place.folder.iterdir():
+            if path.name not in (ASKED, ACCEPTED, UPDATE):
+                _remove(path)
+        return kept
+
+    def drop(self, held: Attempt) -> None:
+        """The attempt counts no more, or is needed no more. It is known no more even where its files cannot go."""
+        self._attempts.pop(held.place.folder, None)
+        _remove(held.place.folder)
+
+    def find(self, assignment: str, attempt: int) -> Attempt | None:
+        """The attempt of this name; None: it was dropped, or never begun."""
+        return self._attempts.get(self.folder / "work" / f"{assignment}.{attempt}")
+
+    def drop_job(self, job: str, coordinator: str) -> None:
+        """The job is over, and takes nothing more."""
+        for held in self._of(coordinator):
+            if held.place.job == job:
+                self.drop(held)
+
+    def find_kept(self, told: Holding, coordinator: str) -> Kept | None:
+        """The kept update that the coordinator speaks of; None: there is none like it."""
+        return next((held for held in self.kept(coordinator) if held.holding == told), None)
+
+    def intact(self, held: Trained) -> bool:
+        """Whether the update is what it was when it was trained. Reads it all."""
+        return _is_file(held.place.update) and file_digest(held.place.update) == held.submission.digest
+
+    def write_indices(self, held: Untrained, indices: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> Path:
+        """Write the samples of a shard for the child."""
+        np.save(held.place.indices, indices, allow_pickle=False)
+        return held.place.indices
+
+    def labels(self, job: str) -> Path:
+        """Where the child writes the labels of the training set."""
+        return self.folder / "work" / f"{job}.labels.npy"
+
+    # ------------------------------------------------------------ models and task files
 
     def model(self, digest: str) -> Path:
         """Where the model of this digest is, or would be."""
@@ -42,28 +320,216 @@ class Spool:
         folder.mkdir(exist_ok=True)
         return folder / f"{name}.py"
 
-    def update(self, assignment: Assignment) -> Path:
-        """Where the result of an assignment is written."""
-        return self.folder / "work" / f"{assignment.id}.{assignment.attempt}.safetensors"
+    def has_model(self, digest: str) -> bool:
+        """Whether the model is here. One of an earlier life is hashed first: a power cut may have torn it."""
+        path = self.model(digest)
+        if not path.exists():
+            return False
+        if digest not in self._verified and file_digest(path) != digest:
+            log.warning("the model %s… is damaged on this disk; it is fetched again", digest[:12])
+            path.unlink()
+            return False
+        self._verified.add(digest)
+        return True
 
-    def labels(self, job: str) -> Path:
-        """Where the child writes the labels of the training set."""
-        return self.folder / "work" / f"{job}.labels.npy"
+    def fetched(self, digest: str) -> int:
+        """Bytes of a model that are here already, whole or half-fetched."""
+        path = self.model(digest)
+        if path.exists():
+            return path.stat().st_size
+        part = _part(path)  # it has its whole length at once, its blocks by and by
+        return part.stat().st_blocks * 512 if part.exists() else 0
 
-    def write_indices(self, assignment: Assignment, indices: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> Path:
-        """Write the samples of a shard for the child."""
-        path = self.folder / "work" / f"{assignment.id}.indices.npy"
-        np.save(path, indices, allow_pickle=False)
-        return path
+    def forget_part(self, digest: str) -> None:
+        """Give the room of a half-fetched model back."""
+        _part(self.model(digest)).unlink(missing_ok=True)
 
-    def drop(self, assignment: Assignment) -> None:
-        """The result was handed in, or counts no more."""
-        self.update(assignment).unlink(missing_ok=True)
-        (self.folder / "work" / f"{assignment.id}.indices.npy").unlink(missing_ok=True)
+    def took_model(self, digest: str) -> None:
+        """A model was fetched, and verified on the way: older ones make room for it."""
+        self._verified.add(digest)
+        self._trim_models(digest, MODELS_KEPT)
 
-    def trim_models(self, keep: str) -> None:
-        """Delete the oldest models beyond the few that are kept; never the one named."""
-        models = sorted((self.folder / "models").glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
-        for path in models[:-MODELS_KEPT]:
-            if path != self.model(keep):
-                path.unlink()
+    def _trim_models(self, keep: str, kept: int) -> None:
+        """Delete the oldest models beyond some that are kept, and what is half-fetched; never the one named."""
+        models = sorted((self.folder / "models").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        whole = [path for path in models if path.suffix == ".safetensors"]
+        for path in {*whole[: max(len(whole) - kept, 0)], *(path for path in models if path not in whole)}:
+            if not path.name.startswith(keep):
+                _remove(path)
+
+    # ------------------------------------------------------------ room
+
+    def free(self) -> int:
+        """Bytes that this user may still write in the folder."""
+        return shutil.disk_usage(self.folder).free
+
+    def make_room(self, needed: int, *, keep: str) -> int:
+        """Delete models that can be fetched again where `needed` bytes are not free. Returns the bytes free then.
+
+        Kept updates are never deleted here: those that no coordinator can want are gone already, by `drop_job` and
+        by settling.
+        """
+        if self.free() < needed:
+            self._trim_models(keep, kept=0)
+        return self.free()
+
+    def trouble(self, room: int) -> str:
+        """Why no work can be done in this folder now; empty: it can.
+
+        Args:
+            room: bytes that must be free.
+
+        Raises:
+            OSError: EIO: the disk is broken.
+        """
+        try:
+            self._probe()
+        except OSError as error:
+            if error.errno == errno.EIO:
+                raise
+            return f"{error.filename or self.folder} cannot be written: {error.strerror or error}"
+        free = self.free()
+        return "" if free >= room else f"{self.folder} has {free} bytes free, and {room} are needed"
+
+    def _probe(self) -> None:
+        """Write, sync and delete a small file in each folder.
+
+        Raises:
+            OSError: one of them does not take it.
+        """
+        for name in ("models", "tasks", "work"):
+            probe = self.folder / name / "probe"
+            try:
+                with probe.open("wb") as file:
+                    file.write(bytes(PROBE_BYTES))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                error.filename = error.filename or str(probe)
+                raise
+            finally:
+                with contextlib.suppress(OSError):  # it says nothing that the write has not said
+                    probe.unlink(missing_ok=True)
+
+    # ------------------------------------------------------------ reading an earlier life
+
+    def _read(self) -> None:
+        """Learn what an earlier life left, oldest first. What cannot be read is said, and removed."""
+        found: list[tuple[int, Path, Attempt]] = []
+        for path in list((self.folder / "work").iterdir()):
+            with _reading(path):
+                if path.name.endswith(".labels.npy") and _is_file(path):
+                    path.unlink()
+                    continue
+                held = _attempt_in(path)
+                if held is None:
+                    log.warning("%r in the spool is no attempt that could be gone on with: removed", path.name)
+                    _remove(path)
+                    continue
+                found.append((path.stat().st_mtime_ns, path, held))
+        self._attempts = {path: held for _, path, held in sorted(found, key=lambda item: item[:2])}
+
+
+def _attempt_in(folder: Path) -> Attempt | None:
+    """The attempt whose files these are; None: they are nobody's, or too little is whole."""
+    named = _PLACE.fullmatch(folder.name)
+    if named is None or folder.is_symlink() or not folder.is_dir():
+        return None
+    assignment, attempt = named[1], int(named[2])
+    for name, state in ((ACCEPTED, Kept), (TRAINED, Trained)):
+        done = _parse(folder / name, _Done)
+        if done is None or (done.assignment, done.submission.attempt) != (assignment, attempt):
+            continue
+        held = state(Place(folder, done.coordinator, done.job, done.kind, assignment, attempt), done.submission)
+        if _is_whole(held, done.size):
+            return held
+        log.warning("%r: the result is damaged on this disk", folder.name)
+    asked = _parse(folder / ASKED, _Asked)
+    if asked is None or (asked.assignment.id, asked.assignment.attempt) != (assignment, attempt):
+        return None
+    for name in (ACCEPTED, TRAINED, UPDATE):
+        _remove(folder / name)
+    place = Place(folder, asked.coordinator, asked.assignment.job, asked.assignment.kind, assignment, attempt)
+    return Untrained(place, asked.assignment, asked.starts)
+
+
+def _is_whole(held: Trained, size: int) -> bool:
+    """Whether the update is there. One to be handed in is hashed as well; a kept one is not, unless it is wanted."""
+    digest = held.submission.digest
+    if digest is None:
+        return held.place.kind == "evaluate"
+    update = held.place.update
+    if not _is_file(update) or update.stat().st_size != size:
+        return False
+    return isinstance(held, Kept) or file_digest(update) == digest
+
+
+# ---------------------------------------------------------------- files
+
+
+def _part(path: Path) -> Path:
+    """Where `common.api` keeps a half-fetched file."""
+    return path.with_name(path.name + ".part")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether this is a plain file: neither a link that leads elsewhere, nor a pipe that would be read for ever."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _parse(path: Path, kind: type[M]) -> M | None:
+    """The message in a file; None: there is no such file, or none in it."""
+    if not _is_file(path) or path.stat().st_size > JSON_LIMIT:
+        return None
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError:
+        return None
+
+
+def _write(path: Path, message: Message) -> None:
+    """Write a message so that a kill leaves the old content or the new."""
+    part = _part(path)
+    part.write_bytes(message.model_dump_json().encode())
+    part.replace(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _put_onto_disk(folder: Path) -> None:
+    """Have the files of an attempt survive a power cut, and its name too.
+
+    Raises:
+        OSError: the disk did not take them.
+    """
+    for name in (UPDATE, ASKED, TRAINED, ACCEPTED):
+        with contextlib.suppress(FileNotFoundError):
+            _sync(folder / name)
+    with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
+        _sync(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Let what cannot be read or removed be; one bad file must not keep the worker from its work."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise
+        log.warning("%r in the spool is left alone: %s", path.name, error)

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -45,10 +45,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+HERE = Path(__file__).resolve()
+
+
+def beside(name: str) -> ModuleType:
+    """A file of the child beside this one, as a module: by its path, since none of our packages may be imported."""
+    spec = importlib.util.spec_from_file_location(name, HERE.with_name(f"{name}.py"))
+    assert spec is not None  # noqa: S101 - it is a .py file
+    assert spec.loader is not None  # noqa: S101
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+if TYPE_CHECKING:
+    from worker import task_checkpoint
+else:
+    task_checkpoint = beside("task_checkpoint")
+
 PROGRESS_EVERY_S = 0.2  # a person's eye and a heartbeat need no more
 SENTENCE_LIMIT = 1_000  # characters
 TRACEBACK_LIMIT = 100_000  # characters, the last ones
-HOUSE = Path(__file__).resolve().parent.parent
+HOUSE = HERE.parent.parent
 HOUSE_NAMES = frozenset({"server", "worker", "client", "common"})
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -635,7 +653,15 @@ def load_state(model: nn.Module, base: Path) -> None:
     Raises:
         TaskError: the file is not one of this model: other names, shapes or dtypes; code bad_task.
     """
-    tensors = load_file(base)
+    put_state(model, load_file(base))
+
+
+def put_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put tensors into a model, under the names that state_of gives them.
+
+    Raises:
+        TaskError: they are not those of this model: other names, shapes or dtypes; code bad_task.
+    """
     kept, layout = state_of(model)
     differences = [f"{name!r} is missing" for name in kept.keys() - tensors.keys()]
     differences += [f"{name!r} is not in the model" for name in tensors.keys() - kept.keys()]
@@ -688,6 +714,10 @@ class Context:
     _samples: int = 0
     _loss_sum: float = 0.0
     _unread: list[tuple[Tensor, int]] = field(default_factory=list)  # losses that are still on the device
+    _pass: int = 0  # number of the pass under way
+    _at: int = 0  # batches given in that pass
+    _resumed_at: int = 0  # the step of the checkpoint that this went on from
+    _keep: Callable[[], None] | None = None  # keeps a checkpoint if one is due
 
     @property
     def done(self) -> bool:
@@ -722,6 +752,8 @@ class Context:
         self._settled = True
         if self._events.due("training"):
             self.report()
+        if self._keep is not None:
+            self._keep()
         return not self.done
 
     def report(self) -> None:
@@ -755,7 +787,8 @@ class Context:
         seconds = time.monotonic() - self._began
         loss: Metrics = {"train_loss": [self._loss_sum, self._samples]}
         has_loss = self._samples > 0 and math.isfinite(self._loss_sum)
-        return {"steps": self._taken, "seconds": seconds, "metrics": loss if has_loss else {}}
+        metrics = loss if has_loss else {}
+        return {"steps": self._taken, "seconds": seconds, "metrics": metrics, "resumed_at": self._resumed_at}
 
     # What follows is between the loader and the context; a task has no use for it.
 
@@ -768,10 +801,45 @@ class Context:
     def gave(self, samples: int) -> None:
         """The loader gave a batch of so many samples."""
         self._drawn, self._settled, self._batch_samples = self._drawn + 1, False, samples
+        self._at += 1
+
+    def next_pass(self) -> None:
+        """The loader begins another pass."""
+        self._pass, self._at = self._pass + 1, 0
+
+    def place(self) -> tuple[int, int]:
+        """The pass under way, and how many of its batches were given."""
+        return self._pass, self._at
 
     def passed(self) -> None:
         """The loader is through with a pass."""
         self._settled = True
+
+    def position(self) -> dict[str, Any]:
+        """Where the training is, between two steps: what `go_on_from` takes."""
+        self.read_losses()
+        return {
+            "pass": self._pass,
+            "at": self._at,
+            "drawn": self._drawn,
+            "batch_samples": self._batch_samples,
+            "taken": self._taken,
+            "samples": self._samples,
+            "loss_sum": self._loss_sum,
+            "elapsed_s": time.monotonic() - self._began,
+        }
+
+    def go_on_from(self, position: dict[str, Any]) -> None:
+        """Go on in the middle: the clock too, so that `seconds` are seconds of training."""
+        self._pass, self._at, self._drawn = position["pass"], position["at"], position["drawn"]
+        self._batch_samples, self._taken, self._samples = (
+            position["batch_samples"],
+            position["taken"],
+            position["samples"],
+        )
+        self._loss_sum = position["loss_sum"]
+        self._began = time.monotonic() - position["elapsed_s"]
+        self._resumed_at = self._taken
 
 
 class ShardLoader:
@@ -782,18 +850,24 @@ class ShardLoader:
         self._shard = shard
         self._ends = ends
         self._context = context
-        self._passes = 0
+        self._begun = False  # whether the pass of the context is under way already
 
     def __len__(self) -> int:
         """Batches in one pass."""
         return len(self._ends)
 
     def __iter__(self) -> Iterator[Any]:
-        """One pass over the shard; shorter when the round is over before."""
+        """One pass over the shard; shorter when the round is over before, or when it goes on in the middle of one.
+
+        Random augmentation in `loader_workers` starts anew where a pass goes on; everything else is the same.
+        """
         context = self._context
-        seed, workers = pass_seed(context.seed, self._passes), context.config.get("loader_workers", 0)
-        parts = torch.tensor_split(pass_order(self._shard, context.seed, self._passes), self._ends[:-1])
-        self._passes += 1
+        if self._begun:
+            context.next_pass()
+        self._begun = True
+        number, first = context.place()
+        seed, workers = pass_seed(context.seed, number), context.config.get("loader_workers", 0)
+        parts = torch.tensor_split(pass_order(self._shard, context.seed, number), self._ends[:-1])[first:]
         batches = read_batches(self._dataset, parts, context.device, workers=workers, seed=seed)
         for part in parts:
             if not context.wants_more():
@@ -816,6 +890,25 @@ def default_train(task: Task, model: nn.Module, loader: ShardLoader, context: Co
 
 
 # ---------------------------------------------------------------- the commands
+
+
+def is_resumable(task: Task, optimizer: Any) -> bool:  # noqa: ANN401 - a task may bring its own kind of optimiser
+    """Whether a training loop can go on from a checkpoint.
+
+    The default loop can. A task's own train() may remember things that nobody else knows of: it can if the file says
+    `RESUMABLE = True`, that is: all that the loop remembers is in the model, context.optimizer and context's counts.
+    """
+    if task.has("train") and getattr(task.module, "RESUMABLE", False) is not True:
+        return False
+    return all(callable(getattr(optimizer, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def identity(task: Task, facts: list[Any], shard: Tensor) -> str:
+    """A digest of all that decides what a train command does: two with the same one may share a checkpoint."""
+    seen = hashlib.sha256(json.dumps([facts, task.config, torch.__version__], sort_keys=True, default=str).encode())
+    seen.update(task.file.read_bytes())
+    seen.update(shard.numpy().data)
+    return seen.hexdigest()
 
 
 class Host:
@@ -889,8 +982,14 @@ class Host:
         epochs: int | None = None,
         steps: int | None = None,
         seconds: float | None = None,
+        checkpoint: str | None = None,
+        checkpoint_every_s: float = 0.0,
+        base_digest: str = "",
     ) -> dict[str, Any]:
-        """Train the base model on a shard and write what came out. Without a length: one epoch."""
+        """Train the base model on a shard and write what came out. Without a length: one epoch.
+
+        With a checkpoint's path, goes on from the one that this very command left there, and leaves others by and by.
+        """
         self._events.progress("loading")
         task, dataset = self._opened(), self._split("train")
         shard = read_shard(indices, len(dataset))
@@ -916,6 +1015,13 @@ class Host:
             _batches=len(ends),
         )
         loader = ShardLoader(dataset, shard, ends, context)
+        kept = None
+        if checkpoint is not None and is_resumable(task, optimizer):
+            lengths = [context.epochs, steps, seconds]
+            command = identity(task, [base_digest or base, seed, round, *lengths], shard)
+            kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
+            self._go_on(kept, model, context)
+            context._keep = lambda: kept.write(state_of(model)[0], optimizer, context.position()) if kept.due else None
         context.report()
         with task.watched("train"):
             if task.has("train"):
@@ -927,7 +1033,20 @@ class Host:
             raise TaskError("task_failed", "train() returned and never called context.step(loss) after a step")
         model.zero_grad(set_to_none=True)
         save_state(model, Path(out))
+        if kept is not None:
+            kept.remove()
         return {"samples": len(shard), **result}
+
+    def _go_on(self, kept: "task_checkpoint.Checkpoint", model: nn.Module, context: Context) -> None:
+        """Put everything where the checkpoint has it; without one, leave it as it is."""
+        saved = kept.read()
+        if saved is None:
+            return
+        put_state(model, saved.model)
+        context.optimizer.load_state_dict(saved.optimizer)
+        context.go_on_from(saved.position)
+        task_checkpoint.set_generators(saved.generators, self._device)  # last: what was put back drew no numbers
+        task_checkpoint.say(f"going on at step {context.position()['taken']}")
 
     def evaluate(self, base: str, batch_size: int) -> dict[str, Any]:
         """Measure the base model on the whole test split. Sums that are not finite are left out."""

@@ -1,8 +1,10 @@
 """Results of assignments: bytes by ranges, then one call that lets them count."""
 
+import logging
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from starlette.requests import ClientDisconnect
 
 from common.messages import Abandon, Receipt, Submission
 from common.ranges import format_ranges
@@ -10,6 +12,8 @@ from server.blobs import parse_content_range
 from server.routes.access import CoordinatorDep, WorkerDep
 
 router = APIRouter(prefix="/v1/updates", tags=["updates"])
+
+log = logging.getLogger("lydian.updates")
 
 Attempt = Annotated[int, Query(ge=1, lt=2**31)]
 
@@ -28,7 +32,10 @@ async def upload(
     """Take bytes of an update. PUT with Content-Range, because sending a range twice changes nothing."""
     length = request.headers.get("Content-Length")
     span = parse_content_range(request.headers.get("Content-Range"), int(length) if length else None)
-    await coordinator.receive(worker, assignment, attempt, span, request.stream())
+    try:
+        await coordinator.receive(worker, assignment, attempt, span, request.stream())
+    except ClientDisconnect:
+        log.info("%s broke off an upload for %s; what came is kept", worker, assignment)
 
 
 @router.post("/{assignment}/submit")

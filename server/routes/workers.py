@@ -33,12 +33,13 @@ async def list_workers(coordinator: CoordinatorDep, _: AdminDep) -> list[WorkerV
 
 
 @router.post("/{worker}/poll", response_model=PollAnswer, responses={204: {"description": "nothing yet"}})
-async def poll(
-    body: PollRequest, request: Request, coordinator: CoordinatorDep, worker: ThisWorkerDep
-) -> PollAnswer | Response:
+async def poll(body: PollRequest, request: Request, coordinator: CoordinatorDep, worker: ThisWorkerDep) -> Response:
     """Wait for work. POST, because it claims; the same claim_key claims once."""
     answer = await coordinator.poll(worker, body, request.is_disconnected)
-    return answer or Response(status_code=204)
+    if answer is None:
+        return Response(status_code=204)
+    protocol = coordinator.worker(worker).registration.protocol
+    return Response(views.poll_answer(answer, protocol), media_type="application/json")
 
 
 @router.post("/{worker}/heartbeat")
@@ -59,3 +60,9 @@ async def leave(
 async def drain(worker: str, coordinator: CoordinatorDep, _: AdminDep) -> WorkerView:
     """Give a worker nothing more; what it does, it finishes."""
     return views.worker_view(coordinator, coordinator.drain(worker))
+
+
+@router.post("/{worker}/readmit")
+async def readmit(worker: str, coordinator: CoordinatorDep, _: AdminDep) -> WorkerView:
+    """Give a worker work again that was set aside or drained."""
+    return views.worker_view(coordinator, coordinator.readmit(worker))

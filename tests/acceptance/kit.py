@@ -39,11 +39,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def size(small: int, full: int) -> int:
+    """How often a fault is injected: a slice by default, the whole number with LYDIAN_FAULTS=full."""
+    return full if os.environ.get("LYDIAN_FAULTS") == "full" else small
+
+
 class Process:
     """One process of the fleet, with its output in a file."""
 
     def __init__(
-        self, arguments: list[str], log: Path, environment: dict[str, str], python: str = sys.executable
+        self,
+        arguments: list[str],
+        log: Path,
+        environment: dict[str, str],
+        python: str = sys.executable,
+        cwd: Path | None = None,
     ) -> None:
         self.log = log
         base = {k: v for k, v in os.environ.items() if not k.startswith("LYDIAN_")}
@@ -54,6 +64,7 @@ class Process:
                 stderr=out,
                 stdin=subprocess.DEVNULL,
                 env={**base, **environment},
+                cwd=cwd,
             )
 
     def said(self) -> str:
@@ -75,7 +86,8 @@ class LocalFleet:
     def __init__(self, folder: Path, *, ttl_s: float = 40.0, **settings: str) -> None:
         self.folder, self.port = folder, free_port()
         self.state = folder / "state"
-        self.environment = {"LYDIAN_TTL_S": str(ttl_s), "LYDIAN_HEARTBEAT_S": str(ttl_s / 8), **settings}
+        self.environment = {"LYDIAN_TTL_S": str(ttl_s), "LYDIAN_HEARTBEAT_S": str(ttl_s / 8)}
+        self.environment |= {"LYDIAN_RESERVE_BYTES": str(4 << 20), **settings}
         self.coordinator: Process | None = None
         self.workers: dict[str, Process] = {}
         self._starts = 0

@@ -3,8 +3,6 @@
 One real coordinator; the worker is played by the test, call by call.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from common import errors
+from common import PROTOCOL, errors
 from common.api import CoordinatorApi
 from common.errors import LydianError
 from common.messages import (
@@ -23,56 +21,15 @@ from common.messages import (
     ModelFacts,
     PollRequest,
     Progress,
-    Registration,
     Submission,
 )
 from common.weights import Notes, load, save
 from server.app import create_app
 from tests.acceptance.kit import LocalFleet, of_type
+from tests.acceptance.played import MODEL, Played, sha
 from tests.rounds_kit import registration
 
 pytestmark = pytest.mark.acceptance
-
-Arrays = dict[str, np.ndarray]
-
-MODEL: Arrays = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(2, dtype=np.float32)}
-
-
-class Played:
-    """A worker by hand: registers, polls, uploads what the test wants."""
-
-    def __init__(self, fleet: LocalFleet, name: str) -> None:
-        self.fleet, self.folder = fleet, fleet.folder
-        self.api = CoordinatorApi(fleet.url, (fleet.state / "join.token").read_text().strip())
-        self.registration = Registration.model_validate({**registration(name).model_dump(), "trust": "any"})
-        welcome = self.api.register(self.registration)
-        assert welcome.credential is not None
-        self.id, self.token = welcome.worker_id, welcome.credential
-        self.api.use_token(self.token)
-
-    def poll(self, wait_s: float = 5.0) -> Assignment:
-        answer = self.api.poll(self.id, PollRequest(start_id="s1", claim_key=os.urandom(4).hex(), wait_s=wait_s))
-        assert answer is not None
-        assert answer.assignment is not None
-        return answer.assignment
-
-    def hand_in(self, work: Assignment, arrays: Arrays, *, digest: str | None = None, **fields: object) -> None:
-        file = self.folder / f"{work.id}.{os.urandom(4).hex()}"
-        save(file, arrays, Notes())
-        self.api.upload(work.id, work.attempt, file)
-        given = {"attempt": work.attempt, "digest": digest or _sha(file), "samples": 5, "seconds": 0.1, **fields}
-        self.api.submit(work.id, Submission.model_validate(given))
-
-    def init(self, **fields: object) -> Assignment:
-        work = self.poll()
-        assert work.kind == "init"
-        facts = ModelFacts(parameters=8, train_samples=10, test_samples=0, bounds=(0, 5, 10))
-        self.hand_in(work, MODEL, **{"facts": facts, **fields})
-        return work
-
-
-def _sha(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +265,7 @@ def test_an_upload_in_any_order_with_repeats_arrives_whole(fleet: LocalFleet, wo
     for start in (40, 0, 40, 20, 60):
         piece = data[start : start + 20] if start < 60 else data[60:]
         _put(worker, work, piece, {"Content-Range": f"bytes {start}-{start + len(piece) - 1}/{len(data)}"})
-    worker.api.submit(work.id, Submission(attempt=work.attempt, digest=_sha(file), samples=5))
+    worker.api.submit(work.id, Submission(attempt=work.attempt, digest=sha(file), samples=5))
 
 
 def test_a_submission_before_its_bytes_says_how_many_are_here(worker: Played, job: str) -> None:
@@ -329,7 +286,7 @@ def test_a_repeated_submission_gets_the_same_answer_even_after_the_round(
     fleet.await_event(job, lambda e: e["type"] == "round", "round 1")
     file = fleet.folder / "same"
     save(file, MODEL, Notes())
-    again = Submission(attempt=1, digest=_sha(file), samples=5)
+    again = Submission(attempt=1, digest=sha(file), samples=5)
     assert worker.api.submit(works[0].id, again).repeat
     other = Submission(attempt=1, digest="0" * 64, samples=5)
     refused(errors.LateError, "late", lambda: worker.api.submit(works[0].id, other))
@@ -362,7 +319,7 @@ def test_an_older_process_of_a_worker_is_told_that_it_was_superseded(worker: Pla
 
 def test_a_worker_of_another_protocol_is_told_which_side_to_upgrade(fleet: LocalFleet) -> None:
     with CoordinatorApi(fleet.url, (fleet.state / "join.token").read_text().strip()) as api:
-        newer = registration("newer", protocol=2)
+        newer = registration("newer", protocol=PROTOCOL + 1)
         error = refused(errors.VersionSkewError, "version_skew", lambda: api.register(newer))
         assert error.advice == "Upgrade the coordinator."
         older = registration("older", protocol=0)

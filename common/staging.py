@@ -1,0 +1,147 @@
+"""A file of known size that is filled by pieces, in any order, by one process after another.
+
+    NAME.part      the bytes, at their places
+    NAME.ranges    which of them are here: the size, then a line for each range that was written
+
+A line is added after the bytes it speaks of, and nothing is fsynced: a killed process loses at most what it had not
+noted yet, since what was written is in the kernel's cache. A power cut may take the bytes and leave the line; that
+shows when the whole is hashed, as it always is, and it is fetched or sent again. Lines of (start, stop), and not one
+offset, since several streams may fill one file at once.
+"""
+
+import fcntl
+import os
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Self
+
+from common.errors import BadRequestError, ConflictError
+from common.ranges import Ranges, gaps, with_range
+
+MAX_RANGES = 1000  # separate pieces of one file: bounds its memory, and the header that lists them
+RECORD = ".ranges"
+_NOTED = re.compile(rb"([0-9]{1,18}) ([0-9]{1,18})")
+
+
+class Staging:
+    """One upload under way: a file of known size that is filled by pieces in any order. Not for several threads."""
+
+    def __init__(self, path: Path, size: int, ranges: Ranges, descriptor: int, record: int) -> None:
+        self.path = path
+        self.size = size  # bytes, when complete
+        self.ranges = ranges  # bytes that are here
+        self._descriptor: int | None = descriptor
+        self._record = record
+
+    @classmethod
+    def open(cls, path: Path, size: int) -> Self:
+        """Begin an upload of `size` bytes at `path`. What was there is gone."""
+        with ExitStack() as unless_done:
+            record = os.open(path.with_suffix(RECORD), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+            unless_done.callback(os.close, record)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            unless_done.callback(os.close, descriptor)
+            os.truncate(descriptor, size)  # takes no room; tells check_room what is to come
+            os.write(record, f"{size}\n".encode())
+            unless_done.pop_all()
+        return cls(path, size, (), descriptor, record)
+
+    @classmethod
+    def reopen(cls, path: Path) -> Self | None:
+        """Go on with an upload of an earlier process; None where its record and its bytes do not fit together."""
+        known = _read_record(path.with_suffix(RECORD))
+        if known is None or not path.is_file() or path.stat().st_size != known[0]:
+            return None
+        with ExitStack() as unless_done:
+            record = os.open(path.with_suffix(RECORD), os.O_WRONLY | os.O_APPEND)
+            unless_done.callback(os.close, record)
+            descriptor = os.open(path, os.O_RDWR)
+            os.write(record, b"\n")  # ends a line that was torn
+            unless_done.pop_all()
+        return cls(path, *known, descriptor, record)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put bytes at their place. The same bytes again change nothing.
+
+        Raises:
+            BadRequestError: they reach beyond the upload (`out_of_range`), or lie in too many separate pieces
+                (`too_many_pieces`); nothing was written.
+            ConflictError: the upload was closed (`upload_closed`); nothing was written.
+            OSError: the disk did not take them; `ranges` says what it took.
+        """
+        stop = offset + len(data)
+        if self._descriptor is None:
+            raise ConflictError("the upload is complete and being looked at", code="upload_closed")
+        if offset < 0 or stop > self.size:
+            raise BadRequestError(f"bytes {offset} to {stop} are not in an upload of {self.size}", code="out_of_range")
+        if len(with_range(self.ranges, offset, stop)) > MAX_RANGES:
+            raise BadRequestError(
+                f"the upload has {MAX_RANGES} separate pieces, and byte {offset} would begin another",
+                code="too_many_pieces",
+                advice="Fill the gaps between the pieces first.",
+            )
+        left = memoryview(data)
+        while left:
+            written = os.pwrite(self._descriptor, left, offset)
+            self.ranges = with_range(self.ranges, offset, offset + written)
+            left, offset = left[written:], offset + written
+
+    def note(self, start: int, stop: int) -> None:
+        """Record that the bytes [start, stop) were written: a next process will know."""
+        if self._descriptor is not None and start < stop:
+            os.write(self._record, f"{start} {stop}\n".encode())
+
+    @property
+    def missing(self) -> Ranges:
+        """The bytes that are not here yet."""
+        return gaps(self.ranges, self.size)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is here."""
+        return not self.missing
+
+    def lock(self) -> bool:
+        """Wait until no other process fills this file. False: one has finished or deleted it meanwhile."""
+        if self._descriptor is None:
+            return False
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        """Take no more bytes. The file stays, and what is known of it. Twice is once."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            os.close(self._record)
+            self._descriptor = None
+
+    def forget(self) -> None:
+        """Take no more bytes, and delete the record: the file has another name now."""
+        self.close()
+        self.path.with_suffix(RECORD).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Take no more bytes, and delete the file."""
+        self.forget()
+        self.path.unlink(missing_ok=True)
+
+
+def _read_record(path: Path) -> tuple[int, Ranges] | None:
+    """The size of an upload and the ranges noted of it; None where that cannot be read. A torn line says nothing."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    if not lines or not lines[0].isdigit():
+        return None
+    size = int(lines[0])
+    ranges: Ranges = ()
+    for line in lines[1:]:
+        found = _NOTED.fullmatch(line)
+        if found is not None and int(found[1]) < int(found[2]) <= size:
+            ranges = with_range(ranges, int(found[1]), int(found[2]))
+    return size, ranges

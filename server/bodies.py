@@ -1,0 +1,125 @@
+"""How long a request's body may take, and how large it may be. Uvicorn waits for a body as long as it takes.
+
+    receive ──▶ idle limit, least rate, size ──▶ the application, which sees TooSlowError or TooLargeError
+
+Only bodies are limited: a long poll or an event stream waits for its answer, after its body has come. What an upload
+brought before it became too slow is kept, so being cut costs a worker on a bad line one more request.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from common.errors import LydianError, TooLargeError, TooSlowError
+from server.settings import Settings
+
+MESSAGE_BYTES = 8 << 20  # of a body that is no upload: a task file and a traceback have far less
+WINDOW = 4  # the rate is looked at each time that so many idle limits were spent on waiting
+UPLOADS = "/v1/updates/"
+
+log = logging.getLogger("lydian.bodies")
+
+
+class BodyLimits:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, settings: Settings | None = None) -> None:
+        """Take the limits of the settings; None reads them from the environment."""
+        chosen = settings or Settings.from_environment()
+        self._app, self._idle_s, self._min_rate = app, chosen.body_idle_s, chosen.body_min_rate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or end its body."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        upload = scope["method"] == "PUT" and scope["path"].startswith(UPLOADS)
+        body = _Body(receive, self._idle_s, self._min_rate, None if upload else MESSAGE_BYTES)
+        answer = _Answer(send, body)
+        try:
+            body.check_announced(Headers(scope=scope).get("content-length"))
+            await self._app(scope, body.receive, answer.send)
+        except LydianError:
+            if body.ended_by is None:
+                raise
+        if body.ended_by is not None and not answer.began:
+            log.info("%s %s: %s", scope["method"], scope["path"], body.ended_by)
+            # Closed afterwards: the rest of the body is not worth reading.
+            refusal = JSONResponse(body.ended_by.answer(), body.ended_by.status, headers={"Connection": "close"})
+            await refusal(scope, receive, send)
+
+
+@dataclass
+class _Body:
+    """One request's body as it comes."""
+
+    source: Receive
+    idle_s: float
+    min_rate: int
+    most: int | None  # bytes; None: whoever reads it knows
+    ended_by: LydianError | None = None
+    size: int = 0
+    _complete: bool = False
+    _waited_s: float = 0.0  # in this window: only what was spent waiting for the sender counts
+    _came: int = 0  # bytes, in this window
+    _clock: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+
+    def check_announced(self, length: str | None) -> None:
+        """Refuse a body by its Content-Length, before a byte of it is read."""
+        if self.most is not None and length is not None and length.isdecimal() and int(length) > self.most:
+            self._end(TooLargeError(f"a body of {length} bytes was announced, where at most {self.most} are possible"))
+
+    async def receive(self) -> Message:
+        """The next message; in place of `source` for the application."""
+        if self._complete:
+            return await self.source()
+        began = self._clock.time()
+        try:
+            async with asyncio.timeout(self.idle_s):
+                message = await self.source()
+        except TimeoutError:
+            self._end(TooSlowError(f"no byte of the body came for {self.idle_s:g} s, after {self.size} bytes"))
+        if message["type"] != "http.request":
+            self._complete = True
+            return message
+        self._complete = not message.get("more_body", False)
+        self._count(len(message.get("body", b"")), self._clock.time() - began)
+        return message
+
+    def _count(self, came: int, waited_s: float) -> None:
+        self.size += came
+        self._came += came
+        self._waited_s += waited_s
+        if self.most is not None and self.size > self.most:
+            self._end(TooLargeError(f"the body has more than the {self.most} bytes that are possible"))
+        if self._complete or self._waited_s < WINDOW * self.idle_s:
+            return
+        rate = self._came / self._waited_s
+        if rate < self.min_rate:
+            self._end(TooSlowError(f"the body came at {rate:.0f} bytes a second, where {self.min_rate} are the least"))
+        self._waited_s, self._came = 0.0, 0
+
+    def _end(self, error: LydianError) -> None:
+        """Remember why, since a framework in between may turn the error into one of its own."""
+        self.ended_by = error
+        self._complete = True
+        raise error
+
+
+@dataclass
+class _Answer:
+    """What the application answers; nothing of it is sent once the body was ended, unless it had begun before."""
+
+    sink: Send
+    body: _Body
+    began: bool = False
+
+    async def send(self, message: Message) -> None:
+        """In place of `sink` for the application."""
+        if self.body.ended_by is None or self.began:
+            self.began = True
+            await self.sink(message)

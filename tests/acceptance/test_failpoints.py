@@ -1,0 +1,46 @@
+"""Killed at every point where a decision meets the disk: what was summed is summed again, to the same bytes."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from server.failpoints import POINTS
+from tests.acceptance.kit import LocalFleet, Process, of_type, size
+
+pytestmark = pytest.mark.acceptance
+
+JOB = {
+    "seed": 3,
+    "data": {"shards": 2},
+    "train": {"local_steps": 3, "batch_size": 16},
+    "round": {"min_workers": 1, "evaluate_every": 0},
+}
+
+
+def test_a_coordinator_killed_at_every_point_of_a_round_gives_the_same_model(tmp_path: Path) -> None:
+    points = [point for point in POINTS for _ in range(size(1, 20))]
+    spec = {**JOB, "rounds": len(points) + 2}
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(1)
+        truth = fleet.finish(fleet.submit(**spec)).model
+        job = fleet.submit(**spec)
+        for number, point in enumerate(points):
+            assert fleet.coordinator is not None
+            fleet.coordinator.kill()
+            fleet.coordinator = doomed(fleet, number, point)
+            assert fleet.coordinator.popen.wait(60) == -signal.SIGKILL, f"nobody died at {point}"
+        fleet.start_coordinator()
+        assert fleet.finish(job).model == truth
+        facts = fleet.facts(job)
+        accepted = [(a["round"], a["shard"]) for a in of_type(facts, "accepted")]
+        assert sorted(accepted) == [(r, s) for r in range(1, len(points) + 3) for s in range(2)]
+        trained = [(h["round"], h["shard"]) for h in of_type(facts, "handed_out") if h["kind"] == "train"]
+        assert sorted(trained) == sorted(accepted), "a shard was trained twice because its coordinator died"
+
+
+def doomed(fleet: LocalFleet, number: int, point: str) -> Process:
+    """A coordinator that dies at a point: maybe while it starts, since it goes on where the last one stopped."""
+    arguments = ["-m", "server", "--host", "127.0.0.1", "--port", str(fleet.port), "--state-dir", str(fleet.state)]
+    environment = {**fleet.environment, "LYDIAN_FAILPOINT": point}
+    return Process(arguments, fleet.folder / f"doomed-{number}-{point}.log", environment)

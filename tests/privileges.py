@@ -1,0 +1,26 @@
+"""What some tests need of the machine, and why they are skipped where it is missing."""
+
+import os
+import subprocess
+import tempfile
+from functools import cache
+
+import pytest
+
+
+@cache
+def why_no_mounts() -> str:
+    """Why this process cannot mount a file system; empty where it can."""
+    if os.geteuid() != 0:
+        return "needs root, to mount a small file system"
+    with tempfile.TemporaryDirectory() as folder:
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True, check=False
+        )
+        if mounted.returncode != 0:
+            return f"root may not mount here: {mounted.stderr.strip()}"
+        subprocess.run(["umount", folder], check=True)
+    return ""
+
+
+needs_mounts = pytest.mark.skipif(why_no_mounts() != "", reason=why_no_mounts())

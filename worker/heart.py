@@ -1,0 +1,111 @@
+"""The beat of one assignment: tells the coordinator how it goes, and stops the child when it is told to. A thread.
+
+It decides what becomes of the child, never what becomes of the result: once there is one, handing it in is worth a try
+whatever the beats were answered.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Self
+
+from common.api import CoordinatorApi
+from common.errors import LydianError
+from common.messages import Heartbeat, Progress
+from worker import plan
+from worker.child import Child, TaskStopped
+from worker.waiting import Waiting
+
+log = logging.getLogger("lydian.worker")
+
+STOP_GRACE_S = 10.0  # for the child to stop at its next step, before it is killed
+
+
+class Heart(threading.Thread):
+    """Beats while an assignment is under way. A context manager: inside, it beats."""
+
+    def __init__(
+        self,
+        api: CoordinatorApi,
+        worker: str,
+        start_id: str,
+        assignment: str,
+        attempt: int,
+        period_s: float,
+    ) -> None:
+        """Beats every `period_s` seconds, the first time after one period: then the work is worth being kept."""
+        super().__init__(name="heart", daemon=True)
+        self.progress = Progress(doing="loading")
+        self.child: Child | None = None
+        self.on_first_beat: Callable[[], None] = lambda: None
+        self.order = "continue"
+        self.order_reason = ""
+        self.fatal: LydianError | None = None  # the coordinator will take nothing from this process any more
+        self.ordered = threading.Event()  # the work is to be dropped
+        self.assignment, self.attempt = assignment, attempt
+        self._api, self._worker, self._start_id = api, worker, start_id
+        self._period_s = period_s
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def see(self, progress: Progress) -> None:
+        """The child reported."""
+        self.progress = progress
+
+    def use(self, child: Child) -> None:
+        """This child does the work from now on.
+
+        Raises:
+            TaskStopped: the work was to be dropped before.
+        """
+        self.child = child
+        if self.ordered.is_set():
+            raise TaskStopped(self.order_reason or "the work is to be dropped")
+
+    def run(self) -> None:
+        """Beat until the assignment is over, or is ordered to be."""
+        waiting, first = Waiting(), True
+        while not self._ended.wait(self._period_s):
+            if first:
+                first = False
+                self.on_first_beat()
+            try:
+                answer = self._api.heartbeat(self._worker, self._beat())
+            except LydianError as error:
+                if plan.after(error).action == "wait":
+                    waiting.say(f"heartbeat: {error}; the work goes on", level=logging.WARNING)
+                    continue
+                if plan.is_rival(error) or plan.after(error).action == "stop":
+                    self.fatal = error
+                self._obey("superseded", str(error))
+                return
+            waiting.over()
+            if answer.order in ("cancelled", "superseded"):
+                self._obey(answer.order, answer.reason)
+                return
+            self.order = answer.order
+
+    def _beat(self) -> Heartbeat:
+        return Heartbeat(
+            start_id=self._start_id, assignment=self.assignment, attempt=self.attempt, progress=self.progress
+        )
+
+    def let_go(self) -> None:
+        """Stop the work at once: the time to finish it is up. Any thread may call this."""
+        self.ordered.set()
+        if self.child is not None:
+            self.child.kill()
+
+    def _obey(self, order: str, reason: str) -> None:
+        self.order, self.order_reason = order, reason
+        self.ordered.set()
+        if self.child is not None:
+            self.child.stop()
+            if not self._ended.wait(STOP_GRACE_S):  # a step longer than that, or a loop of its own that never looks
+                self.child.kill()
