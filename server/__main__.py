@@ -1,5 +1,6 @@
 """`python -m server`, which is `lydian serve`: run the coordinator."""
 
+import asyncio
 import logging
 import platform
 import signal
@@ -115,8 +116,7 @@ def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> 
         timeout_graceful_shutdown=GRACEFUL_S,
         workers=1,
     )
-    # Uvicorn would log the traceback of what is told in one sentence.
-    logging.getLogger("uvicorn.error").addFilter(lambda _: failed_start(app) is None)
+    logging.getLogger("uvicorn.error").addFilter(lambda record: failed_start(app) is None and not _is_cut_off(record))
     if status is not None and (warning := expiry_warning(status, now=datetime.now(UTC))):
         typer.echo(warning, err=True)
     server = Server(config, app, on_ready=lambda: _announce(settings, binding, sockets[0].getsockname()[1]))
@@ -125,6 +125,11 @@ def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> 
     server.run(sockets=sockets)
     if not server.started:
         raise typer.Exit(1)
+
+
+def _is_cut_off(record: logging.LogRecord) -> bool:
+    """Whether uvicorn tells with a traceback of a request that was still under way when the coordinator had to end."""
+    return record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
 def _announce(settings: Settings, binding: Binding, port: int) -> None:

@@ -16,10 +16,14 @@ from common import __version__
 from common.api import CoordinatorApi
 from common.errors import LydianError
 from worker import plan
-from worker.agent import Agent, Options
+from worker.agent import Agent
 from worker.hardware import usable_cores
 from worker.identity import Identity, default_folder, trust_file, trusted_digests
+from worker.options import Options
 from worker.spool import Spool
+
+EXIT_RIVAL = 4
+EXIT_DISK_BROKEN = 74  # EX_IOERR of sysexits.h, as the coordinator's
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -77,8 +81,8 @@ def work(
     What is trained and not handed in yet, and checkpoints of what is under way, are kept in the state folder: a worker
     that was killed goes on where it was.
 
-    Exit codes: 0 left in good order · 1 refused, or cannot work here · 3 no coordinator answers · 4 another machine
-    works with this worker's credential.
+    Exit codes: 0 left in good order · 1 refused, or cannot work here · 2 wrong usage · 4 another machine works with
+    this worker's credential · 74 the disk is broken. A coordinator that is away is waited for.
 
     Examples:
 
@@ -116,8 +120,8 @@ def work(
 def exit_code(error: LydianError) -> int:
     """What the process ends with: a supervisor restarts some ends and not others (deploy/lydian-worker.service)."""
     if plan.is_rival(error):
-        return 4
-    return 3 if error.code == "unreachable" else 1
+        return EXIT_RIVAL
+    return EXIT_DISK_BROKEN if error.code == "disk_broken" else 1
 
 
 def _agent(

@@ -1,97 +1,66 @@
-"""The agent: asks the coordinator for work, has the child do it, and hands in what came out.
+"""The agent: asks the coordinator for work, has it done, and hands in what came out.
 
     register ─▶ what the spool has from an earlier life: hand it in, or carry it on
         └─▶ poll ─▶ download ─▶ child trains (heartbeats meanwhile) ─▶ spool ─▶ upload ─▶ submit ─▶ poll …
 
 No torch in this process. The agent outlives a coordinator that is away, a full disk and a task that crashes, but not
 its own bugs. It can be killed at any moment: worker.spool has what a new start needs to go on, and what was trained is
-on the disk before the coordinator is told of it.
-
-The first SIGTERM lets it finish what it does within the grace and leave; then, or at the second one, work under way is
-given back, and what is trained stays in the spool for the next start.
+on the disk before the coordinator is told of it. How it is told to go, and what becomes of the work then, is in
+worker.departure: what is trained stays in the spool for the next start, anything less is given back.
 """
 
 import contextlib
 import logging
 import random
 import secrets
-import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
-import numpy as np
 from pydantic import ValidationError
 
 from common import PROTOCOL, __version__
 from common.api import CoordinatorApi
-from common.errors import BadJobError, LydianError, UnauthenticatedError
+from common.errors import ConflictError, LydianError, UnauthenticatedError
 from common.messages import (
     Abandon,
     Assignment,
     Heartbeat,
     Holding,
-    ModelFacts,
     PollAnswer,
     PollRequest,
     Progress,
     Receipt,
     Registration,
     Submission,
-    Trust,
     Welcome,
 )
-from common.sharding import Partition, order_of
-from common.tasks import BUILTIN
-from common.weights import file_digest
+from common.transfers import TransferStopped
 from worker import hardware, plan
-from worker.child import Child, TaskFailure, TaskStopped
+from worker.child import TaskFailure, TaskStopped
+from worker.departure import Departure, Leaving
 from worker.heart import Heart
-from worker.identity import Identity
-from worker.spool import Durability, Kept, Spool, Trained, Untrained
+from worker.identity import Identity, usable
+from worker.options import Options
+from worker.spool import Attempt, Durability, Spool, Trained, Untrained
+from worker.training import NoRoom, Trainer
 from worker.waiting import Waiting
 
 log = logging.getLogger("lydian.worker")
 
-WHY_LIMIT = 500  # characters, as messages.PollRequest takes them
+WHY_LIMIT, SENTENCE_LIMIT, DETAIL_LIMIT = 500, 2_000, 200_000  # characters, as the messages take them
 
 T = TypeVar("T")
 
 
-class Leaving(BaseException):
-    """A signal asked the agent to go, at a moment when it can. Not an Exception: no handler of errors may stop it."""
-
-
 class Dropped(Exception):  # noqa: N818 - not an error: the work counts no more
-    """The assignment counts no more, or not from here; the agent polls for new work."""
+    """The coordinator wants the result no more."""
 
 
-class NoRoom(Exception):  # noqa: N818 - the work goes back, and the worker waits for room
-    """The disk has no room for the work."""
-
-    def __init__(self, sentence: str, room: int) -> None:
-        super().__init__(sentence)
-        self.room = room  # bytes
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the worker's owner decided."""
-
-    name: str
-    device: str = "auto"
-    threads: int = 1
-    data: Mapping[str, str] = field(default_factory=dict)  # name -> folder
-    trust: Trust = "none"
-    trusted: tuple[str, ...] = ()
-    stall_s: float = 600.0  # without a sign of life from the child
-    join_token: str | None = None  # for the first time, and when the coordinator has forgotten this worker
-    checkpoint_every_s: float = 30.0  # 0: never
-    grace_s: float = 60.0  # to finish what is under way after the first SIGTERM
+class Unfinished(Exception):  # noqa: N818 - not an error: what was asked for
+    """A call was given up, because there is no more time or no more use for it."""
 
 
 @dataclass(frozen=True)
@@ -103,31 +72,22 @@ class Degraded:
     told: bool = False  # the coordinator has heard of it: only then is it looked whether it is over, so nothing spins
 
 
-@dataclass
 class Agent:
     """One worker: one device, one assignment at a time."""
 
-    api: CoordinatorApi
-    identity: Identity
-    spool: Spool
-    options: Options
-    log_folder: Path
-
-    def __post_init__(self) -> None:
-        self._child: Child | None = None
-        self._opened: str | None = None  # the job whose task the child has loaded
-        self._cuts: dict[str, Partition] = {}  # job -> its training set in order, for the job in the child
+    def __init__(
+        self, api: CoordinatorApi, identity: Identity, spool: Spool, options: Options, log_folder: Path
+    ) -> None:
+        """Starts nothing yet. `run` closes the api and the spool."""
+        self.api, self.identity, self.spool, self.options = api, identity, spool, options
+        self._trainer = Trainer(api, spool, options, log_folder, self._fetch)
+        self._departure = Departure(options.grace_s, self._doing, self._let_go)
+        self._waiting = Waiting()
+        self._idle = True  # the last poll brought no work
+        self._drained = False
         self._welcome: Welcome | None = None  # None: not registered, so there is nobody to say goodbye to
         self._heart: Heart | None = None
         self._degraded: Degraded | None = None
-        self._waiting = Waiting()
-        self._signals = 0
-        self._interruptible = False  # nothing would be lost by leaving now
-        self._expendable = False  # what would be lost by leaving now can be had again: the grace is worth waiting for
-        self._draining = False
-        self._told_to_go = threading.Event()  # set in the signal handler: this thread must never wait for it
-        self._time_is_up = threading.Event()
-        self._gone = threading.Event()
 
     # ------------------------------------------------------------ life
 
@@ -138,12 +98,11 @@ class Agent:
             LydianError: the coordinator will never accept this worker as it is, or its disk is broken; the sentence
                 says why.
         """
-        self._catch_signals()
-        threading.Thread(target=self._usher_out, name="usher", daemon=True).start()
+        self._departure.catch_signals()
         try:
             self._work()
         except Leaving:
-            log.info("stopping at once" if self._signals > 1 else "leaving")
+            log.info("stopping at once" if self._departure.at_once else "leaving")
         except LydianError as error:
             if plan.is_rival(error):
                 self._welcome = None  # a goodbye would be taken for one more call of a rival
@@ -152,93 +111,43 @@ class Agent:
             self._leave()
 
     def _work(self) -> None:
-        self._ready_child()
+        with usable(self.spool.folder):
+            self._trainer.ready()  # torch loads while the coordinator is asked
         self._check_version()
         self._register()
         self._take_up_spool()
-        while not self._draining:
+        while not (self._departure.told or self._drained):
             answer = self._poll()
             if answer is not None:
                 self._follow(answer)
 
-    def _catch_signals(self) -> None:
-        def caught(_: int, __: FrameType | None) -> None:
-            self._signals += 1
-            self._draining = True
-            if self._interruptible or self._signals > 1:
-                self._interruptible = False
-                raise Leaving
-            self._told_to_go.set()
-
-        def time_is_up(_: int, __: FrameType | None) -> None:
-            if self._expendable:
-                self._expendable = False
-                raise Leaving
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, caught)
-        signal.signal(signal.SIGALRM, time_is_up)
-
-    def _usher_out(self) -> None:
-        """Once told to go: say what is waited for, and end it when the grace is over. A thread of its own."""
-        self._told_to_go.wait()
-        waiting, grace = Waiting(), self.options.grace_s
-        until = time.monotonic() + grace
-        while (left := until - time.monotonic()) > 0 and not self._gone.is_set():
-            heart = self._heart
-            doing = f"{heart.progress.doing}, at most {grace:g} s" if heart else "finishing what is under way"
-            waiting.say(f"told to go: {doing}; once more stops at once")
-            self._gone.wait(min(left, 1.0))
-        if self._gone.is_set():
-            return
-        self._time_is_up.set()
-        if self._heart is not None:
-            self._heart.let_go()
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
-
-    @contextlib.contextmanager
-    def _may_leave(self) -> Iterator[None]:
-        """Inside, a first signal ends the wait at once, since nothing would be lost."""
-        if self._draining:
-            raise Leaving
-        self._interruptible = True
-        try:
-            yield
-        finally:
-            self._interruptible = False
-
-    @contextlib.contextmanager
-    def _may_be_cut_short(self) -> Iterator[None]:
-        """Inside, the end of the grace ends the wait at once."""
-        self._expendable = True
-        try:
-            if self._time_is_up.is_set():
-                raise Leaving
-            yield
-        finally:
-            self._expendable = False
-
     def _leave(self) -> None:
-        """Say goodbye, so that nobody waits. One more signal leaves without."""
-        self._gone.set()
-        self._told_to_go.set()
+        """Say goodbye, so that nobody waits."""
         try:
-            if self._child is not None:
-                self._child.kill()
-            if self._welcome is not None:
-                self.api.leave(self._welcome.worker_id, self.identity.start_id)
+            self._departure.last_words(self._say_goodbye)
         except LydianError as error:
             log.info("left without a goodbye: %s", error)
-        except Leaving:
-            log.info("left without a goodbye")
         finally:
             self.api.close()
             self.spool.close()
 
+    def _say_goodbye(self) -> None:
+        self._trainer.close()
+        if self._welcome is not None:
+            self.api.leave(self._welcome.worker_id, self.identity.start_id)
+
+    def _doing(self) -> str:
+        heart = self._heart
+        return f"{heart.assignment} ({heart.progress.doing})" if heart is not None else ""
+
+    def _let_go(self) -> None:
+        if (heart := self._heart) is not None:
+            heart.let_go()
+
     def _check_version(self) -> None:
         """Make sure that the coordinator understands this worker. Where it is the newer one, it will say so itself."""
         try:
-            with self._may_leave():
+            with self._departure.may_leave():
                 view = self._insist(self.api.version)
         except ValidationError as error:
             raise LydianError(
@@ -251,7 +160,9 @@ class Agent:
             raise refusal
 
     def _register(self) -> None:
-        child, url = self._ready_child(), self.identity.url
+        with usable(self.spool.folder):
+            child = self._trainer.ready()
+        url = self.identity.url
         unsent = [held.holding for held in self.spool.trained(url)]
         unsent += [held.holding for held in self.spool.untrained(url)]
         registration = Registration(
@@ -268,7 +179,7 @@ class Agent:
         )
         if self.identity.credential is not None:
             self.api.use_token(self.identity.credential)
-        with self._may_leave():
+        with self._departure.may_leave():
             welcome = self._insist(lambda: self._introduce(registration))
         if welcome.credential is not None:
             self.identity.remember(welcome.worker_id, welcome.credential)
@@ -292,38 +203,94 @@ class Agent:
         assert self._welcome is not None  # noqa: S101 - registered before anything else
         return self._welcome
 
+    # ------------------------------------------------------------ patience
+
     def _insist(self, call: Callable[[], T]) -> T:
-        """Make a call until it is answered; an answer that is final is raised."""
-        failures = 0
+        """Make a call until it is answered; an answer that is final is raised.
+
+        Raises:
+            Leaving: the grace is over, and one more try failed.
+        """
+        try:
+            return self._until(self._departure.time_is_up, lambda _: call(), plan.after)
+        except Unfinished as unfinished:
+            raise Leaving from unfinished
+
+    def _fetch(self, call: Callable[[], int], heart: Heart) -> int:
+        """Make a call that downloads until it has. Returns the bytes it brought.
+
+        Raises:
+            Dropped: there is nothing to download any more.
+            Unfinished: the work was to be dropped.
+        """
+        return self._carry(heart.ordered, lambda _: call())
+
+    def _carry(self, ends: threading.Event, call: Callable[[LydianError | None], T]) -> T:
+        """Make a call with bytes until it is answered; damaged ones are sent again, a few times.
+
+        Raises:
+            Dropped: the coordinator wants no more of it.
+        """
+        resends = 0
+
+        def judge(error: LydianError) -> plan.Next:
+            nonlocal resends
+            then = plan.after(error, resends=resends)
+            resends += then.action == "resend"
+            if then.action == "drop":
+                raise Dropped(then.why) from error
+            return then
+
+        return self._until(ends, call, judge)
+
+    def _until(
+        self,
+        ends: threading.Event,
+        call: Callable[[LydianError | None], T],
+        judge: Callable[[LydianError], plan.Next],
+    ) -> T:
+        """Make a call until it is answered, with a wait between two tries that grows. Says what is waited for.
+
+        Args:
+            ends: once set, there is one more try at most.
+            call: is told how the try before failed.
+            judge: what follows from an error.
+
+        Raises:
+            LydianError: an answer that is final.
+            Unfinished: no answer came before `ends`.
+        """
+        failures, last_error = 0, None
         while True:
+            last = ends.is_set()
             try:
-                answer = call()
+                answer = call(last_error)
+            except TransferStopped as stopped:
+                raise Unfinished(str(stopped)) from stopped
             except LydianError as error:
-                if plan.after(error).action != "wait":
+                then = judge(error)
+                if then.action in ("stop", "drop"):
                     raise
-                failures += 1
-                self._waiting.say(f"{error}; trying again", level=logging.WARNING)
-                time.sleep(plan.wait_s(failures, random.random()))  # between two tries, with jitter
+                if last:
+                    raise Unfinished(then.why) from error
+                failures, last_error = failures + 1, error
             else:
                 if failures:
                     self._waiting.over()
                 return answer
+            self._waiting.say(f"{then.why}; trying again", level=logging.WARNING)
+            ends.wait(plan.wait_s(failures, random.random()))  # between two tries, with jitter
 
     # ------------------------------------------------------------ what an earlier life left
 
     def _take_up_spool(self) -> None:
         """Hand in what was trained, and carry on what was not, before any new work."""
         for trained in self.spool.trained(self.identity.url):
-            with self._beating(trained.place.assignment, trained.place.attempt) as heart:
-                heart.progress = Progress(doing="uploading", samples=trained.submission.samples)
-                log.info("%s was trained before this start; handing it in", trained.place.assignment)
-                with self._outcome(trained):
-                    durability = self.spool.durability(trained)
-                    durability.begin()
-                    self._hand_in(trained, durability, before=True)
+            place = trained.place
+            log.info("%s was trained before this start: handing it in", place.assignment)
+            with self._beating(place.assignment, place.attempt) as heart, self._outcome(heart, place.assignment):
+                self._hand_in(trained, self._durable(trained), heart, maybe_there=True)
         for untrained in self.spool.untrained(self.identity.url):
-            if self._draining:
-                return
             self._carry_on(untrained)
 
     def _carry_on(self, held: Untrained) -> None:
@@ -336,22 +303,21 @@ class Agent:
             progress=Progress(doing="loading"),
         )
         try:
-            with self._may_leave():
+            with self._departure.may_leave():
                 answer = self._insist(lambda: self.api.heartbeat(self._known_as.worker_id, beat))
         except LydianError as error:
             if plan.is_rival(error) or plan.after(error).action == "stop":
                 raise
-            log.info("%s from before this start is dropped: %s", place.assignment, error)
-            self._drop(held)
-            return
-        then = plan.resumption(answer, held.starts)
+            then = plan.Resumption("drop", str(error))
+        else:
+            then = plan.resumption(answer, held.starts)
         if then.action == "go on":
-            log.info("%s from before this start is carried on", place.assignment)
-            self._do(held.assignment, held)
+            log.info("%s was begun before this start: going on with it", place.assignment)
+            self._do(held.assignment, known=held)
             return
-        log.info("%s from before this start is dropped: %s", place.assignment, then.why)
+        log.info("%s was begun before this start, and is dropped: %s", place.assignment, then.why)
         if then.action == "give back":
-            self._abandon(held.assignment, "task_exited", f"{self.options.name}: {then.why}")
+            self._abandon(place.assignment, place.attempt, "task_exited", f"{self.options.name}: {then.why}")
         self._drop(held)
 
     # ------------------------------------------------------------ asking for work
@@ -365,30 +331,32 @@ class Agent:
         request = PollRequest(
             start_id=self.identity.start_id,
             claim_key=secrets.token_hex(8),
-            loaded=(self._opened,) if self._opened else (),
+            loaded=self._trainer.loaded,
             holding=plan.told([], kept),
             degraded=degraded.why[:WHY_LIMIT] if degraded else "",
         )
-        awaited = "work" if degraded is None else f"room or rights on the disk: {degraded.why}"
-        keeping = f"; {len(kept)} updates are kept until their rounds are closed" if kept else ""
-        self._waiting.say(f"waiting for {awaited}{keeping}")
-        with self._may_leave():
+        if self._idle:
+            awaited = "work" if degraded is None else f"the disk: {degraded.why}"
+            updates = f"; {len(kept)} {'update is' if len(kept) == 1 else 'updates are'} kept until settled"
+            self._waiting.say(f"waiting for {awaited}{updates if kept else ''}")
+        with self._departure.may_leave():
             answer = self._insist(lambda: self.api.poll(self._known_as.worker_id, request))
         if degraded is not None:
             self._degraded = replace(degraded, told=True)
-        if answer is not None and answer.assignment is not None:
+        self._idle = answer is None or answer.assignment is None
+        if not self._idle:
             self._waiting.over()
         return answer
 
     def _follow(self, answer: PollAnswer) -> None:
         """Do what the coordinator answered: forget, delete, send again, and then the new work."""
         url = self.identity.url
-        for job in answer.forget:
-            with self._disk_trouble():
+        with self._disk_trouble():
+            for job in answer.forget:
                 self.spool.drop_job(job, url)
-        if self._opened in answer.forget:
-            self._close_child()
-            self._ready_child()  # torch is loaded before the next job needs it
+            if set(self._trainer.loaded) & set(answer.forget):
+                self._trainer.close()
+                self._trainer.ready()  # torch is loaded before the next job needs it
         for held in [self.spool.find_kept(told, url) for told in answer.settled]:
             if held is not None:
                 self._drop(held)
@@ -402,23 +370,23 @@ class Agent:
         for told in wanted:
             held = self.spool.find_kept(told, self.identity.url)
             if held is None:
-                log.warning("%s, attempt %d, is wanted again and not kept here", told.assignment, told.attempt)
+                log.warning("%s, attempt %d, is wanted again, and is not kept here", told.assignment, told.attempt)
                 continue
             with self._disk_trouble():
                 if not self.spool.intact(held):
-                    log.warning("%s is wanted again, and damaged on this disk too: dropped", told.assignment)
+                    log.warning("%s is wanted again, and is damaged on this disk too: dropped", told.assignment)
                     self._drop(held)
                     continue
-                log.info("%s is wanted again; handing it in once more", told.assignment)
+                log.info("%s is wanted again: handing it in once more", told.assignment)
                 try:
-                    self._hand_in(held, self.spool.durability(held), before=True)
+                    self._hand_in(held, self._durable(held), None, maybe_there=True)
                 except Dropped as dropped:
                     log.info("%s is wanted no more: %s", told.assignment, dropped)
                     self._drop(held)
 
     # ------------------------------------------------------------ doing it
 
-    def _do(self, assignment: Assignment, known: Untrained | None = None, wanted: tuple[Holding, ...] = ()) -> None:
+    def _do(self, assignment: Assignment, *, known: Untrained | None = None, wanted: tuple[Holding, ...] = ()) -> None:
         """Carry out one assignment. Whatever becomes of it, the agent goes on.
 
         Args:
@@ -427,19 +395,18 @@ class Agent:
             wanted: updates that go before it.
         """
         label = f"{assignment.job} {assignment.kind} round {assignment.round} shard {assignment.shard}"
+        room = plan.room_needed(assignment, fetched=0)
         with self._beating(assignment.id, assignment.attempt) as heart:
             self._send_again(wanted)
-            with self._outcome(assignment, label):
-                self._check_trust(assignment)
+            with self._outcome(heart, label, room):
+                self._trainer.check_trust(assignment)
                 begun = self.spool.start_again(known) if known else self.spool.begin(assignment, self.identity.url)
                 durability = self.spool.durability(begun)
-                heart.on_first_beat = durability.begin  # what lives as long as this is worth surviving a power cut
-                trained = self._carry_out(begun, durability, heart)
-                heart.progress = Progress(doing="uploading", samples=trained.submission.samples)
-                self._hand_in(trained, durability)
+                heart.on_first_beat = durability.begin
+                trained = self._trainer.carry_out(begun, durability, heart)
+                self._hand_in(trained, durability, heart)
                 log.info("%s: %d samples in %.2f s", label, trained.submission.samples, trained.submission.seconds)
-        if heart.order == "drain":
-            self._draining = True
+        self._drained = self._drained or heart.order == "drain"
 
     @contextlib.contextmanager
     def _beating(self, assignment: str, attempt: int) -> Iterator[Heart]:
@@ -448,97 +415,200 @@ class Agent:
         self._heart = heart
         try:
             with heart:
+                if self._departure.time_is_up.is_set():
+                    raise Leaving
                 yield heart
         finally:
             self._heart = None
 
     @contextlib.contextmanager
-    def _outcome(self, work: Assignment | Trained, label: str = "") -> Iterator[None]:
-        """What becomes of an assignment whose work ends here in another way than by a receipt."""
-        assignment, attempt = (
-            (work.id, work.attempt) if isinstance(work, Assignment) else (work.place.assignment, work.place.attempt)
-        )
-        name = label or assignment
+    def _outcome(self, heart: Heart, label: str, room: int = 0) -> Iterator[None]:
+        """What becomes of an attempt whose work ends inside in another way than by a receipt.
+
+        Args:
+            heart: of the attempt.
+            label: what the log calls it.
+            room: bytes that it needs on the disk, as far as that is known.
+        """
         try:
             yield
-            return
         except TaskFailure as failure:
-            verdict = plan.disk_verdict(plan.errno_in(failure.sentence)) if failure.code == "worker_error" else "other"
-            log.warning("%s: %s", name, failure.sentence)
-            if verdict in ("full", "closed"):
-                self._give_back_for_room(work, failure.sentence, 0)
-            else:
-                self._abandon(work, failure.code, failure.sentence, failure.detail)
+            log.warning("%s: %s", label, failure.sentence)
+            number = plan.errno_in(failure.sentence) if failure.code == "worker_error" else None
+            self._give_back(heart, number, room, failure.code, failure.sentence, failure.detail)
         except NoRoom as short:
-            log.warning("%s: %s", name, short)
-            self._give_back_for_room(work, str(short), short.room)
+            log.warning("%s: %s", label, short)
+            self._give_back_for_room(heart, str(short), short.room)
         except OSError as error:  # this machine's disk, not the task: the agent lives on
-            self._stop_if_broken(error)
-            log.warning("%s: %s", name, error)
-            sentence = f"{self.options.name} cannot use its state folder: {error} ({self.spool.free()} bytes are free)"
-            if plan.disk_verdict(error.errno) == "other":
-                self._abandon(work, "worker_error", sentence)
-            else:
-                self._give_back_for_room(work, sentence, 0)
-        except (TaskStopped, Dropped) as dropped:
-            if self._time_is_up.is_set():
-                self._hand_back_released(work)
-                raise Leaving from dropped
-            reason = self._heart.order_reason if self._heart else ""
-            log.info("%s: dropped: %s", name, reason or dropped)
-            if self._heart is not None and self._heart.fatal is not None:
-                raise self._heart.fatal from dropped
+            log.warning("%s: %s", label, error)
+            sentence = f"{self.options.name} cannot use its state folder: {error}"
+            self._give_back(heart, error.errno, room, "worker_error", sentence)
+        except (TaskStopped, Unfinished, Dropped) as ended:
+            if heart.fatal is not None:
+                raise heart.fatal from ended
+            if self._departure.time_is_up.is_set() and not isinstance(ended, Dropped):
+                self._release(heart)
+                raise Leaving from ended
+            log.info("%s: dropped: %s", label, heart.order_reason or ended)
+            self._drop(self.spool.find(heart.assignment, heart.attempt))
         except Leaving:
-            self._hand_back_released(work)
+            self._release(heart)
             raise
-        held = self.spool.find(assignment, attempt)
-        if held is not None:
-            self._drop(held)
 
-    def _hand_back_released(self, work: Assignment | Trained) -> None:
-        """Leave: what is trained stays in the spool for the next start, anything less goes to another worker."""
-        if not isinstance(work, Assignment):
-            return
-        held = self.spool.find(work.id, work.attempt)
-        if isinstance(held, Trained):
-            log.info("%s is trained and stays in the spool for the next start", work.id)
-            return
-        self._abandon(work, "released", "the worker was stopped", insist=False)
-        if held is not None:
-            self._drop(held)
+    def _give_back(
+        self, heart: Heart, number: int | None, room: int, code: str, sentence: str, detail: str = ""
+    ) -> None:
+        """Give back what failed; what the disk did is the disk's fault, whoever tells of it.
 
-    def _give_back_for_room(self, work: Assignment | Trained, sentence: str, room: int) -> None:
-        self._abandon(work, "disk_full", sentence)
+        Args:
+            heart: of the attempt.
+            number: of the system's error; None: there was none.
+            room: bytes that the attempt needs on the disk.
+            code: one of messages.Abandon's, where it was not the disk.
+            sentence: what happened.
+            detail: the traceback.
+        """
+        verdict = plan.disk_verdict(number)
+        if verdict == "broken":
+            raise self._broken(sentence)
+        if verdict == "other":
+            self._abandon(heart.assignment, heart.attempt, code, sentence, detail)
+            self._drop(self.spool.find(heart.assignment, heart.attempt))
+        else:
+            self._give_back_for_room(heart, self._unwritable(sentence), room if verdict == "full" else 0)
+
+    def _give_back_for_room(self, heart: Heart, sentence: str, room: int) -> None:
         self._degrade(sentence, room)
+        held = self.spool.find(heart.assignment, heart.attempt)
+        if isinstance(held, Trained):
+            log.warning("%s is trained: it stays in the spool, and is handed in at the next start", heart.assignment)
+            return
+        self._abandon(heart.assignment, heart.attempt, "disk_full", sentence)
+        self._drop(held)
+
+    def _release(self, heart: Heart) -> None:
+        """Leaving: what is trained stays in the spool for the next start, anything less goes to another worker.
+
+        So does what cannot be given back now. At the second signal the goodbye alone gives it back.
+        """
+        held = self.spool.find(heart.assignment, heart.attempt)
+        if isinstance(held, Trained):
+            log.info("%s is trained, and stays in the spool for the next start", heart.assignment)
+        elif not self._departure.at_once:
+            reason = Abandon(attempt=heart.attempt, code="released", sentence=f"{self.options.name} was stopped")
+            try:
+                self.api.abandon(heart.assignment, reason)
+            except LydianError as error:
+                log.info("%s stays in the spool for the next start: %s", heart.assignment, error)
+            else:
+                self._drop(held)
+
+    def _abandon(self, assignment: str, attempt: int, code: Any, sentence: str, detail: str = "") -> None:  # noqa: ANN401
+        reason = Abandon(attempt=attempt, code=code, sentence=sentence[:SENTENCE_LIMIT], detail=detail[-DETAIL_LIMIT:])
+        try:
+            self._insist(lambda: self.api.abandon(assignment, reason))
+        except LydianError as error:
+            if plan.after(error).action == "stop":
+                raise
+            log.info("%s: %s", assignment, error)
+
+    # ------------------------------------------------------------ handing in
+
+    def _durable(self, held: Trained) -> Durability:
+        durability = self.spool.durability(held)
+        durability.begin()
+        return durability
+
+    def _hand_in(
+        self, held: Trained, durability: Durability, heart: Heart | None, *, maybe_there: bool = False
+    ) -> None:
+        """Upload and submit until the coordinator says what became of it. What is acknowledged is on this disk.
+
+        The beats' orders do not matter any more: a result that comes late may still be useful, and the coordinator
+        alone knows.
+
+        Args:
+            held: what was trained.
+            durability: of its files, begun.
+            heart: of the attempt, to show what is done; None: it has none.
+            maybe_there: the coordinator may have it already, or some of its bytes.
+
+        Raises:
+            Dropped: the coordinator wants the result no more.
+            LydianError: it will accept nothing from this worker.
+            Leaving: it could not be handed in within the grace.
+        """
+        if heart is not None:
+            heart.progress = Progress(doing="uploading", samples=held.submission.samples)
+
+        def hand_in(failed: LydianError | None) -> Receipt:
+            if failed is not None and plan.doubts_bytes(failed) and not self.spool.intact(held):
+                raise Dropped(f"it is damaged on this disk: {failed}")
+            return self._offer(held, durability, maybe_there=maybe_there or failed is not None)
+
+        try:
+            receipt = self._carry(self._departure.time_is_up, hand_in)
+        except Unfinished as unfinished:
+            raise Leaving from unfinished
+        log.debug("%s", receipt.reason)
+        if plan.stays(held.place.kind):
+            with self._disk_trouble():
+                self.spool.keep(held)
+        else:
+            self._drop(held)
+
+    def _offer(self, held: Trained, durability: Durability, *, maybe_there: bool) -> Receipt:
+        """One try to hand in. What may be there already is submitted first: once it counts, its bytes are refused."""
+        if maybe_there:
+            self._await_disk(durability)
+            try:
+                return self._submit(held)
+            except ConflictError as error:
+                if error.code != "incomplete":
+                    raise
+        if held.submission.digest is not None:
+            self.api.upload(
+                held.place.assignment,
+                held.place.attempt,
+                held.place.update,
+                resume=maybe_there,
+                stop=self._departure.uploads_end,
+            )
+        self._await_disk(durability)
+        return self._submit(held)
+
+    def _submit(self, held: Trained) -> Receipt:
+        submission: Submission = held.submission
+        return self.api.submit(held.place.assignment, submission)
+
+    # ------------------------------------------------------------ the disk
+
+    def _await_disk(self, durability: Durability) -> None:
+        """Wait until what is about to be acknowledged would survive a power cut. A full disk only costs that."""
+        try:
+            durability.wait()
+        except OSError as error:
+            if plan.disk_verdict(error.errno) == "broken":
+                raise self._broken(str(error)) from error
+            log.warning("the copy kept here may not survive a power cut: %s", error)
 
     def _degrade(self, why: str, room: int) -> None:
-        log.warning("degraded, no work is taken: %s", why)
+        log.warning("degraded, so no work is taken: %s", why)
         self._degraded = Degraded(why, room)
 
     def _look_whether_well(self) -> None:
-        """Take work again once the disk does; looked at before each poll after the coordinator has heard of it."""
+        """Take work again once the disk does; looked at before each poll, after the coordinator has heard of it."""
         degraded = self._degraded
         if degraded is None or not degraded.told:
             return
-        try:
+        trouble = degraded.why
+        with self._disk_trouble():
             trouble = self.spool.trouble(degraded.room)
-        except OSError as error:
-            self._stop_if_broken(error)
-            raise
-        if not trouble:
-            log.info("well again: the state folder can be written")
+        if trouble:
+            self._degraded = replace(degraded, why=trouble)
+        else:
+            log.info("well again: %s can be written, so work is taken", self.spool.folder)
             self._degraded = None
-        elif trouble != degraded.why:
-            self._degraded = Degraded(trouble, degraded.room)
-
-    def _stop_if_broken(self, error: OSError) -> None:
-        """A disk that fails cannot be argued with: what is on it is not known until a next start has looked."""
-        if plan.disk_verdict(error.errno) == "broken":
-            raise LydianError(
-                f"the disk of {self.spool.folder} is broken: {error}",
-                code="disk_broken",
-                advice="Look into the system's log; start the worker on another disk with --state-dir.",
-            ) from error
 
     @contextlib.contextmanager
     def _disk_trouble(self) -> Iterator[None]:
@@ -546,277 +616,27 @@ class Agent:
         try:
             yield
         except OSError as error:
-            self._stop_if_broken(error)
-            if plan.disk_verdict(error.errno) == "other":
+            verdict = plan.disk_verdict(error.errno)
+            if verdict == "broken":
+                raise self._broken(str(error)) from error
+            if verdict == "other":
                 log.warning("the spool: %s", error)
             else:
-                self._degrade(f"the state folder cannot be written: {error}", 0)
+                self._degrade(self._unwritable(str(error)), 0)
 
-    def _drop(self, held: Untrained | Trained | Kept) -> None:
-        with self._disk_trouble():
-            self.spool.drop(held)
+    def _unwritable(self, what: str) -> str:
+        free = self.spool.free()
+        return f"{self.options.name} cannot write to {self.spool.folder} ({free} bytes are free there): {what}"
 
-    def _check_trust(self, assignment: Assignment) -> None:
-        options = self.options
-        refused = plan.refusal(assignment.task, builtin=BUILTIN, trust=options.trust, trusted=options.trusted)
-        if refused is not None:
-            raise TaskFailure(refused.code, refused.sentence, "")
-
-    def _carry_out(self, begun: Untrained, durability: Durability, heart: Heart) -> Trained:
-        """Download, train, and spool what came out."""
-        assignment, place = begun.assignment, begun.place
-        self._make_sure_of_room(assignment)
-        base, received = self._fetch(assignment, heart)
-        child = self._child_for(assignment, heart)
-        if assignment.kind == "init":
-            submission = self._init(child, begun, heart)
-        else:
-            command = self._command(child, begun, base, heart)
-            done = child.ask(command, on_progress=heart.see, stall_s=self.options.stall_s)
-            if assignment.kind == "train":
-                durability.begin()
-            submission = Submission(
-                attempt=assignment.attempt,
-                digest=file_digest(place.update) if assignment.kind == "train" else None,
-                samples=done["samples"],
-                steps=done.get("steps", 0),
-                seconds=done["seconds"],
-                metrics=done["metrics"],
-                bytes_down=received,
-                resumed_at=done.get("resumed_at", 0),
-            )
-        trained = self.spool.finish(begun, submission)
-        if assignment.kind == "train":
-            durability.begin()
-        return trained
-
-    def _make_sure_of_room(self, assignment: Assignment) -> None:
-        digest = assignment.base.digest if assignment.base else ""
-        needed = plan.room_needed(assignment, fetched=self.spool.fetched(digest) if digest else 0)
-        free = self.spool.make_room(needed, keep=digest)
-        if free < needed:
-            sentence = f"{self.options.name} has {free} bytes free in {self.spool.folder}, and this needs {needed}"
-            raise NoRoom(sentence, needed)
-
-    def _command(self, child: Child, begun: Untrained, base: str, heart: Heart) -> dict[str, Any]:
-        assignment, place = begun.assignment, begun.place
-        if assignment.kind == "evaluate":
-            return {"do": "evaluate", "base": base, "batch_size": assignment.spec.train.batch_size}
-        return plan.train_command(
-            assignment,
-            base=base,
-            indices=self._indices(child, begun, heart),
-            out=str(place.update),
-            checkpoint=str(place.checkpoint),
-            checkpoint_every_s=self.options.checkpoint_every_s,
+    def _broken(self, what: str) -> LydianError:
+        """A disk that fails cannot be argued with: what is on it is not known until a next start has looked."""
+        return LydianError(
+            f"the disk under {self.spool.folder} is broken: {what}",
+            code="disk_broken",
+            advice="Look into the system's log; start the worker on another disk with --state-dir.",
         )
 
-    def _init(self, child: Child, begun: Untrained, heart: Heart) -> Submission:
-        assignment, out = begun.assignment, begun.place.update
-        command = {"do": "init", "seed": plan.init_seed(assignment.spec), "out": str(out), "labels": None}
-        done = child.ask(command, on_progress=heart.see, stall_s=self.options.stall_s)
-        bounds: tuple[int, ...] = ()
-        if assignment.spec.data.partition != "local":
-            bounds = self._cut(child, assignment, heart).bounds
-        facts = ModelFacts(
-            parameters=done["parameters"],
-            train_samples=done["train_samples"],
-            test_samples=done["test_samples"],
-            bounds=bounds,
-        )
-        return Submission(attempt=assignment.attempt, digest=file_digest(out), facts=facts)
-
-    def _indices(self, child: Child, begun: Untrained, heart: Heart) -> str | None:
-        """The file with the samples of the shard; None: all of this worker's own data."""
-        assignment = begun.assignment
-        if assignment.samples is None:
-            return None
-        cut = self._cut(child, assignment, heart)
-        if cut.order.size != assignment.train_samples:
-            raise TaskFailure(
-                "no_data",
-                f"{self.options.name} has {cut.order.size} training samples for {assignment.task.name}, "
-                f"{assignment.train_samples} where the model was built: every machine needs the same data set",
-                "",
-            )
-        chosen = cut.order[assignment.samples.start : assignment.samples.stop]
-        return str(self.spool.write_indices(begun, chosen))
-
-    def _cut(self, child: Child, assignment: Assignment, heart: Heart) -> Partition:
-        """The training set in the job's order: the same on every worker, so that nobody ships lists."""
-        known = self._cuts.get(assignment.job)
-        if known is not None:
-            return known
-        data, labels_path = assignment.spec.data, self.spool.labels(assignment.job)
-        by_label = data.partition in ("dirichlet", "labels")
-        command = {"do": "describe", "labels": str(labels_path) if by_label else None}
-        done = child.ask(command, on_progress=heart.see, stall_s=self.options.stall_s)
-        labels = np.load(labels_path, allow_pickle=False) if by_label else None
-        try:
-            cut = order_of(
-                data.partition,
-                total=done["train_samples"],
-                shards=assignment.shards,
-                seed=assignment.spec.seed,
-                alpha=data.alpha,
-                labels_per_shard=data.labels_per_shard,
-                labels=labels,
-            )
-        except BadJobError as error:
-            raise TaskFailure("bad_task", str(error), "") from error
-        self._cuts[assignment.job] = cut
-        return cut
-
-    def _fetch(self, assignment: Assignment, heart: Heart) -> tuple[str, int]:
-        """The base model as a local file. Returns its path and the bytes that were downloaded for it."""
-        base = assignment.base
-        if base is None:
-            return "", 0
-        path, received = self.spool.model(base.digest), 0
-        if not self.spool.has_model(base.digest):
-            heart.progress = Progress(doing="downloading")
-            received = self._transfer(lambda _: self.api.download_model(base.digest, path, size=base.size))
-            self.spool.took_model(base.digest)
-        return str(path), received
-
-    def _hand_in(self, held: Trained, durability: Durability, *, before: bool = False) -> None:
-        """Upload and submit until the coordinator says what became of it. What is acknowledged is on this disk.
-
-        Args:
-            held: what was trained.
-            durability: of its files, begun.
-            before: some of it may be with the coordinator already.
-
-        Raises:
-            Dropped: the coordinator wants the result no more.
-            LydianError: it will accept nothing from this worker.
-        """
-        place, submission = held.place, held.submission
-
-        def hand_in(again: bool) -> Receipt:
-            if submission.digest is not None:
-                self.api.upload(place.assignment, place.attempt, place.update, resume=again or before)
-            if plan.stays(place.kind):
-                self._await_disk(durability)
-            return self.api.submit(place.assignment, submission)
-
-        receipt = self._transfer(hand_in)
-        log.debug("%s", receipt.reason)
-        if plan.stays(place.kind):
+    def _drop(self, held: Attempt | None) -> None:
+        if held is not None:
             with self._disk_trouble():
-                self.spool.keep(held)
-        else:
-            self._drop(held)
-
-    def _await_disk(self, durability: Durability) -> None:
-        try:
-            durability.wait()
-        except OSError as error:
-            self._stop_if_broken(error)
-            log.warning("the copy kept here may not survive a power cut: %s", error)
-
-    def _transfer(self, call: Callable[[bool], T]) -> T:
-        """Make a call with bytes until it is answered. It is told whether it is a repeat.
-
-        Raises:
-            Dropped: the coordinator wants the result no more.
-            LydianError: it will accept nothing from this worker.
-            Leaving: the time to finish is up.
-        """
-        failures = resends = 0
-        while True:
-            try:
-                with self._may_be_cut_short():
-                    answer = call(failures > 0)
-            except LydianError as error:
-                then = plan.after(error, resends=resends)
-                heart = self._heart
-                if then.action == "stop":
-                    raise
-                if then.action == "drop" or (heart is not None and heart.ordered):
-                    raise Dropped(then.why) from error
-                failures += 1
-                resends += then.action == "resend"
-                self._waiting.say(f"{then.why}; trying again", level=logging.WARNING)
-                with self._may_be_cut_short():
-                    self._pause(plan.wait_s(failures, random.random()))
-            else:
-                if failures:
-                    self._waiting.over()
-                return answer
-
-    def _pause(self, seconds: float) -> None:
-        """Wait between two tries, or until something else was ordered."""
-        heart = self._heart
-        if heart is not None:
-            heart.wait(seconds)
-        else:
-            time.sleep(seconds)
-
-    def _abandon(
-        self,
-        work: Assignment | Trained,
-        code: Any,  # noqa: ANN401 - one of messages.Abandon's
-        sentence: str,
-        detail: str = "",
-        insist: bool = True,
-    ) -> None:
-        assignment, attempt = (
-            (work.id, work.attempt) if isinstance(work, Assignment) else (work.place.assignment, work.place.attempt)
-        )
-        reason = Abandon(attempt=attempt, code=code, sentence=sentence[:2000], detail=detail[-200_000:])
-        try:
-            if insist:
-                self._insist(lambda: self.api.abandon(assignment, reason))
-            else:
-                self.api.abandon(assignment, reason)
-        except LydianError as error:
-            if plan.after(error).action == "stop":
-                raise
-            log.info("%s: %s", assignment, error)
-
-    # ------------------------------------------------------------ the child
-
-    def _ready_child(self) -> Child:
-        """A child that has torch loaded, started now if there is none."""
-        if self._child is None or not self._child.alive:
-            self._close_child()
-            self._child = Child.start(
-                device=self.options.device, threads=self.options.threads, log_path=self.log_folder / "child.log"
-            )
-        return self._child
-
-    def _close_child(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-        self._child, self._opened = None, None
-        self._cuts.clear()
-
-    def _child_for(self, assignment: Assignment, heart: Heart) -> Child:
-        """The child with the task of this job loaded: once a job, not once a round."""
-        if self._opened == assignment.job and self._child is not None and self._child.alive:
-            heart.child = self._child
-            return self._child
-        if self._opened is not None:
-            self._close_child()
-        child = heart.child = self._ready_child()
-        task = assignment.task
-        heart.progress = Progress(doing="loading")
-        builtin = BUILTIN[task.name] if task.digest is None else None
-        if builtin is not None:
-            path = builtin.file
-        else:
-            assert task.digest is not None  # noqa: S101
-            path = self._task_file(task.digest, task.name)
-        config = plan.child_config(assignment.spec, builtin.config if builtin else {}, self.options.data)
-        child.ask(
-            {"do": "open", "task": str(path), "config": config}, on_progress=heart.see, stall_s=self.options.stall_s
-        )
-        self._opened = assignment.job
-        return child
-
-    def _task_file(self, digest: str, name: str) -> Path:
-        path = self.spool.task(digest, name)
-        if not path.exists() or file_digest(path) != digest:
-            self._transfer(lambda _: self.api.download_task(digest, path))
-        return path
+                self.spool.drop(held)

@@ -46,6 +46,7 @@ class Departure:
         self._grace_s, self._doing, self._let_go = grace_s, doing, let_go
         self._signals = 0
         self._interruptible = False
+        self._leaving = False  # it was raised: a further signal must not disturb the way out
         self._told = threading.Event()  # set in the handler, so this thread must never wait for it or set it
         self._gone = threading.Event()
 
@@ -67,10 +68,11 @@ class Departure:
 
     def _caught(self, _: int, __: FrameType | None) -> None:
         self._signals += 1
-        if self._interruptible or self._signals > 1:
-            self._interruptible = False
+        if self._interruptible or (self._signals > 1 and not self._leaving):
+            self._interruptible, self._leaving = False, True
             raise Leaving
-        self._told.set()
+        if not self._leaving:
+            self._told.set()
 
     @contextlib.contextmanager
     def may_leave(self) -> Iterator[None]:
@@ -87,13 +89,12 @@ class Departure:
         finally:
             self._interruptible = False
 
-    @contextlib.contextmanager
-    def last_words(self) -> Iterator[None]:
-        """Inside, one more signal ends what is still said; afterwards one more kills, as if nobody had caught it."""
-        self._gone.set()
+    def last_words(self, say: Callable[[], None]) -> None:
+        """Say goodbye; one more signal ends that. After it, a signal kills, as if nobody had caught it."""
         try:
+            self._gone.set()
             self._interruptible = True
-            yield
+            say()
         except Leaving:
             log.info("left without a goodbye")
         finally:

@@ -1,6 +1,6 @@
 """The beat of one assignment: tells the coordinator how it goes, and stops the child when it is told to. A thread.
 
-It decides what becomes of the child, never what becomes of the result: once there is one, handing it in is worth a try
+It decides what becomes of the child, never what becomes of a result: once there is one, handing it in is worth a try
 whatever the beats were answered.
 """
 
@@ -25,33 +25,29 @@ class Heart(threading.Thread):
     """Beats while an assignment is under way. A context manager: inside, it beats."""
 
     def __init__(
-        self,
-        api: CoordinatorApi,
-        worker: str,
-        start_id: str,
-        assignment: str,
-        attempt: int,
-        period_s: float,
+        self, api: CoordinatorApi, worker: str, start_id: str, assignment: str, attempt: int, period_s: float
     ) -> None:
-        """Beats every `period_s` seconds, the first time after one period: then the work is worth being kept."""
+        """Beats every `period_s` seconds, the first time after one period."""
         super().__init__(name="heart", daemon=True)
+        self.assignment, self.attempt = assignment, attempt
         self.progress = Progress(doing="loading")
-        self.child: Child | None = None
-        self.on_first_beat: Callable[[], None] = lambda: None
+        self.on_first_beat: Callable[[], None] = lambda: None  # the work is not that short, so worth being kept
         self.order = "continue"
         self.order_reason = ""
-        self.fatal: LydianError | None = None  # the coordinator will take nothing from this process any more
         self.ordered = threading.Event()  # the work is to be dropped
-        self.assignment, self.attempt = assignment, attempt
-        self._api, self._worker, self._start_id = api, worker, start_id
-        self._period_s = period_s
+        self.fatal: LydianError | None = None  # the coordinator will take nothing from this process any more
+        self._api, self._worker, self._start_id, self._period_s = api, worker, start_id, period_s
+        self._child: Child | None = None
         self._ended = threading.Event()
+        self._acting = threading.Lock()  # an answer that comes late must not stop what the child does next
 
     def __enter__(self) -> Self:
         self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        with self._acting:
+            self._child = None
         self._ended.set()
 
     def see(self, progress: Progress) -> None:
@@ -64,9 +60,15 @@ class Heart(threading.Thread):
         Raises:
             TaskStopped: the work was to be dropped before.
         """
-        self.child = child
+        with self._acting:
+            self._child = child
         if self.ordered.is_set():
             raise TaskStopped(self.order_reason or "the work is to be dropped")
+
+    def let_go(self) -> None:
+        """Stop the work at once: the time to finish it is up. Any thread may call this."""
+        self.ordered.set()
+        self._act(Child.kill)
 
     def run(self) -> None:
         """Beat until the assignment is over, or is ordered to be."""
@@ -96,16 +98,14 @@ class Heart(threading.Thread):
             start_id=self._start_id, assignment=self.assignment, attempt=self.attempt, progress=self.progress
         )
 
-    def let_go(self) -> None:
-        """Stop the work at once: the time to finish it is up. Any thread may call this."""
-        self.ordered.set()
-        if self.child is not None:
-            self.child.kill()
-
     def _obey(self, order: str, reason: str) -> None:
         self.order, self.order_reason = order, reason
         self.ordered.set()
-        if self.child is not None:
-            self.child.stop()
-            if not self._ended.wait(STOP_GRACE_S):  # a step longer than that, or a loop of its own that never looks
-                self.child.kill()
+        self._act(Child.stop)
+        if not self._ended.wait(STOP_GRACE_S):  # a step longer than that, or a loop of its own that never looks
+            self._act(Child.kill)
+
+    def _act(self, action: Callable[[Child], None]) -> None:
+        with self._acting:
+            if self._child is not None:
+                action(self._child)

@@ -167,6 +167,11 @@ def after(error: LydianError, *, resends: int = 0) -> Next:
             return Next("drop", str(error))
 
 
+def doubts_bytes(error: LydianError) -> bool:
+    """Whether a failure may come from damaged bytes here, so that they are worth being hashed before the next try."""
+    return isinstance(error, BadUpdateError) or type(error) is LydianError
+
+
 def is_rival(error: LydianError) -> bool:
     """Whether an answer to a call of the worker itself (register, poll, heartbeat) says that another process works with
     its credential. Then there is nothing to try again: the two would push each other out in turn.

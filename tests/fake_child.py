@@ -1,0 +1,112 @@
+"""A child without torch, for tests of the agent: speaks worker/task_host.py's lines, and does what its folder says.
+
+The folder is $FAKE_CHILD. A file hold-DO in it keeps the command DO waiting, hold-train-N before step N, until it is
+removed; fail-DO holds the error event that DO is answered with. calls.txt gets a line for everything that is done.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import sys
+import threading
+from pathlib import Path
+
+CONTROL = Path(os.environ["FAKE_CHILD"])
+STEPS = 4
+SAMPLES = 10
+stopping = threading.Event()
+
+
+def note(line: str) -> None:
+    with (CONTROL / "calls.txt").open("a") as calls:
+        calls.write(line + "\n")
+
+
+def send(event: str, **fields: object) -> None:
+    sys.stdout.write(json.dumps({"event": event, **fields}) + "\n")
+    sys.stdout.flush()
+
+
+def held(name: str) -> bool:
+    """Wait while the file is there. Whether the wait ended because of a stop."""
+    pause = threading.Event()
+    while (CONTROL / f"hold-{name}").exists():
+        if stopping.is_set():
+            return True
+        pause.wait(0.005)
+    return stopping.is_set()
+
+
+def model_bytes(numbers: int) -> bytes:
+    header = {"__metadata__": {"lydian": '{"aliases":{},"buffers":[],"variances":{}}'}}
+    header["w"] = {"dtype": "F32", "shape": [numbers], "data_offsets": [0, 4 * numbers]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + struct.pack("<f", 0.5) * numbers
+
+
+def write(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def train(command: dict) -> None:
+    begun_at = 0
+    checkpoint = Path(command["checkpoint"]) if command.get("checkpoint") else None
+    if checkpoint is not None and checkpoint.exists():
+        begun_at = int(checkpoint.read_text())
+    note(f"train begin {begun_at}")
+    base = Path(command["base"]).read_bytes()
+    if checkpoint is not None:
+        assert hashlib.sha256(base).hexdigest() == command["base_digest"]
+    for step in range(begun_at, STEPS):
+        send("progress", doing="training", step=step, steps=STEPS, samples=step)
+        if held(f"train-{step}"):
+            send("stopped")
+            return
+        if checkpoint is not None:
+            write(checkpoint, str(step + 1).encode())
+    last = struct.unpack("<f", base[-4:])[0] + (command["seed"] % 1000) / 1000
+    write(Path(command["out"]), base[:-4] + struct.pack("<f", last))
+    note("train end")
+    metrics = {"train_loss": [1.0, SAMPLES]}
+    send("done", samples=SAMPLES, steps=STEPS, seconds=0.01, metrics=metrics, resumed_at=begun_at)
+
+
+def answer(command: dict) -> None:
+    do = command["do"]
+    failing = CONTROL / f"fail-{do}"
+    if failing.exists():
+        send("error", **json.loads(failing.read_text()))
+    elif held(do):
+        send("stopped")
+    elif do == "open":
+        send("done")
+    elif do == "init":
+        write(Path(command["out"]), model_bytes(1000))
+        send("done", parameters=1000, train_samples=SAMPLES, test_samples=SAMPLES)
+    elif do == "describe":
+        send("done", train_samples=SAMPLES)
+    elif do == "train":
+        train(command)
+    else:
+        send("done", samples=SAMPLES, seconds=0.01, metrics={"accuracy": [5.0, SAMPLES]})
+
+
+def main() -> None:
+    send("hello", torch={"version": "none", "device": "cpu", "threads": 1})
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "stop":
+            stopping.set()
+            continue
+        stopping.clear()
+        note(command["do"])
+        threading.Thread(target=answer, args=(command,), daemon=True).start()
+    os._exit(0)  # the agent is gone
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Having an assignment done: its base fetched, the child asked, and what came out spooled.
+
+The child and the job that it has loaded are kept between two assignments. Nothing here talks to the coordinator but for
+what the agent lends: fetching something, patiently.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.api import CoordinatorApi
+from common.errors import BadJobError
+from common.messages import Assignment, ModelFacts, Progress, Submission, TaskRef
+from common.sharding import Partition, order_of
+from common.tasks import BUILTIN
+from common.weights import file_digest
+from worker import plan
+from worker.child import Child, TaskFailure
+from worker.heart import Heart
+from worker.options import Options
+from worker.spool import Durability, Spool, Trained, Untrained
+
+log = logging.getLogger("lydian.worker")
+
+Fetch = Callable[[Callable[[], int], Heart], int]
+"""Make a call that downloads until it has, and return the bytes it brought."""
+
+
+class NoRoom(Exception):  # noqa: N818 - the work goes back, and the worker waits for room
+    """The disk has no room for the work."""
+
+    def __init__(self, sentence: str, room: int) -> None:
+        super().__init__(sentence)
+        self.room = room  # bytes
+
+
+class Trainer:
+    """Has the child carry out assignments, one at a time."""
+
+    def __init__(self, api: CoordinatorApi, spool: Spool, options: Options, log_folder: Path, fetch: Fetch) -> None:
+        """Starts nothing yet."""
+        self._api, self._spool, self._options, self._fetch = api, spool, options, fetch
+        self._log_path = log_folder / "child.log"
+        self._child: Child | None = None
+        self._opened: str | None = None  # the job whose task the child has loaded
+        self._cuts: dict[str, Partition] = {}  # job -> its training set in order, for the job in the child
+
+    # ------------------------------------------------------------ the child
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """The job whose data and model are in memory, if there is one."""
+        return (self._opened,) if self._opened is not None else ()
+
+    def ready(self) -> Child:
+        """A child that has torch loaded, or loads it; started now if there is none.
+
+        Raises:
+            OSError: it cannot be started, or its log not be written.
+        """
+        if self._child is None or not self._child.alive:
+            self.close()
+            self._child = Child.start(
+                device=self._options.device, threads=self._options.threads, log_path=self._log_path
+            )
+        return self._child
+
+    def close(self) -> None:
+        """End the child, and forget the job that it had loaded."""
+        if self._child is not None:
+            self._child.kill()
+        self._child, self._opened = None, None
+        self._cuts.clear()
+
+    def _child_for(self, assignment: Assignment, heart: Heart) -> Child:
+        """The child with the task of this job loaded: once a job, not once a round."""
+        if self._opened == assignment.job and self._child is not None and self._child.alive:
+            heart.use(self._child)
+            return self._child
+        if self._opened is not None:
+            self.close()
+        child = self.ready()
+        heart.use(child)
+        heart.progress = Progress(doing="loading")
+        path, defaults = self._task_of(assignment.task, heart)
+        config = plan.child_config(assignment.spec, defaults, self._options.data)
+        self._ask(child, {"do": "open", "task": str(path), "config": config}, heart)
+        self._opened = assignment.job
+        return child
+
+    def _task_of(self, task: TaskRef, heart: Heart) -> tuple[Path, dict[str, Any]]:
+        """The task's file, and the defaults of its configuration."""
+        if task.digest is None:
+            builtin = BUILTIN[task.name]
+            return builtin.file, dict(builtin.config)
+        digest, path = task.digest, self._spool.task(task.digest, task.name)
+        if not path.exists() or file_digest(path) != digest:
+            self._fetch(lambda: self._api.download_task(digest, path, stop=heart.ordered), heart)
+        return path, {}
+
+    def _ask(self, child: Child, command: dict[str, Any], heart: Heart) -> dict[str, Any]:
+        return child.ask(command, on_progress=heart.see, stall_s=self._options.stall_s)
+
+    # ------------------------------------------------------------ the work
+
+    def check_trust(self, assignment: Assignment) -> None:
+        """Make sure that the worker's owner allows this task.
+
+        Raises:
+            TaskFailure: the owner does not (not_trusted), or this version has no such task (unknown_task).
+        """
+        options = self._options
+        refused = plan.refusal(assignment.task, builtin=BUILTIN, trust=options.trust, trusted=options.trusted)
+        if refused is not None:
+            raise TaskFailure(refused.code, refused.sentence, "")
+
+    def carry_out(self, begun: Untrained, durability: Durability, heart: Heart) -> Trained:
+        """Download, train, and spool what came out. A train update is on its way to the disk when this returns.
+
+        Raises:
+            TaskFailure: the task failed, or the child.
+            TaskStopped: the child was stopped or killed.
+            NoRoom: the disk has no room for the base or the update.
+            OSError: the disk takes nothing.
+        """
+        assignment = begun.assignment
+        self._make_sure_of_room(assignment)
+        base, received = self._base(assignment, heart)
+        child = self._child_for(assignment, heart)
+        if assignment.kind == "init":
+            return self._spool.finish(begun, self._init(child, begun, heart))
+        done = self._ask(child, self._command(child, begun, base, heart), heart)
+        if assignment.kind == "train":
+            durability.begin()  # beside the hashing
+        submission = Submission(
+            attempt=assignment.attempt,
+            digest=file_digest(begun.place.update) if assignment.kind == "train" else None,
+            samples=done["samples"],
+            steps=done.get("steps", 0),
+            seconds=done["seconds"],
+            metrics=done["metrics"],
+            bytes_down=received,
+            resumed_at=done.get("resumed_at", 0),
+        )
+        trained = self._spool.finish(begun, submission)
+        if assignment.kind == "train":
+            durability.begin()  # beside the upload
+        return trained
+
+    def _make_sure_of_room(self, assignment: Assignment) -> None:
+        digest = assignment.base.digest if assignment.base else ""
+        needed = plan.room_needed(assignment, fetched=self._spool.fetched(digest) if digest else 0)
+        free = self._spool.make_room(needed, keep=digest)
+        if free < needed:
+            sentence = f"{self._options.name} has {free} bytes free in {self._spool.folder}, and this needs {needed}"
+            raise NoRoom(sentence, needed)
+
+    def _base(self, assignment: Assignment, heart: Heart) -> tuple[str, int]:
+        """The base model as a local file. Returns its path and the bytes that were downloaded for it."""
+        base = assignment.base
+        if base is None:
+            return "", 0
+        path, received = self._spool.model(base.digest), 0
+        if not self._spool.has_model(base.digest):
+            heart.progress = Progress(doing="downloading")
+            received = self._fetch(
+                lambda: self._api.download_model(base.digest, path, size=base.size, stop=heart.ordered), heart
+            )
+            self._spool.took_model(base.digest)
+        return str(path), received
+
+    def _command(self, child: Child, begun: Untrained, base: str, heart: Heart) -> dict[str, Any]:
+        assignment, place = begun.assignment, begun.place
+        if assignment.kind == "evaluate":
+            return {"do": "evaluate", "base": base, "batch_size": assignment.spec.train.batch_size}
+        return plan.train_command(
+            assignment,
+            base=base,
+            indices=self._indices(child, begun, heart),
+            out=str(place.update),
+            checkpoint=str(place.checkpoint),
+            checkpoint_every_s=self._options.checkpoint_every_s,
+        )
+
+    def _init(self, child: Child, begun: Untrained, heart: Heart) -> Submission:
+        assignment, out = begun.assignment, begun.place.update
+        command = {"do": "init", "seed": plan.init_seed(assignment.spec), "out": str(out), "labels": None}
+        done = self._ask(child, command, heart)
+        bounds: tuple[int, ...] = ()
+        if assignment.spec.data.partition != "local":
+            bounds = self._cut(child, assignment, heart).bounds
+        facts = ModelFacts(
+            parameters=done["parameters"],
+            train_samples=done["train_samples"],
+            test_samples=done["test_samples"],
+            bounds=bounds,
+        )
+        return Submission(attempt=assignment.attempt, digest=file_digest(out), facts=facts)
+
+    # ------------------------------------------------------------ the shard
+
+    def _indices(self, child: Child, begun: Untrained, heart: Heart) -> str | None:
+        """The file with the samples of the shard; None: all of this worker's own data."""
+        assignment = begun.assignment
+        if assignment.samples is None:
+            return None
+        cut = self._cut(child, assignment, heart)
+        if cut.order.size != assignment.train_samples:
+            raise TaskFailure(
+                "no_data",
+                f"{self._options.name} has {cut.order.size} training samples for {assignment.task.name}, "
+                f"{assignment.train_samples} where the model was built: every machine needs the same data set",
+                "",
+            )
+        chosen = cut.order[assignment.samples.start : assignment.samples.stop]
+        return str(self._spool.write_indices(begun, chosen))
+
+    def _cut(self, child: Child, assignment: Assignment, heart: Heart) -> Partition:
+        """The training set in the job's order: the same on every worker, so that nobody ships lists."""
+        known = self._cuts.get(assignment.job)
+        if known is not None:
+            return known
+        data, labels_path = assignment.spec.data, self._spool.labels(assignment.job)
+        by_label = data.partition in ("dirichlet", "labels")
+        done = self._ask(child, {"do": "describe", "labels": str(labels_path) if by_label else None}, heart)
+        labels = np.load(labels_path, allow_pickle=False) if by_label else None
+        try:
+            cut = order_of(
+                data.partition,
+                total=done["train_samples"],
+                shards=assignment.shards,
+                seed=assignment.spec.seed,
+                alpha=data.alpha,
+                labels_per_shard=data.labels_per_shard,
+                labels=labels,
+            )
+        except BadJobError as error:
+            raise TaskFailure("bad_task", str(error), "") from error
+        self._cuts[assignment.job] = cut
+        return cut
