@@ -57,7 +57,7 @@ class Staging:
             record = os.open(path.with_suffix(RECORD), os.O_WRONLY | os.O_APPEND)
             unless_done.callback(os.close, record)
             descriptor = os.open(path, os.O_RDWR)
-            os.write(record, b"\n")  # ends a line that was torn
+            os.write(record, b"?\n")  # so that a line that was torn says nothing
             unless_done.pop_all()
         return cls(path, *known, descriptor, record)
 

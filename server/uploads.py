@@ -83,6 +83,8 @@ class Uploads:
         try:
             staging = self.begin(key, total)
             at = await self._fill(staging, key, start, stop, body, seen)
+        except ConnectionError:  # the sender's line, not our disk
+            raise
         except OSError as error:
             self.drop(key)
             if error.errno == errno.EIO:

@@ -12,7 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
-CONTROL = Path(os.environ["FAKE_CHILD"])
+CONTROL = Path(os.environ.get("FAKE_CHILD", "."))
 STEPS = 4
 SAMPLES = 10
 stopping = threading.Event()

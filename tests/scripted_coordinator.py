@@ -153,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     plays: ScriptedCoordinator
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *_: object) -> None:
         """The test says what it wants to know."""
 
     def do_GET(self) -> None:

@@ -19,7 +19,7 @@ def gaps_of(pairs: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 def run(streams: Streams, rate_of: object, most: int = 100_000) -> tuple[list[tuple[int, int]], int]:
-    """Play a transfer in which each stream has the rate that `rate_of(streams)` says: its pieces, and its most streams."""
+    """Play a transfer whose streams have the rate that `rate_of(streams)` says: its pieces, and its most streams."""
     now, out, pieces, peak = 0.0, list[tuple[float, tuple[int, int]]](), list[tuple[int, int]](), 0
     for _ in range(most):
         while (piece := streams.take(now)) is not None:

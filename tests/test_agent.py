@@ -1,0 +1,624 @@
+"""The agent as a process: killed at every step, told to go, refused, and without room. Nothing trained is lost.
+
+The coordinator is played by script, over a real socket; the child is a real process that trains without torch.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import (
+    ConflictError,
+    JobOverError,
+    LateError,
+    LydianError,
+    SupersededError,
+    UnavailableError,
+    VersionSkewError,
+)
+from tests.acceptance.kit import LocalFleet, of_type
+from tests.privileges import needs_mounts
+from tests.scripted_coordinator import MODEL, Hold, Lose, ScriptedCoordinator, assignment
+
+ROOT = Path(__file__).resolve().parent.parent
+BOUND_S = 30.0  # for what happens at once on a machine that has nothing else to do
+WORK = assignment().id
+
+
+def wait_until(what: str, true: Callable[[], Any]) -> None:
+    """Wait for something that another process does."""
+    deadline, pause = time.monotonic() + BOUND_S, threading.Event()
+    while not true():
+        assert time.monotonic() < deadline, f"not within {BOUND_S:g} s: {what}"
+        pause.wait(0.01)
+
+
+class Worker:
+    """One agent at a time in one state folder, with a child and a disk that the test holds."""
+
+    def __init__(self, folder: Path, url: str, token: str = "lyd_join_x", state: Path | None = None) -> None:
+        self.url, self.token = url, token
+        self.state, self.control, self.log = state or folder / "state", folder / "control", folder / "worker.log"
+        self.slow_disk = folder / "slow-disk"
+        self.control.mkdir()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *options: str) -> None:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LYDIAN_")}
+        environment |= {
+            "LYDIAN_TOKEN": self.token, "FAKE_CHILD": str(self.control), "SLOW_DISK": str(self.slow_disk)
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.agent_process", self.url, "--name", "w", "--state-dir", str(self.state)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--threads", "1", *options], cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
+
+    def hold(self, do: str) -> Path:
+        file = self.control / f"hold-{do}"
+        file.touch()
+        return file
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def terminate(self) -> int:
+        self.signal(signal.SIGTERM)
+        return self.ended()
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def ended(self) -> int:
+        """The exit code of the agent, which ends by itself."""
+        assert self.process is not None
+        return self.process.wait(BOUND_S)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def trained(self) -> list[str]:
+        """What the children did, as far as it is training."""
+        calls = self.control / "calls.txt"
+        return [line for line in calls.read_text().splitlines() if line[:6] == "train "] if calls.exists() else []
+
+    def attempts(self) -> set[str]:
+        return {path.name for path in (self.state / "work").iterdir()}
+
+    def wait_for_training(self, begun_at: int = 0) -> None:
+        wait_until(f"training from {begun_at}", lambda: f"train begin {begun_at}" in self.trained())
+
+
+@pytest.fixture
+def plays() -> Iterator[ScriptedCoordinator]:
+    with ScriptedCoordinator() as coordinator:
+        yield coordinator
+
+
+@pytest.fixture
+def worker(tmp_path: Path, plays: ScriptedCoordinator) -> Iterator[Worker]:
+    one = Worker(tmp_path, plays.url)
+    yield one
+    one.kill()
+
+
+def holding(call_body: dict[str, Any]) -> list[tuple[str, int, bool]]:
+    """(assignment, attempt, whether it is trained) of what a message names."""
+    return [(held["assignment"], held["attempt"], held["digest"] is not None) for held in call_body["holding"]]
+
+
+def update_of(digest: str, worker: Worker) -> bool:
+    file = worker.state / "work" / f"{WORK}.1" / "update.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() == digest
+
+
+# ---------------------------------------------------------------- killed at every step
+
+
+def kill_downloaded(plays: ScriptedCoordinator, worker: Worker) -> None:
+    hold = worker.hold("open")
+    wait_until("the child to be asked", lambda: "open" in (worker.control / "calls.txt").read_text().split())
+    worker.kill()
+    hold.unlink()
+
+
+def kill_training(plays: ScriptedCoordinator, worker: Worker) -> None:
+    worker.wait_for_training()
+    wait_until("a checkpoint", lambda: (worker.state / "work" / f"{WORK}.1" / "checkpoint").exists())
+    wait_until("step 2", lambda: (worker.state / "work" / f"{WORK}.1" / "checkpoint").read_text() == "2")
+    worker.kill()
+    (worker.control / "hold-train-2").unlink()
+
+
+def kill_unsynced(plays: ScriptedCoordinator, worker: Worker) -> None:
+    wait_until("the submission", lambda: (worker.state / "work" / f"{WORK}.1" / "submission.json").exists())
+    worker.kill()
+    worker.slow_disk.unlink()
+
+
+def kill_at_hold(plays: ScriptedCoordinator, worker: Worker) -> None:
+    wait_until("the held call", lambda: plays.holds)
+    assert plays.holds[0].came.wait(BOUND_S)
+    worker.kill()
+
+
+def kill_after_submit(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.wait_for("it to be accepted", lambda: WORK in plays.accepted)
+    worker.kill()
+
+
+def prepare(stage: str, plays: ScriptedCoordinator, worker: Worker) -> Callable[[ScriptedCoordinator, Worker], None]:
+    """Set the scene for a kill at a stage; what is returned waits for it and kills."""
+    match stage:
+        case "downloaded":
+            worker.hold("open")
+            return kill_downloaded
+        case "training":
+            worker.hold("train-2")
+            return kill_training
+        case "trained, not synced":
+            worker.slow_disk.touch()
+            return kill_unsynced
+        case "half uploaded":
+            plays.script["upload"].append(Hold(after=len(MODEL) // 2))
+            return kill_at_hold
+        case "uploaded, not submitted":
+            plays.script["submit"].append(Hold())
+            return kill_at_hold
+        case _:
+            plays.script["submit"] += [Lose(), UnavailableError("away")] + [UnavailableError("away")] * 20
+            return kill_after_submit
+
+
+STAGES = ["downloaded", "training", "trained, not synced", "half uploaded", "uploaded, not submitted", "answer lost"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_agent_killed_at_any_step_comes_back_and_trains_nothing_again(
+    stage: str, plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    kill = prepare(stage, plays, worker)
+    plays.hand_out(assignment())
+    worker.start()
+    kill(plays, worker)
+    plays.script["submit"].clear()
+    worker.start()
+    plays.wait_for("the update to be kept", lambda: bool(plays.of("poll")) and _kept_is_told(plays))
+    begun = [line for line in worker.trained() if line.startswith("train begin")]
+    assert begun == (["train begin 0", "train begin 2"] if stage == "training" else ["train begin 0"])
+    assert worker.trained().count("train end") == 1
+    reborn = plays.of("register")[1].body
+    assert holding(reborn) == [(WORK, 1, stage not in ("downloaded", "training"))]
+    assert reborn["place"] == plays.of("register")[0].body["place"] != ""
+    submission = plays.accepted[WORK]
+    assert submission["resumed_at"] == (2 if stage == "training" else 0)
+    assert update_of(submission["digest"], worker)
+    assert plays.received == len(MODEL)  # no byte of it went over the line twice
+    assert plays.names.index("poll") < plays.names.index("submit")  # the first life polled for it; the second:
+    second = plays.names[plays.names.index("register", plays.names.index("register") + 1) :]
+    assert "submit" in second[: second.index("poll")], "the second life polled before it handed in"
+
+
+def _kept_is_told(plays: ScriptedCoordinator) -> bool:
+    return any(holding(call.body) == [(WORK, 1, True)] for call in plays.of("poll"))
+
+
+def test_what_is_submitted_is_on_this_disk_before(plays: ScriptedCoordinator, worker: Worker) -> None:
+    worker.slow_disk.touch()
+    synced: list[str] = []
+    log = worker.slow_disk.with_suffix(".log")
+    plays.script["submit"].append(lambda: synced.extend(log.read_text().split()))
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_call("upload")  # it does not wait for the disk
+    assert "submit" not in plays.names
+    worker.slow_disk.unlink()
+    plays.wait_call("submit")
+    wait_until("the look at the log", lambda: synced)
+    assert {"update.safetensors", "submission.json", f"{WORK}.1", "work"} <= set(synced)
+
+
+def test_a_third_start_of_the_same_attempt_gives_it_back(plays: ScriptedCoordinator, worker: Worker) -> None:
+    hold = worker.hold("train-0")
+    plays.hand_out(assignment())
+    for _ in range(2):
+        worker.start()
+        begun = len(worker.trained())
+        wait_until("training", lambda begun=begun: len(worker.trained()) > begun)
+        worker.kill()
+    hold.unlink()
+    worker.start()
+    reason = plays.wait_call("abandon").body
+    assert (reason["attempt"], reason["code"]) == (1, "task_exited")
+    assert "ended 2 times" in reason["sentence"]
+    wait_until("the attempt to be gone", lambda: not worker.attempts())
+    assert len(worker.trained()) == 2
+
+
+def test_unfinished_work_that_is_not_wanted_any_more_is_dropped(plays: ScriptedCoordinator, worker: Worker) -> None:
+    hold = worker.hold("train-1")
+    plays.hand_out(assignment())
+    worker.start()
+    worker.wait_for_training()
+    worker.kill()
+    hold.unlink()
+    plays.orders[WORK] = "superseded"
+    worker.start()
+    plays.wait_for(
+        "a poll of the second life", lambda: plays.names[-1] == "poll" and plays.names.count("register") == 2
+    )
+    assert worker.attempts() == set()
+    assert worker.trained() == ["train begin 0"]
+
+
+@pytest.mark.parametrize("refusal", [SupersededError("another counts"), LateError("closed"), JobOverError("over")])
+def test_a_trained_update_that_nobody_wants_any_more_is_dropped(
+    refusal: LydianError, plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.script["submit"].append(Hold())
+    plays.hand_out(assignment())
+    worker.start()
+    kill_at_hold(plays, worker)
+    plays.script["submit"].append(refusal)
+    worker.start()
+    plays.wait_for("a poll of the second life", lambda: plays.names[-1] == "poll" and plays.names.count("submit") == 2)
+    assert worker.attempts() == set()
+    assert plays.of("poll")[-1].body["holding"] == []
+    assert worker.process is not None
+    assert worker.process.poll() is None
+
+
+# ---------------------------------------------------------------- kept until settled
+
+
+def test_a_kept_update_is_named_in_each_poll_until_it_is_settled(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_for("three polls with it", lambda: sum(bool(call.body["holding"]) for call in plays.of("poll")) >= 3)
+    held = plays.of("poll")[-1].body["holding"]
+    assert worker.attempts() == {f"{WORK}.1"}
+    plays.answer_poll(settled=[{**held[0], "digest": "0" * 64}])  # of another update: none of this worker's business
+    plays.answer_poll(settled=held)
+    plays.wait_for("a poll without it", lambda: plays.of("poll")[-1].body["holding"] == [])
+    assert worker.attempts() == set()
+
+
+def test_a_wanted_update_is_sent_again_before_the_new_work(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    first, held = plays.accepted[WORK]["digest"], plays.of("poll")[-1].body["holding"]
+    plays.lost.add(WORK)
+    plays.hand_out(assignment(2), wanted=held)
+    plays.wait_for("the second update", lambda: assignment(2).id in plays.accepted)
+    assert plays.accepted[WORK]["digest"] == first
+    assert worker.trained().count("train end") == 2
+    order = [call.path.split("/")[3].partition("?")[0] for call in plays.calls if call.name == "upload"]
+    assert order == [WORK, WORK, assignment(2).id]
+    plays.wait_for("both to be kept", lambda: len(plays.of("poll")[-1].body["holding"]) == 2)
+
+
+def test_a_wanted_update_that_is_damaged_here_is_held_no_longer(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    held = plays.of("poll")[-1].body["holding"]
+    file = worker.state / "work" / f"{WORK}.1" / "update.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    plays.answer_poll(wanted=held)
+    plays.wait_for("a poll without it", lambda: plays.of("poll")[-1].body["holding"] == [])
+    assert "damaged on this disk" in worker.said
+    assert len(plays.of("submit")) == 1
+
+
+def test_updates_of_a_job_that_is_over_are_dropped(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    plays.answer_poll(forget=["job-1"])
+    plays.wait_for("a poll without it", lambda: plays.of("poll")[-1].body["holding"] == [])
+    assert worker.attempts() == set()
+
+
+def test_an_evaluation_is_not_kept(plays: ScriptedCoordinator, worker: Worker) -> None:
+    work = assignment(kind="evaluate", id="job-1.evaluate.1.0")
+    plays.hand_out(work)
+    worker.start()
+    plays.wait_call("submit")
+    plays.wait_for("the next poll", lambda: plays.names[-1] == "poll")
+    wait_until("the attempt to be gone", lambda: not worker.attempts())
+    assert plays.accepted[work.id]["digest"] is None
+
+
+def test_a_lost_answer_does_not_lose_the_update(plays: ScriptedCoordinator, worker: Worker) -> None:
+    """Once it counts, its bytes are refused: the agent must submit again before it thinks of sending them."""
+    plays.script["submit"].append(Lose())
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    assert plays.received == len(MODEL)
+    assert len(plays.of("upload")) == 1
+
+
+def test_a_beat_that_says_superseded_does_not_keep_a_trained_update_from_being_offered(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.script["submit"] += [UnavailableError("away")] * 3
+    plays.orders[WORK] = "superseded"
+    release = worker.hold("train-3")
+    plays.orders.clear()
+    plays.hand_out(assignment())
+    worker.start()
+    worker.wait_for_training()
+    plays.script["submit"].insert(0, lambda: plays.orders.update({WORK: "superseded"}))
+    release.unlink()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+
+
+# ---------------------------------------------------------------- told to go
+
+
+def test_work_under_way_is_finished_within_the_grace(plays: ScriptedCoordinator, worker: Worker) -> None:
+    release = worker.hold("train-2")
+    plays.hand_out(assignment())
+    worker.start("--grace", "30")
+    worker.wait_for_training()
+    worker.signal(signal.SIGTERM)
+    wait_until(
+        "the agent to say what it waits for", lambda: f"finishing {WORK} (training), at most 30 s" in worker.said
+    )
+    release.unlink()
+    assert worker.ended() == 0
+    assert WORK in plays.accepted
+    assert plays.names[-1] == "leave"
+    assert worker.attempts() == {f"{WORK}.1"}  # kept: it is not settled
+
+
+def test_work_that_is_not_done_within_the_grace_is_handed_back(plays: ScriptedCoordinator, worker: Worker) -> None:
+    worker.hold("train-2")
+    plays.hand_out(assignment())
+    worker.start("--grace", "0.2")
+    worker.wait_for_training()
+    assert worker.terminate() == 0
+    assert plays.names[-2:] == ["abandon", "leave"]
+    assert plays.of("abandon")[0].body["code"] == "released"
+    assert worker.attempts() == set()
+
+
+def test_a_second_signal_stops_at_once(plays: ScriptedCoordinator, worker: Worker) -> None:
+    worker.hold("train-2")
+    plays.hand_out(assignment())
+    worker.start("--grace", "600")
+    worker.wait_for_training()
+    worker.signal(signal.SIGTERM)
+    wait_until("the first to be heard", lambda: "told to go" in worker.said)
+    assert worker.terminate() == 0
+    assert plays.names[-1] == "leave"
+
+
+def test_an_idle_agent_leaves_at_once(plays: ScriptedCoordinator, worker: Worker) -> None:
+    worker.start("--grace", "600")
+    plays.wait_call("poll")
+    assert worker.terminate() == 0
+    assert plays.names[-1] == "leave"
+
+
+def test_an_update_that_cannot_be_handed_in_within_the_grace_waits_for_the_next_start(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.script["submit"] += [UnavailableError("not now")] * 1000
+    plays.hand_out(assignment())
+    worker.start("--grace", "0.1")
+    plays.wait_call("submit", 2)
+    assert worker.terminate() == 0
+    assert "abandon" not in plays.names
+    assert "stays in the spool for the next start" in worker.said
+    plays.script["submit"].clear()
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    assert worker.trained().count("train end") == 1
+    assert plays.received == len(MODEL)
+
+
+# ---------------------------------------------------------------- refused
+
+
+def test_an_older_coordinator_is_told_from_a_newer_one_before_anything_is_sent(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.protocol -= 1
+    worker.start()
+    assert worker.ended() == 1
+    assert plays.names == ["version"]
+    assert re.search(r"Upgrade the coordinator, or install version 0\.0\.9 here", worker.said)
+
+
+def test_a_coordinator_that_is_newer_says_so_itself(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.protocol += 5
+    plays.script["register"].append(VersionSkewError("too old", advice="Upgrade this worker."))
+    worker.start()
+    assert worker.ended() == 1
+    assert "Upgrade this worker." in worker.said
+    assert plays.names == ["version", "register"]
+
+
+def test_a_copied_credential_stops_the_agent_and_is_not_tried_again(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.script["register"].append(ConflictError("w is at work already, on host attic", code="already_working"))
+    worker.start()
+    assert worker.ended() == 4
+    assert "on host attic" in worker.said
+    assert plays.names == ["version", "register"]
+
+
+@pytest.mark.parametrize("call", ["poll", "heartbeat"])
+def test_an_agent_whose_place_was_taken_stops_without_a_word(
+    call: str, plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    worker.hold("train-1")
+    plays.hand_out(assignment())
+    worker.start()
+    worker.wait_for_training()
+    plays.script[call].append(SupersededError("another process works as w, on host attic"))
+    (worker.control / "hold-train-1").unlink() if call == "poll" else None
+    assert worker.ended() == 4
+    assert "on host attic" in worker.said
+    assert "leave" not in plays.names
+    assert "abandon" not in plays.names
+
+
+def test_a_state_folder_that_cannot_be_written_ends_the_agent_with_a_sentence(
+    tmp_path: Path, plays: ScriptedCoordinator
+) -> None:
+    (tmp_path / "file").touch()
+    worker = Worker(tmp_path, plays.url, state=tmp_path / "file" / "state")
+    worker.start()
+    assert worker.ended() == 1
+    assert "cannot be used" in worker.said
+    assert "Traceback" not in worker.said
+    assert plays.names == []
+
+
+def test_an_agent_waits_for_a_coordinator_that_is_away_and_says_so(tmp_path: Path) -> None:
+    with ScriptedCoordinator() as gone:
+        url = gone.url
+    worker = Worker(tmp_path, url)
+    worker.start()
+    try:
+        wait_until("a word", lambda: "does not answer" in worker.said)
+        assert worker.terminate() == 0
+        assert worker.said.count("does not answer") == 1
+    finally:
+        worker.kill()
+
+
+# ---------------------------------------------------------------- no room
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@needs_mounts
+def test_a_worker_without_room_gives_the_work_back_and_takes_some_when_it_has(
+    small_disk: Path, tmp_path: Path, plays: ScriptedCoordinator
+) -> None:
+    worker = Worker(tmp_path, plays.url, state=small_disk / "state")
+    try:
+        worker.start()
+        plays.wait_call("poll")
+        filler = small_disk / "filler"
+        with filler.open("wb") as file, suppress(OSError):
+            file.write(bytes(1_400_000))
+        plays.hand_out(assignment())
+        reason = plays.wait_call("abandon").body
+        assert reason["code"] == "disk_full"
+        assert re.search(
+            rf"\d+ bytes free in {re.escape(str(worker.state))}, and this needs {2 * len(MODEL)}", reason["sentence"]
+        )
+        plays.wait_for("two degraded polls", lambda: sum(bool(call.body["degraded"]) for call in plays.of("poll")) >= 2)
+        assert "model" not in plays.names  # there was no room, and nothing was fetched
+        filler.unlink()
+        plays.wait_for("a poll that is well", lambda: plays.of("poll")[-1].body["degraded"] == "")
+        assert worker.said.count("degraded, so no work is taken") == 1
+        assert worker.said.count("well again") == 1
+        plays.hand_out(assignment(attempt=2))
+        plays.wait_for("the update", lambda: WORK in plays.accepted)
+    finally:
+        worker.kill()
+
+
+@needs_mounts
+def test_a_worker_on_a_disk_that_became_read_only_gives_the_work_back_and_lives(
+    small_disk: Path, tmp_path: Path, plays: ScriptedCoordinator
+) -> None:
+    worker = Worker(tmp_path, plays.url, state=small_disk / "state")
+    try:
+        hold = worker.hold("train-0")
+        worker.start()
+        plays.hand_out(assignment())
+        worker.wait_for_training()
+        failure = {"code": "worker_error", "sentence": "OSError in 'train': [Errno 28] No space left on device"}
+        hold.unlink()
+        plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+        (worker.control / "fail-train").write_text(json.dumps({**failure, "detail": ""}))
+        plays.hand_out(assignment(2))
+        assert plays.wait_call("abandon").body["code"] == "disk_full"  # the child's words, not the task's fault
+        plays.wait_for("a poll that is well", lambda: plays.of("poll")[-1].body["degraded"] == "")
+        # read-only for a while: what holds files open for writing is ended first
+        assert worker.process is not None
+    finally:
+        worker.kill()
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("[Errno 30] Read-only file system", "disk_full"), ("a bug of ours", "worker_error")],
+)
+def test_what_the_disk_did_to_the_child_is_told_from_what_the_task_did(
+    words: str, code: str, plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    event = {"code": "worker_error", "sentence": f"OSError in the training process: {words}", "detail": "a traceback"}
+    (worker.control / "fail-train").write_text(json.dumps(event))
+    plays.hand_out(assignment())
+    worker.start()
+    assert plays.wait_call("abandon").body["code"] == code
+    plays.wait_for("the next poll", lambda: plays.names[-1] == "poll")
+    assert (plays.of("poll")[-1].body["degraded"] != "") == (code == "disk_full")
+
+
+def test_a_broken_disk_stops_the_agent_with_a_sentence(plays: ScriptedCoordinator, worker: Worker) -> None:
+    event = {"code": "worker_error", "sentence": "OSError: [Errno 5] Input/output error", "detail": ""}
+    (worker.control / "fail-train").write_text(json.dumps(event))
+    plays.hand_out(assignment())
+    worker.start()
+    assert worker.ended() == 74
+    assert "is broken" in worker.said
+    assert "Traceback" not in worker.said
+    assert plays.names[-1] == "leave"
+
+
+# ---------------------------------------------------------------- a real coordinator
+
+
+@pytest.mark.acceptance
+def test_a_job_whose_worker_is_killed_again_and_again_trains_each_shard_once(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        worker = Worker(tmp_path, fleet.url, (fleet.state / "join.token").read_text().strip())
+        worker.start()
+        try:
+            job = fleet.submit(rounds=3, data={"shards": 2}, round={"evaluate_every": 0})
+            for kind in ("handed_out", "accepted", "round"):
+                fleet.await_event(job, lambda e, kind=kind: e["type"] == kind, f"a {kind}")
+                worker.kill()
+                worker.start()
+            fleet.finish(job)
+            facts = fleet.facts(job)
+            accepted = [(fact["round"], fact["shard"]) for fact in of_type(facts, "accepted")]
+            assert sorted(accepted) == [(r, s) for r in (1, 2, 3) for s in (0, 1)]
+            assert [fact["code"] for fact in of_type(facts, "handed_back")] == []
+            assert worker.trained().count("train end") == 6
+            wait_until("the spool to be empty", lambda: not worker.attempts())
+        finally:
+            worker.kill()
