@@ -15,13 +15,13 @@ READY := $(VENV)/installed-$(TORCH)
 
 # The modules without network, disk or clock: no branch of theirs may go untested.
 PURE := server/rounds.py server/fleet.py server/averaging.py server/optimizers.py server/robust.py
-PURE += worker/plan.py common/sharding.py
+PURE += worker/plan.py common/sharding.py common/ranges.py common/streams.py
 
 empty :=
 comma := ,
 space := $(empty) $(empty)
 
-.PHONY: help demo test check coverage test-mixed-torch bench clean distclean
+.PHONY: help demo test check coverage chaos test-mixed-torch test-previous bench clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -49,8 +49,18 @@ coverage: $(READY) ## what the tests reach; the pure modules must be complete
 	@$(BIN)/coverage report
 	@$(BIN)/coverage report --include="$(subst $(space),$(comma),$(PURE))" --fail-under=100
 
+chaos: $(READY) ## break everything, with the full numbers of docs/reliability.md; takes an hour, most of it as root
+	@LYDIAN_FAULTS=full $(BIN)/python -m pytest -s -o timeout=7200 -m "not mixed_torch"
+	@$(BIN)/lydian chaos --faults 200
+
 test-mixed-torch: $(READY) ## new and legacy torch in one job; builds a second environment, several GB
 	@$(BIN)/python -m pytest -m mixed_torch
+
+PREVIOUS ?= 8091531
+test-previous: $(READY) ## workers and a journal of the version before (PREVIOUS=commit), with this coordinator
+	@rm -rf build/previous && mkdir -p build/previous
+	@git archive $(PREVIOUS) | tar -x -C build/previous
+	@LYDIAN_PREVIOUS=$(abspath build/previous) $(BIN)/python -m pytest tests/acceptance/test_previous.py
 
 bench: $(READY) ## measure rounds beside what the machine could do
 	@$(BIN)/python -m bench

@@ -201,11 +201,12 @@ def main() -> None:
     """Print a table, or JSON."""
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("--rounds", type=int, default=2000, help="rounds of the long job (default 2000)")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help=f"rounds of the job before (default {WARM_UP})")
     parser.add_argument("--workers", type=int, default=2, help="agents (default 2)")
     parser.add_argument("--every", type=float, default=3.0, metavar="S", help="seconds between samples (default 3)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     chosen = parser.parse_args()
-    report = soak(chosen.rounds, workers=chosen.workers, every_s=chosen.every)
+    report = soak(chosen.rounds, workers=chosen.workers, warm_up=chosen.warm_up, every_s=chosen.every)
     if chosen.json:
         found = {name: {"bytes_a_round": report.growth(name), "bytes_a_s": report.slope(name)} for name in report.end}
         print(json.dumps({**asdict(report), "growth": found}, indent=2))

@@ -111,6 +111,54 @@ def demo(
     run_demo(rounds=rounds, workers=workers, task=task, keep=keep)
 
 
+@app.command()
+def chaos(
+    faults: Annotated[int | None, typer.Option(min=1, help="Faults to inject (default: 20).")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="Instead: inject faults for so many seconds, about.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same faults at the same points.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Workers to start, one thread each.")] = 4,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of the job (default: a few more than faults).")
+    ] = None,
+    kinds: Annotated[
+        str | None, typer.Option(metavar="KIND,…", help="Only these faults (default: all that can be had here).")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A built-in task, or your own FILE.py (default: a small one for faults).")
+    ] = None,
+    lease: Annotated[float, typer.Option(min=1, help="Seconds of silence after which a worker's shard moves on.")] = 6,
+    as_json: AsJson = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the folder with state and logs.")] = False,
+) -> None:
+    """Break a fleet on this machine on purpose, and count what was lost.
+
+    Trains a small job undisturbed, then the same one while processes are killed and stopped, connections cut, stalled
+    and corrupted, clocks set, and the coordinator's disk filled and cut off. Exit code 0: every promise was kept.
+
+    \b
+    Kinds: kill-worker, kill-coordinator, kill-both, kill-at-point, stop-worker, stop-coordinator,
+    cut, stall, half-close, corrupt, clock-jump (needs libfaketime), disk-full, power-cut (need root).
+    """
+    from client.chaos.run import Wish, run_chaos
+
+    if faults is not None and seconds is not None:
+        raise typer.BadParameter("--faults and --seconds both say when to end: keep one")
+    wish = Wish(
+        faults=faults,
+        seconds=seconds,
+        seed=seed,
+        workers=workers,
+        rounds=rounds,
+        kinds=tuple(kind.strip() for kind in kinds.split(",")) if kinds is not None else None,
+        task=task,
+        lease_s=lease,
+        keep=keep,
+    )
+    raise typer.Exit(0 if run_chaos(wish, as_json=as_json) else 1)
+
+
 # ---------------------------------------------------------------- jobs
 
 

@@ -76,7 +76,7 @@ class Streams:
         self._pieces += 1
         if self.rate is None:
             self.rate = self._measured(now)
-            self._growing = self.left > self.rate * ENOUGH_S
+            self._growing = self.wanted < STREAMS and self.left > self.rate * ENOUGH_S
             self._begin(now, self.wanted * 2 if self._growing else self.wanted)
         elif self._growing and self._pieces >= 2 * self.wanted:  # the first of each stream found it starting up
             self._grow(now)

@@ -159,9 +159,11 @@ class Blobs:
             )
 
     def _ballast_held(self) -> int:
-        if self._ballast is None or not self._ballast.exists():
+        """Bytes of the ballast, which may be given up at this very moment."""
+        try:
+            return self._ballast.stat().st_blocks * BLOCK if self._ballast is not None else 0
+        except FileNotFoundError:
             return 0
-        return self._ballast.stat().st_blocks * BLOCK
 
     def _promised(self) -> int:
         """Bytes that open uploads have still to bring: a part has its full length at once, its blocks by and by."""

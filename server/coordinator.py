@@ -195,6 +195,7 @@ class Coordinator:
             if intact and update.shard in known:
                 self._apply(job.id, rounds.restored(update))
             elif not intact and update.shard not in known:
+                self.blobs.remove(update.digest)  # no name without its bytes
                 self._apply(job.id, rounds.lost(update))
 
     def _give_up_lost(self, job: Job) -> None:

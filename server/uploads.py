@@ -8,13 +8,15 @@ import asyncio
 import errno
 from collections.abc import AsyncIterable, Callable
 
-from common.errors import BadUpdateError, ConflictError, DiskFullError
+from common.errors import BadUpdateError, ConflictError, DiskFullError, UnavailableError
 from common.staging import Staging
+from server.ballast import NO_ROOM
 from server.blobs import Blobs
 
 Key = tuple[str, int]  # assignment id, attempt
 
 NOTE_EVERY = 1 << 20  # bytes of one stream that a killed coordinator forgets at most
+REFUSED = NO_ROOM | {errno.EACCES, errno.EPERM}  # a person must do something about the folder; it is not broken
 
 
 class Uploads:
@@ -77,18 +79,20 @@ class Uploads:
 
         Raises:
             BadUpdateError: more or fewer bytes came than were announced; those that came are kept.
-            DiskFullError: they could not be written; the upload is dropped.
-            OSError: EIO: the disk is broken.
+            DiskFullError: the disk is full, or may not be written to. On a full one the upload is dropped: its room is
+                worth more than its bytes.
+            UnavailableError: the upload was dropped by another of its streams (`upload_dropped`).
+            ConflictError: it is complete, and being looked at (`upload_closed`).
+            OSError: anything else that went wrong with the disk; EIO: it is broken.
         """
         try:
             staging = self.begin(key, total)
             at = await self._fill(staging, key, start, stop, body, seen)
-        except ConnectionError:  # the sender's line, not our disk
-            raise
         except OSError as error:
-            self.drop(key)
-            if error.errno == errno.EIO:
+            if error.errno not in REFUSED:
                 raise
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self.drop(key)
             raise DiskFullError(f"bytes of {key[0]} could not be written: {error}") from error
         if at != stop:
             raise BadUpdateError(f"{at - start} of {stop - start} bytes announced for {key[0]}", code="wrong_length")
@@ -110,6 +114,7 @@ class Uploads:
                 if at + len(chunk) > stop:
                     sentence = f"more than the {stop - start} bytes announced for {key[0]}"
                     raise BadUpdateError(sentence, code="wrong_length")
+                self._check_kept(key, staging)
                 staging.write(at, chunk)
                 at += len(chunk)
                 if at - noted >= NOTE_EVERY:
@@ -118,6 +123,15 @@ class Uploads:
         finally:
             staging.note(noted, at)
         return at
+
+    def _check_kept(self, key: Key, staging: Staging) -> None:
+        """Several streams fill one upload: what one of them met must not be taken for a verdict by the others."""
+        if self._open.get(key) is not staging:
+            raise UnavailableError(
+                f"the upload of {key[0]} was given up while its bytes came",
+                code="upload_dropped",
+                advice="Ask which bytes are here, and send the others.",
+            )
 
     def finish(self, key: Key) -> Staging:
         """The whole upload, closed: nothing more is written to it.
@@ -149,7 +163,11 @@ class Uploads:
 
     def drop_job(self, job: str) -> None:
         """Delete every upload of a job."""
-        for key in [key for key in self._open if key[0].startswith(f"{job}.")]:
+        self.keep_only(lambda key: not key[0].startswith(f"{job}."))
+
+    def keep_only(self, wanted: Callable[[Key], bool]) -> None:
+        """Delete the uploads that are not wanted any more: half-sent ones of a closed round are finished by nobody."""
+        for key in [key for key in self._open if not wanted(key)]:
             self.drop(key)
 
     def close(self) -> None:

@@ -1,28 +1,54 @@
 """`lydian work` with the child of tests/fake_child.py, and a disk that can be slow: what tests of the agent start.
 
-While the file $SLOW_DISK exists, every fsync waits; $SLOW_DISK.log gets the name of each file that was synced.
+A program that has loaded the agent already and forks a process for each one that is asked for, since loading it anew
+costs half a second of a core each time. It reads a JSON object a line: {"arguments", "environment", "log"} starts an
+agent and is answered with its process id; {"wait": pid} is answered with its exit code (negative: the signal).
+
+While the file $SLOW_DISK exists, every fsync of the spool waits; $SLOW_DISK.log gets the name of each synced file.
 """
 
+import json
 import os
+import sys
 import threading
 from pathlib import Path
 
 from worker import child, spool
 from worker.__main__ import app
 
-SLOW_DISK = Path(os.environ["SLOW_DISK"])
+real_sync = spool._sync
 
 
 def slow_sync(path: Path) -> None:
-    pause = threading.Event()
-    while SLOW_DISK.exists():
+    slow_disk, pause = Path(os.environ["SLOW_DISK"]), threading.Event()
+    while slow_disk.exists():
         pause.wait(0.005)
     real_sync(path)
-    with SLOW_DISK.with_suffix(".log").open("a") as log:
+    with slow_disk.with_suffix(".log").open("a") as log:
         log.write(path.name + "\n")
 
 
-if __name__ == "__main__":
+def become(asked: dict) -> None:
+    """Be the agent that was asked for, as if it had been started by itself. Ends the process."""
+    log = os.open(asked["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(asked["environment"])
+    app(asked["arguments"], prog_name="lydian work")
+
+
+def main() -> None:
     child.HOST = Path(__file__).with_name("fake_child.py")
-    real_sync, spool._sync = spool._sync, slow_sync
-    app(prog_name="lydian work")
+    spool._sync = slow_sync
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "wait" in asked:
+            answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
+        elif (answer := os.fork()) == 0:
+            become(asked)
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -237,6 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
         return (204,)
 
     def _take(self, raw: bytes) -> None:
+        if not raw:  # the line broke before anything came
+            return
         start = int(self.headers["Content-Range"].removeprefix("bytes ").partition("-")[0])
         self.plays.uploads[self._assignment][start] = raw
         self.plays.received += len(raw)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -24,7 +24,9 @@ from common.errors import (
     JobOverError,
     LateError,
     LydianError,
+    NotFoundError,
     SupersededError,
+    UnauthenticatedError,
     UnavailableError,
     VersionSkewError,
 )
@@ -33,6 +35,8 @@ from tests.privileges import needs_mounts
 from tests.scripted_coordinator import MODEL, Hold, Lose, ScriptedCoordinator, assignment
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.timeout(90)
+
 BOUND_S = 30.0  # for what happens at once on a machine that has nothing else to do
 WORK = assignment().id
 
@@ -45,26 +49,61 @@ def wait_until(what: str, true: Callable[[], Any]) -> None:
         pause.wait(0.01)
 
 
+class Starter:
+    """The program that forks agents (tests/agent_process.py)."""
+
+    def __init__(self) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("LYDIAN_")}
+        self._program = subprocess.Popen(
+            [sys.executable, "-m", "tests.agent_process"],
+            cwd=ROOT,
+            env={**kept, "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def ask(self, **asked: Any) -> int:
+        assert self._program.stdin is not None
+        assert self._program.stdout is not None
+        self._program.stdin.write(json.dumps(asked) + "\n")
+        self._program.stdin.flush()
+        return int(self._program.stdout.readline())
+
+    def close(self) -> None:
+        self._program.communicate()
+
+
+@pytest.fixture(scope="module")
+def starter() -> Iterator[Starter]:
+    one = Starter()
+    yield one
+    one.close()
+
+
 class Worker:
     """One agent at a time in one state folder, with a child and a disk that the test holds."""
 
-    def __init__(self, folder: Path, url: str, token: str = "lyd_join_x", state: Path | None = None) -> None:
-        self.url, self.token = url, token
+    def __init__(
+        self, starter: Starter, folder: Path, url: str, token: str = "lyd_join_x", state: Path | None = None
+    ) -> None:
+        self.starter, self.url, self.token = starter, url, token
         self.state, self.control, self.log = state or folder / "state", folder / "control", folder / "worker.log"
         self.slow_disk = folder / "slow-disk"
         self.control.mkdir()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.log.touch()
+        self.pid: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def start(self, *options: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("LYDIAN_")}
-        environment |= {
-            "LYDIAN_TOKEN": self.token, "FAKE_CHILD": str(self.control), "SLOW_DISK": str(self.slow_disk)
-        }  # fmt: skip
-        command = [sys.executable, "-m", "tests.agent_process", self.url, "--name", "w", "--state-dir", str(self.state)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--threads", "1", *options], cwd=ROOT, env=environment, stdout=log, stderr=log
-            )
+        given = {"LYDIAN_TOKEN": self.token, "FAKE_CHILD": str(self.control), "SLOW_DISK": str(self.slow_disk)}
+        arguments = [self.url, "--name", "w", "--state-dir", str(self.state), "--threads", "1", *options]
+        self.pid = self.starter.ask(arguments=arguments, environment=given, log=str(self.log))
 
     def hold(self, do: str) -> Path:
         file = self.control / f"hold-{do}"
@@ -72,31 +111,35 @@ class Worker:
         return file
 
     def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+        if self.pid is not None:
+            self.signal(signal.SIGKILL)
+            self.ended()
 
     def terminate(self) -> int:
         self.signal(signal.SIGTERM)
         return self.ended()
 
     def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
+        assert self.pid is not None
+        os.kill(self.pid, number)
 
     def ended(self) -> int:
         """The exit code of the agent, which ends by itself."""
-        assert self.process is not None
-        return self.process.wait(BOUND_S)
+        code, self.pid = self.starter.ask(wait=self.pid), None
+        return code
 
     @property
     def said(self) -> str:
         return self.log.read_text()
 
+    def asked(self) -> list[str]:
+        """What the children were asked, and did."""
+        calls = self.control / "calls.txt"
+        return calls.read_text().splitlines() if calls.exists() else []
+
     def trained(self) -> list[str]:
         """What the children did, as far as it is training."""
-        calls = self.control / "calls.txt"
-        return [line for line in calls.read_text().splitlines() if line[:6] == "train "] if calls.exists() else []
+        return [line for line in self.asked() if line.startswith("train ")]
 
     def attempts(self) -> set[str]:
         return {path.name for path in (self.state / "work").iterdir()}
@@ -112,10 +155,9 @@ def plays() -> Iterator[ScriptedCoordinator]:
 
 
 @pytest.fixture
-def worker(tmp_path: Path, plays: ScriptedCoordinator) -> Iterator[Worker]:
-    one = Worker(tmp_path, plays.url)
-    yield one
-    one.kill()
+def worker(starter: Starter, tmp_path: Path, plays: ScriptedCoordinator) -> Iterator[Worker]:
+    with Worker(starter, tmp_path, plays.url) as one:
+        yield one
 
 
 def holding(call_body: dict[str, Any]) -> list[tuple[str, int, bool]]:
@@ -133,7 +175,7 @@ def update_of(digest: str, worker: Worker) -> bool:
 
 def kill_downloaded(plays: ScriptedCoordinator, worker: Worker) -> None:
     hold = worker.hold("open")
-    wait_until("the child to be asked", lambda: "open" in (worker.control / "calls.txt").read_text().split())
+    wait_until("the child to be asked", lambda: "open" in worker.asked())
     worker.kill()
     hold.unlink()
 
@@ -280,8 +322,24 @@ def test_a_trained_update_that_nobody_wants_any_more_is_dropped(
     plays.wait_for("a poll of the second life", lambda: plays.names[-1] == "poll" and plays.names.count("submit") == 2)
     assert worker.attempts() == set()
     assert plays.of("poll")[-1].body["holding"] == []
-    assert worker.process is not None
-    assert worker.process.poll() is None
+
+
+def test_unfinished_work_of_a_job_that_the_coordinator_forgot_is_dropped(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    hold = worker.hold("train-1")
+    plays.hand_out(assignment())
+    worker.start()
+    worker.wait_for_training()
+    worker.kill()
+    hold.unlink()
+    plays.script["heartbeat"].append(NotFoundError("no such job"))
+    worker.start()
+    plays.wait_for(
+        "a poll of the second life", lambda: plays.names[-1] == "poll" and plays.names.count("register") == 2
+    )
+    assert worker.attempts() == set()
+    assert worker.trained() == ["train begin 0"]
 
 
 # ---------------------------------------------------------------- kept until settled
@@ -327,6 +385,27 @@ def test_a_wanted_update_that_is_damaged_here_is_held_no_longer(plays: ScriptedC
     assert len(plays.of("submit")) == 1
 
 
+def test_a_wanted_update_that_is_refused_is_held_no_longer(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    held = plays.of("poll")[-1].body["holding"]
+    plays.script["submit"].append(LateError("closed meanwhile"))
+    plays.answer_poll(wanted=[{**held[0], "attempt": 7}, *held])  # the first is not kept here, which ends nothing
+    plays.wait_for("a poll without it", lambda: plays.of("poll")[-1].body["holding"] == [])
+    assert "attempt 7, is wanted again, and is not kept here" in worker.said
+    assert worker.attempts() == set()
+
+
+def test_work_whose_base_is_gone_is_dropped(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.script["model"].append(NotFoundError("no such model"))
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_for("the next poll", lambda: plays.names.count("poll") >= 2)
+    assert worker.attempts() == set()
+    assert worker.trained() == []
+
+
 def test_updates_of_a_job_that_is_over_are_dropped(plays: ScriptedCoordinator, worker: Worker) -> None:
     plays.hand_out(assignment())
     worker.start()
@@ -359,16 +438,37 @@ def test_a_lost_answer_does_not_lose_the_update(plays: ScriptedCoordinator, work
 def test_a_beat_that_says_superseded_does_not_keep_a_trained_update_from_being_offered(
     plays: ScriptedCoordinator, worker: Worker
 ) -> None:
-    plays.script["submit"] += [UnavailableError("away")] * 3
-    plays.orders[WORK] = "superseded"
-    release = worker.hold("train-3")
-    plays.orders.clear()
+    plays.script["submit"] += [UnavailableError("away")] * 1000
     plays.hand_out(assignment())
     worker.start()
-    worker.wait_for_training()
-    plays.script["submit"].insert(0, lambda: plays.orders.update({WORK: "superseded"}))
-    release.unlink()
+    plays.wait_call("submit", 2)
+    plays.script["heartbeat"].append(lambda: plays.orders.update({WORK: "superseded"}))
+    plays.wait_for("a beat that is answered so", lambda: WORK in plays.orders)
+    submits = len(plays.of("submit"))
+    plays.wait_call("submit", submits + 2)
+    plays.script["submit"].clear()
     plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+
+
+def test_an_answer_to_a_beat_that_comes_late_does_not_stop_the_next_work(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    hold, late, answered = worker.hold("train-0"), threading.Event(), threading.Event()
+    plays.script["heartbeat"].append(lambda: answered.set() if late.wait(BOUND_S) else None)
+    plays.orders[WORK] = "superseded"
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_call("heartbeat")
+    hold.unlink()
+    plays.wait_for("the first update", lambda: WORK in plays.accepted)
+    hold.touch()
+    plays.hand_out(assignment(2))
+    wait_until("the second to be trained", lambda: worker.trained().count("train begin 0") == 2)
+    late.set()
+    assert answered.wait(BOUND_S)
+    plays.wait_call("heartbeat", len(plays.of("heartbeat")) + 3)  # the answer has had its time
+    hold.unlink()
+    plays.wait_for("the second update", lambda: assignment(2).id in plays.accepted)
 
 
 # ---------------------------------------------------------------- told to go
@@ -396,9 +496,24 @@ def test_work_that_is_not_done_within_the_grace_is_handed_back(plays: ScriptedCo
     worker.start("--grace", "0.2")
     worker.wait_for_training()
     assert worker.terminate() == 0
-    assert plays.names[-2:] == ["abandon", "leave"]
+    assert plays.names[-1] == "leave"
     assert plays.of("abandon")[0].body["code"] == "released"
     assert worker.attempts() == set()
+
+
+def test_work_that_cannot_be_handed_back_is_gone_on_with_at_the_next_start(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    hold = worker.hold("train-2")
+    plays.script["abandon"].append(UnavailableError("away"))
+    plays.hand_out(assignment())
+    worker.start("--grace", "0")
+    wait_until("step 2", lambda: _checkpoints(worker) == ["2"])
+    assert worker.terminate() == 0
+    hold.unlink()
+    worker.start()
+    plays.wait_for("the update", lambda: WORK in plays.accepted)
+    assert plays.accepted[WORK]["resumed_at"] == 2
 
 
 def test_a_second_signal_stops_at_once(plays: ScriptedCoordinator, worker: Worker) -> None:
@@ -458,6 +573,25 @@ def test_a_coordinator_that_is_newer_says_so_itself(plays: ScriptedCoordinator, 
     assert plays.names == ["version", "register"]
 
 
+def test_what_is_no_coordinator_is_said_to_be_none(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.protocol = -1.5  # type: ignore[assignment]
+    worker.start()
+    assert worker.ended() == 1
+    assert "not as a coordinator does" in worker.said
+    assert "Traceback" not in worker.said
+
+
+def test_a_worker_that_was_forgotten_joins_anew_with_its_token(plays: ScriptedCoordinator, worker: Worker) -> None:
+    worker.start()
+    plays.wait_call("poll")
+    worker.kill()
+    plays.script["register"].append(UnauthenticatedError("no such token"))
+    worker.start()
+    plays.wait_call("register", 3)
+    plays.wait_for("a poll of the second life", lambda: plays.names[-1] == "poll")
+    assert "joining anew" in worker.said
+
+
 def test_a_copied_credential_stops_the_agent_and_is_not_tried_again(plays: ScriptedCoordinator, worker: Worker) -> None:
     plays.script["register"].append(ConflictError("w is at work already, on host attic", code="already_working"))
     worker.start()
@@ -483,10 +617,10 @@ def test_an_agent_whose_place_was_taken_stops_without_a_word(
 
 
 def test_a_state_folder_that_cannot_be_written_ends_the_agent_with_a_sentence(
-    tmp_path: Path, plays: ScriptedCoordinator
+    starter: Starter, tmp_path: Path, plays: ScriptedCoordinator
 ) -> None:
     (tmp_path / "file").touch()
-    worker = Worker(tmp_path, plays.url, state=tmp_path / "file" / "state")
+    worker = Worker(starter, tmp_path, plays.url, state=tmp_path / "file" / "state")
     worker.start()
     assert worker.ended() == 1
     assert "cannot be used" in worker.said
@@ -494,17 +628,14 @@ def test_a_state_folder_that_cannot_be_written_ends_the_agent_with_a_sentence(
     assert plays.names == []
 
 
-def test_an_agent_waits_for_a_coordinator_that_is_away_and_says_so(tmp_path: Path) -> None:
+def test_an_agent_waits_for_a_coordinator_that_is_away_and_says_so(starter: Starter, tmp_path: Path) -> None:
     with ScriptedCoordinator() as gone:
         url = gone.url
-    worker = Worker(tmp_path, url)
-    worker.start()
-    try:
+    with Worker(starter, tmp_path, url) as worker:
+        worker.start()
         wait_until("a word", lambda: "does not answer" in worker.said)
         assert worker.terminate() == 0
         assert worker.said.count("does not answer") == 1
-    finally:
-        worker.kill()
 
 
 # ---------------------------------------------------------------- no room
@@ -517,15 +648,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], check=True)
     yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    for mount in reversed([line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]):
+        if Path(mount).is_relative_to(folder):
+            subprocess.run(["umount", "-l", mount], check=True)
 
 
 @needs_mounts
 def test_a_worker_without_room_gives_the_work_back_and_takes_some_when_it_has(
-    small_disk: Path, tmp_path: Path, plays: ScriptedCoordinator
+    starter: Starter, small_disk: Path, tmp_path: Path, plays: ScriptedCoordinator
 ) -> None:
-    worker = Worker(tmp_path, plays.url, state=small_disk / "state")
-    try:
+    with Worker(starter, tmp_path, plays.url, state=small_disk / "state") as worker:
         worker.start()
         plays.wait_call("poll")
         filler = small_disk / "filler"
@@ -545,31 +677,49 @@ def test_a_worker_without_room_gives_the_work_back_and_takes_some_when_it_has(
         assert worker.said.count("well again") == 1
         plays.hand_out(assignment(attempt=2))
         plays.wait_for("the update", lambda: WORK in plays.accepted)
-    finally:
-        worker.kill()
 
 
 @needs_mounts
 def test_a_worker_on_a_disk_that_became_read_only_gives_the_work_back_and_lives(
-    small_disk: Path, tmp_path: Path, plays: ScriptedCoordinator
+    starter: Starter, small_disk: Path, tmp_path: Path, plays: ScriptedCoordinator
 ) -> None:
-    worker = Worker(tmp_path, plays.url, state=small_disk / "state")
-    try:
-        hold = worker.hold("train-0")
+    with Worker(starter, tmp_path, plays.url, state=small_disk / "state") as worker:
         worker.start()
+        plays.wait_call("poll")
+        remount(small_disk / "state" / "work", "ro")
         plays.hand_out(assignment())
-        worker.wait_for_training()
-        failure = {"code": "worker_error", "sentence": "OSError in 'train': [Errno 28] No space left on device"}
-        hold.unlink()
-        plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
-        (worker.control / "fail-train").write_text(json.dumps({**failure, "detail": ""}))
-        plays.hand_out(assignment(2))
-        assert plays.wait_call("abandon").body["code"] == "disk_full"  # the child's words, not the task's fault
+        reason = plays.wait_call("abandon").body
+        assert reason["code"] == "disk_full"
+        assert "Read-only file system" in reason["sentence"]
+        plays.wait_for("two degraded polls", lambda: sum(bool(call.body["degraded"]) for call in plays.of("poll")) >= 2)
+        remount(small_disk / "state" / "work", "rw")
         plays.wait_for("a poll that is well", lambda: plays.of("poll")[-1].body["degraded"] == "")
-        # read-only for a while: what holds files open for writing is ended first
-        assert worker.process is not None
-    finally:
-        worker.kill()
+        plays.hand_out(assignment(attempt=2))
+        plays.wait_for("the update", lambda: WORK in plays.accepted)
+
+
+@needs_mounts
+def test_a_settled_update_that_cannot_be_deleted_is_held_no_longer_and_takes_no_worker_with_it(
+    starter: Starter, small_disk: Path, tmp_path: Path, plays: ScriptedCoordinator
+) -> None:
+    with Worker(starter, tmp_path, plays.url, state=small_disk / "state") as worker:
+        plays.hand_out(assignment())
+        worker.start()
+        plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+        remount(worker.state / "work", "ro")
+        plays.answer_poll(settled=plays.of("poll")[-1].body["holding"])
+        plays.wait_for("a degraded poll", lambda: "Read-only" in plays.of("poll")[-1].body["degraded"])
+        assert plays.of("poll")[-1].body["holding"] == []
+        remount(worker.state / "work", "rw")
+        plays.wait_for("a poll that is well", lambda: plays.of("poll")[-1].body["degraded"] == "")
+
+
+def remount(folder: Path, how: str) -> None:
+    """Make a folder read-only or writable, by a mount of itself: files open elsewhere on the disk do not stand against
+    it."""
+    if how == "ro":
+        subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    subprocess.run(["mount", "-o", f"remount,bind,{how}", str(folder)], check=True)
 
 
 @pytest.mark.parametrize(
@@ -603,22 +753,30 @@ def test_a_broken_disk_stops_the_agent_with_a_sentence(plays: ScriptedCoordinato
 
 
 @pytest.mark.acceptance
-def test_a_job_whose_worker_is_killed_again_and_again_trains_each_shard_once(tmp_path: Path) -> None:
+def test_a_job_whose_worker_is_killed_in_each_round_trains_each_step_once(starter: Starter, tmp_path: Path) -> None:
     with LocalFleet(tmp_path) as fleet:
-        worker = Worker(tmp_path, fleet.url, (fleet.state / "join.token").read_text().strip())
-        worker.start()
-        try:
-            job = fleet.submit(rounds=3, data={"shards": 2}, round={"evaluate_every": 0})
-            for kind in ("handed_out", "accepted", "round"):
-                fleet.await_event(job, lambda e, kind=kind: e["type"] == kind, f"a {kind}")
+        token = (fleet.state / "join.token").read_text().strip()
+        with Worker(starter, tmp_path, fleet.url, token) as worker:
+            worker.start()
+            hold = worker.hold("train-2")
+            job = fleet.submit(rounds=2, data={"shards": 1}, round={"evaluate_every": 0})
+            for number in (1, 2):
+                wait_until("training", lambda number=number: worker.trained().count("train begin 0") == number)
+                wait_until("the held step", lambda: _checkpoints(worker) == ["2"])
                 worker.kill()
                 worker.start()
+                wait_until("the rest", lambda number=number: worker.trained().count("train begin 2") == number)
+                hold.unlink()
+                wait_until("the end of the round", lambda number=number: worker.trained().count("train end") == number)
+                hold.touch()
             fleet.finish(job)
             facts = fleet.facts(job)
-            accepted = [(fact["round"], fact["shard"]) for fact in of_type(facts, "accepted")]
-            assert sorted(accepted) == [(r, s) for r in (1, 2, 3) for s in (0, 1)]
-            assert [fact["code"] for fact in of_type(facts, "handed_back")] == []
-            assert worker.trained().count("train end") == 6
+            handed_out = [fact for fact in of_type(facts, "handed_out") if fact["kind"] == "train"]
+            assert [(fact["round"], fact["attempt"]) for fact in handed_out] == [(1, 1), (2, 1)]
+            assert [fact["resumed_at"] for fact in of_type(facts, "accepted")] == [2, 2]
+            assert list(of_type(facts, "handed_back")) == []
             wait_until("the spool to be empty", lambda: not worker.attempts())
-        finally:
-            worker.kill()
+
+
+def _checkpoints(worker: Worker) -> list[str]:
+    return [path.read_text() for path in (worker.state / "work").glob("*/checkpoint")]

@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -20,7 +22,7 @@ from hypothesis import strategies as st
 from common.errors import BadTaskError, DiskFullError, LydianError
 from common.messages import Registration
 from worker import identity
-from worker.identity import Identity, default_folder, trust_file, trusted_digests
+from worker.identity import Identity, default_folder, place_of, trust_file, trusted_digests
 
 URL = "http://100.64.0.1:8470"
 SECRET = "lyd_work_never-in-a-log"
@@ -336,6 +338,36 @@ def test_a_folder_that_vanished_is_an_error_and_leaves_the_identity_as_it_was(jo
         with pytest.raises(LydianError, match="cannot be used"):
             me.remember("other", "one")
         assert me.worker_id == "gpu-1-0a1b2c3d"
+
+
+def test_a_place_is_the_same_at_each_start_and_says_nothing_of_the_machine(joined: Path) -> None:
+    with Identity.open(joined, URL) as first:
+        place, start = first.place, first.start_id
+    with Identity.open(joined, URL) as second:
+        assert (second.place, second.start_id != start) == (place, True)
+    assert re.fullmatch("[0-9a-f]{64}", place)
+    assert Registration.model_fields["place"].metadata[0].max_length == len(place)
+
+
+def test_a_copied_folder_has_another_place_and_a_renamed_one_has_not(joined: Path) -> None:
+    before = place_of(joined)
+    shutil.copytree(joined, joined.with_name("copy"))
+    joined.rename(joined.with_name("renamed"))
+    assert place_of(joined.with_name("renamed")) == before
+    assert place_of(joined.with_name("copy")) != before
+
+
+def test_another_machine_has_another_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, machine_id = tmp_path / "folder", tmp_path / "machine-id"
+    folder.mkdir()
+    monkeypatch.setattr(identity, "MACHINE_IDS", (tmp_path / "absent", machine_id))
+    places = set()
+    for content in ("0123\n", "4567\n", ""):  # without an id, the machine's name stands for it
+        machine_id.write_text(content)
+        places.add(place_of(folder))
+    assert len(places) == 3
+    machine_id.unlink()
+    assert place_of(folder) in places
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

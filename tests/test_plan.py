@@ -1,12 +1,27 @@
 """What the agent decides, by pure calls."""
 
+import errno
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common import errors
 from common.errors import LydianError
-from common.messages import Assignment, JobSpec, ModelRef, Range, TaskRef, Trust
+from common.messages import (
+    Assignment,
+    HeartbeatAnswer,
+    Holding,
+    JobSpec,
+    Kind,
+    ModelRef,
+    PollRequest,
+    Range,
+    Registration,
+    TaskRef,
+    Trust,
+    VersionView,
+)
 from worker import plan
 
 DIGEST = "a" * 64
@@ -98,6 +113,18 @@ def test_the_seed_of_a_shard_does_not_depend_on_who_trains_it(first: int, second
     assert len(seeds) == 1
 
 
+@pytest.mark.parametrize("every_s", [0.0, 30.0])
+def test_a_checkpoint_is_asked_for_unless_there_is_to_be_none(every_s: float) -> None:
+    command = plan.train_command(
+        assignment(), base="b", indices=None, out="o", checkpoint="c", checkpoint_every_s=every_s
+    )
+    asked = {name: command.get(name) for name in ("checkpoint", "checkpoint_every_s", "base_digest")}
+    if every_s:
+        assert asked == {"checkpoint": "c", "checkpoint_every_s": 30.0, "base_digest": DIGEST}
+    else:
+        assert not asked.keys() & command.keys()
+
+
 def test_the_seed_differs_between_rounds_shards_and_jobs() -> None:
     other = JobSpec(task="digits", seed=1)
     made = [assignment(), assignment(round=4), assignment(shard=2), assignment(spec=other)]
@@ -114,6 +141,7 @@ def test_the_seed_differs_between_rounds_shards_and_jobs() -> None:
     [
         (errors.UnavailableError("x"), "wait"),
         (errors.DiskFullError("x"), "wait"),
+        (errors.TooSlowError("x"), "wait"),
         (errors.LydianError("x"), "wait"),
         (errors.UnauthenticatedError("x"), "stop"),
         (errors.ForbiddenError("x"), "stop"),
@@ -144,3 +172,126 @@ def test_bytes_that_keep_arriving_damaged_are_given_up() -> None:
 def test_a_wait_is_never_longer_than_the_longest(failures: int, jitter: float) -> None:
     assert 0 <= plan.wait_s(failures, jitter) <= plan.LONGEST_WAIT_S
     assert plan.wait_s(failures, 0.999) <= plan.wait_s(failures + 1, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("error", "rival"),
+    [
+        (errors.SupersededError("x"), True),
+        (errors.ConflictError("x", code="already_working"), True),
+        (errors.ConflictError("x"), False),
+        (errors.JobOverError("x"), False),
+        (errors.UnauthenticatedError("x"), False),
+    ],
+)
+def test_only_another_process_with_the_same_credential_is_a_rival(error: LydianError, rival: bool) -> None:
+    assert plan.is_rival(error) == rival
+
+
+@pytest.mark.parametrize(
+    ("error", "doubts"),
+    [
+        (errors.BadUpdateError("x", code="digest_mismatch"), True),
+        (errors.LydianError("it became shorter while it was sent"), True),
+        (errors.UnavailableError("x"), False),
+        (errors.ConflictError("x", code="incomplete"), False),
+    ],
+)
+def test_bytes_are_hashed_again_only_where_the_failure_may_be_theirs(error: LydianError, doubts: bool) -> None:
+    assert plan.doubts_bytes(error) == doubts
+
+
+# ---------------------------------------------------------------- versions
+
+
+@given(st.integers(1, 9), st.integers(1, 9))
+def test_a_coordinator_is_refused_only_if_it_is_older(theirs: int, ours: int) -> None:
+    refusal = plan.version_refusal(VersionView(version="1.2", protocol=theirs), protocol=ours, version="2.0")
+    assert (refusal is not None) == (theirs < ours)
+    if refusal is not None:
+        assert refusal.advice == "Upgrade the coordinator, or install version 1.2 here."
+        assert f"speaks protocol {theirs}" in str(refusal)
+
+
+# ---------------------------------------------------------------- what the spool holds
+
+
+@pytest.mark.parametrize(("kind", "stays"), [("train", True), ("init", False), ("evaluate", False)])
+def test_only_what_the_coordinator_may_lose_is_kept_after_the_receipt(kind: Kind, stays: bool) -> None:
+    assert plan.stays(kind) == stays
+
+
+@pytest.mark.parametrize(
+    ("order", "starts", "action"),
+    [
+        ("continue", 1, "go on"),
+        ("drain", 1, "go on"),
+        ("continue", 2, "give back"),
+        ("drain", 7, "give back"),
+        ("superseded", 1, "drop"),
+        ("cancelled", 2, "drop"),
+    ],
+)
+def test_unfinished_work_goes_on_if_it_is_wanted_and_did_not_take_the_agent_with_it(
+    order: str, starts: int, action: str
+) -> None:
+    answer = HeartbeatAnswer.model_validate({"order": order, "reason": "why"})
+    then = plan.resumption(answer, starts)
+    assert then.action == action
+    if action == "give back":
+        assert f"ended {starts} times" in then.why
+
+
+HELD = st.builds(
+    Holding, assignment=st.from_regex(r"[a-z]{1,5}", fullmatch=True), attempt=st.integers(1, 9),
+    digest=st.sampled_from([None, DIGEST]),
+)  # fmt: skip
+
+
+@given(st.lists(HELD, max_size=150), st.lists(HELD, max_size=150))
+def test_what_is_told_always_fits_into_a_message_and_begins_with_what_is_unsent(
+    unsent: list[Holding], kept: list[Holding]
+) -> None:
+    told = plan.told(unsent, kept)
+    assert told == tuple(unsent + kept)[: len(told)]
+    assert len(told) == min(len(unsent) + len(kept), plan.HOLDINGS)
+    assert PollRequest(start_id="s", claim_key="c", holding=told).holding == told
+    limits = [part.max_length for part in Registration.model_fields["holding"].metadata if hasattr(part, "max_length")]
+    assert limits == [plan.HOLDINGS]
+
+
+# ---------------------------------------------------------------- the disk
+
+
+@pytest.mark.parametrize(
+    ("number", "verdict"),
+    [
+        (errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EROFS, "closed"), (errno.EACCES, "closed"),
+        (errno.EPERM, "closed"), (errno.EIO, "broken"), (errno.ENOENT, "other"), (None, "other"),
+    ],
+)  # fmt: skip
+def test_the_disk_is_told_from_everything_else(number: int | None, verdict: str) -> None:
+    assert plan.disk_verdict(number) == verdict
+
+
+@pytest.mark.parametrize(
+    ("sentence", "number"),
+    [
+        ("OSError in the training process: [Errno 28] No space left on device: '/x'", errno.ENOSPC),
+        ("SafetensorError: I/O error: Read-only file system (os error 30)", errno.EROFS),
+        ("KeyError: 28", None),
+        ("[Errno] os error 5", None),
+    ],
+)
+def test_the_systems_error_is_found_in_the_childs_words(sentence: str, number: int | None) -> None:
+    assert plan.errno_in(sentence) == number
+
+
+@given(st.integers(0, 1000), st.integers(0, 2000), st.sampled_from(["train", "evaluate"]))
+def test_the_room_for_work_is_what_is_left_to_fetch_and_what_comes_out(size: int, fetched: int, kind: str) -> None:
+    needed = plan.room_needed(assignment(kind=kind, base=ModelRef(digest=DIGEST, size=size)), fetched=fetched)
+    assert needed - max(size - fetched, 0) == (size if kind == "train" else 0)
+
+
+def test_the_room_for_a_first_model_is_not_known() -> None:
+    assert plan.room_needed(assignment(kind="init", base=None), fetched=0) == 0

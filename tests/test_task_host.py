@@ -147,9 +147,9 @@ TENSORS = {
 
 @given(st.data(), st.lists(st.sampled_from(sorted(TENSORS)), min_size=1, max_size=3), st.integers(1, 20))
 def test_reading_rows_gives_what_the_default_collation_gives(data: st.DataObject, kinds: list[str], n: int) -> None:
-    whole: Dataset[Any] = TensorDataset(*(TENSORS[kind](n) for kind in kinds))
+    whole = TensorDataset(*(TENSORS[kind](n) for kind in kinds))
     indices = st.lists(st.integers(0, n - 1), min_size=1, max_size=2 * n)
-    dataset = Subset(whole, data.draw(indices)) if data.draw(st.booleans()) else whole
+    dataset: Subset[Any] | TensorDataset = Subset(whole, data.draw(indices)) if data.draw(st.booleans()) else whole
     parts = data.draw(st.lists(st.lists(st.integers(0, len(dataset) - 1), min_size=1, max_size=6), min_size=1))
     wanted = list(DataLoader(dataset, batch_sampler=parts))
     got = list(task_host.read_batches(dataset, list(map(torch.tensor, parts)), torch.device("cpu"), workers=0, seed=0))
@@ -390,7 +390,7 @@ def test_tensors_in_memory_and_single_samples_train_to_the_same_bytes(desk: Desk
 
 
 @pytest.mark.parametrize(("length", "steps"), [({}, 7), ({"epochs": 3}, 21), ({"steps": 9}, 9), ({"steps": 2}, 2)])
-def test_a_round_is_as_long_as_the_job_says(desk: Desk, length: dict[str, int], steps: int) -> None:
+def test_a_round_is_as_long_as_the_job_says(desk: Desk, length: dict[str, Any], steps: int) -> None:
     desk.open(SMALL_TASK)
     desk.init()
     assert desk.train(**length)["steps"] == steps
@@ -462,7 +462,7 @@ def train(model, loader, context):
 
 
 @pytest.mark.parametrize("length", [{"epochs": 2}, {"steps": 10}, {"steps": 3}])
-def test_an_own_loop_written_like_the_default_one_gives_the_same_bytes(desk: Desk, length: dict[str, int]) -> None:
+def test_an_own_loop_written_like_the_default_one_gives_the_same_bytes(desk: Desk, length: dict[str, Any]) -> None:
     desk.open(SMALL_TASK)
     desk.init()
     wanted = desk.train("default", **length)
@@ -709,7 +709,8 @@ def test_a_stop_ends_the_command_under_way_and_only_that(desk: Desk) -> None:
 @settings(max_examples=30)
 @given(st.lists(st.sampled_from(["train", "stop"]), max_size=12))
 def test_a_stop_never_reaches_the_command_after_it(lines: list[str]) -> None:
-    stopping, commands = threading.Event(), queue.Queue()
+    stopping = threading.Event()
+    commands: queue.Queue[dict[str, Any]] = queue.Queue()
     for do in lines:
         task_host.take_command({"do": do}, commands, stopping)
     assert stopping.is_set() == (lines[-1:] == ["stop"])

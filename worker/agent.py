@@ -160,8 +160,8 @@ class Agent:
             raise refusal
 
     def _register(self) -> None:
-        with usable(self.spool.folder):
-            child = self._trainer.ready()
+        with usable(self.spool.folder), self._departure.may_leave():
+            build = self._trainer.ready().hello  # waits for torch to be loaded
         url = self.identity.url
         unsent = [held.holding for held in self.spool.trained(url)]
         unsent += [held.holding for held in self.spool.untrained(url)]
@@ -170,7 +170,7 @@ class Agent:
             protocol=PROTOCOL,
             version=__version__,
             start_id=self.identity.start_id,
-            hardware=hardware.describe(child.hello, child.hello.device),
+            hardware=hardware.describe(build, build.device),
             data=tuple(sorted(self.options.data)),
             trust=self.options.trust,
             trusted=self.options.trusted,
@@ -288,7 +288,7 @@ class Agent:
         for trained in self.spool.trained(self.identity.url):
             place = trained.place
             log.info("%s was trained before this start: handing it in", place.assignment)
-            with self._beating(place.assignment, place.attempt) as heart, self._outcome(heart, place.assignment):
+            with self._attempt(place.assignment, place.attempt, place.assignment) as heart:
                 self._hand_in(trained, self._durable(trained), heart, maybe_there=True)
         for untrained in self.spool.untrained(self.identity.url):
             self._carry_on(untrained)
@@ -396,42 +396,35 @@ class Agent:
         """
         label = f"{assignment.job} {assignment.kind} round {assignment.round} shard {assignment.shard}"
         room = plan.room_needed(assignment, fetched=0)
-        with self._beating(assignment.id, assignment.attempt) as heart:
+        with self._attempt(assignment.id, assignment.attempt, label, room) as heart:
             self._send_again(wanted)
-            with self._outcome(heart, label, room):
-                self._trainer.check_trust(assignment)
-                begun = self.spool.start_again(known) if known else self.spool.begin(assignment, self.identity.url)
-                durability = self.spool.durability(begun)
-                heart.on_first_beat = durability.begin
-                trained = self._trainer.carry_out(begun, durability, heart)
-                self._hand_in(trained, durability, heart)
-                log.info("%s: %d samples in %.2f s", label, trained.submission.samples, trained.submission.seconds)
+            self._trainer.check_trust(assignment)
+            begun = self.spool.start_again(known) if known else self.spool.begin(assignment, self.identity.url)
+            durability = self.spool.durability(begun)
+            heart.on_first_beat = durability.begin
+            trained = self._trainer.carry_out(begun, durability, heart)
+            self._hand_in(trained, durability, heart)
+            log.info("%s: %d samples in %.2f s", label, trained.submission.samples, trained.submission.seconds)
         self._drained = self._drained or heart.order == "drain"
 
     @contextlib.contextmanager
-    def _beating(self, assignment: str, attempt: int) -> Iterator[Heart]:
+    def _attempt(self, assignment: str, attempt: int, label: str, room: int = 0) -> Iterator[Heart]:
+        """Inside, its heart beats. What becomes of an attempt that ends in another way than by a receipt is here.
+
+        Args:
+            assignment: its id.
+            attempt: its number.
+            label: what the log calls it.
+            room: bytes that it needs on the disk, as far as that is known.
+        """
         welcome = self._known_as
         heart = Heart(self.api, welcome.worker_id, self.identity.start_id, assignment, attempt, welcome.heartbeat_s)
         self._heart = heart
         try:
-            with heart:
+            with heart:  # it has stopped when the work is given back: a beat would take it again
                 if self._departure.time_is_up.is_set():
                     raise Leaving
                 yield heart
-        finally:
-            self._heart = None
-
-    @contextlib.contextmanager
-    def _outcome(self, heart: Heart, label: str, room: int = 0) -> Iterator[None]:
-        """What becomes of an attempt whose work ends inside in another way than by a receipt.
-
-        Args:
-            heart: of the attempt.
-            label: what the log calls it.
-            room: bytes that it needs on the disk, as far as that is known.
-        """
-        try:
-            yield
         except TaskFailure as failure:
             log.warning("%s: %s", label, failure.sentence)
             number = plan.errno_in(failure.sentence) if failure.code == "worker_error" else None
@@ -444,16 +437,22 @@ class Agent:
             sentence = f"{self.options.name} cannot use its state folder: {error}"
             self._give_back(heart, error.errno, room, "worker_error", sentence)
         except (TaskStopped, Unfinished, Dropped) as ended:
-            if heart.fatal is not None:
-                raise heart.fatal from ended
-            if self._departure.time_is_up.is_set() and not isinstance(ended, Dropped):
-                self._release(heart)
-                raise Leaving from ended
-            log.info("%s: dropped: %s", label, heart.order_reason or ended)
-            self._drop(self.spool.find(heart.assignment, heart.attempt))
+            self._end(heart, label, ended)
         except Leaving:
             self._release(heart)
             raise
+        finally:
+            self._heart = None
+
+    def _end(self, heart: Heart, label: str, ended: Exception) -> None:
+        """The attempt was stopped, or its result is not wanted."""
+        if heart.fatal is not None:
+            raise heart.fatal from ended
+        if self._departure.time_is_up.is_set() and not isinstance(ended, Dropped):
+            self._release(heart)
+            raise Leaving from ended
+        log.info("%s: dropped: %s", label, heart.order_reason or ended)
+        self._drop(self.spool.find(heart.assignment, heart.attempt))
 
     def _give_back(
         self, heart: Heart, number: int | None, room: int, code: str, sentence: str, detail: str = ""

@@ -11,7 +11,8 @@ or `server` is the task's. Nothing is pickled. One command at a time; the model 
 
 What a train command leaves behind is a function of the command and the base model: it seeds every generator, and torch
 is asked for deterministic kernels where it has them (a task file that wants speed instead may call
-`torch.use_deterministic_algorithms(False)`).
+`torch.use_deterministic_algorithms(False)`). A train command that was killed in the middle and is given again goes on
+from the checkpoint that it wrote (worker/task_checkpoint.py), and leaves the same bytes.
 """
 
 import argparse
@@ -33,11 +34,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -58,10 +60,7 @@ def beside(name: str) -> ModuleType:
     return module
 
 
-if TYPE_CHECKING:
-    from worker import task_checkpoint
-else:
-    task_checkpoint = beside("task_checkpoint")
+task_checkpoint = beside("task_checkpoint")
 
 PROGRESS_EVERY_S = 0.2  # a person's eye and a heartbeat need no more
 SENTENCE_LIMIT = 1_000  # characters
@@ -329,6 +328,7 @@ class Task:
     file: Path
     module: ModuleType
     config: dict[str, Any]
+    digest: str  # SHA-256 over the file and the configuration, as they were before the task's code ran
 
     def has(self, hook: str) -> bool:
         """Whether the file defines this optional function."""
@@ -361,14 +361,16 @@ def import_task(file: Path, config: dict[str, Any]) -> Task:
     spec = importlib.util.spec_from_file_location("lydian_task", file)
     if spec is None or spec.loader is None:
         raise TaskError("bad_task", f"{file.name} is not a Python file: its name must end in .py")
-    task = Task(file=file, module=importlib.util.module_from_spec(spec), config=config)
+    seen = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    task = Task(file=file, module=importlib.util.module_from_spec(spec), config=config, digest="")
     sys.modules[spec.name] = task.module  # dataclasses and typing look their module up while it is imported
     with task.watched(""):
+        seen.update(file.read_bytes())
         spec.loader.exec_module(task.module)
     missing = [f"{hook}({arguments})" for hook, arguments in REQUIRED_HOOKS.items() if not task.has(hook)]
     if missing:
         raise TaskError("bad_task", f"{file.name} does not define {' and '.join(missing)}")
-    return task
+    return replace(task, digest=seen.hexdigest())
 
 
 REQUIRED_HOOKS = {"model": "config", "dataset": "config, split"}
@@ -693,6 +695,11 @@ class Context:
 
     Call `step` once an optimiser step. The loader ends by itself when the round is over, and a loop never has to ask
     which of epochs, steps and seconds the job gave. One of those three is set; the other two are None.
+
+    A killed worker trains such a loop from the start, unless the file says `RESUMABLE = True`: all that the loop
+    remembers from one batch to the next is in the model's state_dict, in context.optimizer, and in what the loader and
+    this context count; a batch is done with before the next one is asked for. Then it goes on from a checkpoint:
+    train() is called again, and its loader begins in the middle.
     """
 
     device: torch.device
@@ -717,7 +724,7 @@ class Context:
     _pass: int = 0  # number of the pass under way
     _at: int = 0  # batches given in that pass
     _resumed_at: int = 0  # the step of the checkpoint that this went on from
-    _keep: Callable[[], None] | None = None  # keeps a checkpoint if one is due
+    _keep: Callable[["Context"], None] | None = None  # keeps a checkpoint if one is due; holds no context: no cycle
 
     @property
     def done(self) -> bool:
@@ -752,8 +759,6 @@ class Context:
         self._settled = True
         if self._events.due("training"):
             self.report()
-        if self._keep is not None:
-            self._keep()
         return not self.done
 
     def report(self) -> None:
@@ -776,8 +781,10 @@ class Context:
         if not self._unread:
             return 0.0
         values = torch.stack([value for value, _ in self._unread]).tolist()
-        recent: float = sum(value * count for value, (_, count) in zip(values, self._unread, strict=True))
-        self._loss_sum += recent
+        recent = 0.0
+        for value, (_, count) in zip(values, self._unread, strict=True):
+            recent += value * count
+            self._loss_sum += value * count  # one by one: the sum is the same whenever it was read
         self._unread.clear()
         return recent
 
@@ -793,10 +800,18 @@ class Context:
     # What follows is between the loader and the context; a task has no use for it.
 
     def wants_more(self) -> bool:
-        """Whether the loader is to give another batch."""
+        """Whether the loader is to give another batch. Before it does, a checkpoint is kept if one is due.
+
+        Here and not in step(): whatever the loop does after step() is done now, and nothing was drawn for the next
+        batch. Not between the batches of one step either: their gradients are in no checkpoint.
+        """
         if self._stopping.is_set():
             raise Stopped
-        return not self.done
+        if self.done:
+            return False
+        if self._keep is not None and self._settled and self._taken:
+            self._keep(self)
+        return True
 
     def gave(self, samples: int) -> None:
         """The loader gave a batch of so many samples."""
@@ -832,11 +847,8 @@ class Context:
     def go_on_from(self, position: dict[str, Any]) -> None:
         """Go on in the middle: the clock too, so that `seconds` are seconds of training."""
         self._pass, self._at, self._drawn = position["pass"], position["at"], position["drawn"]
-        self._batch_samples, self._taken, self._samples = (
-            position["batch_samples"],
-            position["taken"],
-            position["samples"],
-        )
+        self._batch_samples, self._taken = position["batch_samples"], position["taken"]
+        self._samples = position["samples"]
         self._loss_sum = position["loss_sum"]
         self._began = time.monotonic() - position["elapsed_s"]
         self._resumed_at = self._taken
@@ -859,7 +871,9 @@ class ShardLoader:
     def __iter__(self) -> Iterator[Any]:
         """One pass over the shard; shorter when the round is over before, or when it goes on in the middle of one.
 
-        Random augmentation in `loader_workers` starts anew where a pass goes on; everything else is the same.
+        A pass that goes on gives the very batches that were left, also where the dataset draws from the global
+        generators of Python, numpy or torch. Only in `loader_workers`, and from a generator of the dataset's own, it
+        draws other numbers than it would have; each sample is still given as often.
         """
         context = self._context
         if self._begun:
@@ -892,23 +906,47 @@ def default_train(task: Task, model: nn.Module, loader: ShardLoader, context: Co
 # ---------------------------------------------------------------- the commands
 
 
-def is_resumable(task: Task, optimizer: Any) -> bool:  # noqa: ANN401 - a task may bring its own kind of optimiser
-    """Whether a training loop can go on from a checkpoint.
+def fresh_optimizer(task: Task, model: nn.Module, seed: int) -> Any:  # noqa: ANN401 - a task may bring its own kind
+    """Have a model that was just loaded ready to be trained by the optimiser that is returned."""
+    seed_everything(seed)  # after model and data were built: those that were kept have drawn no numbers
+    model.train()
+    model.zero_grad(set_to_none=True)
+    with task.watched("optimizer" if task.has("optimizer") else "model"):
+        return optimizer_of(task, model)
 
-    The default loop can. A task's own train() may remember things that nobody else knows of: it can if the file says
-    `RESUMABLE = True`, that is: all that the loop remembers is in the model, context.optimizer and context's counts.
+
+def why_not_resumable(task: Task, optimizer: Any) -> str | None:  # noqa: ANN401 - a task may bring its own kind
+    """Why a training loop could not go on from a checkpoint; None: it can.
+
+    The default loop can. A task's own train() may remember things that nobody else knows of: it can where the file
+    says `RESUMABLE = True` (see Context). `RESUMABLE = False` is for hooks that remember things, such as a schedule
+    that counts in loss() or sits beside the optimiser.
     """
-    if task.has("train") and getattr(task.module, "RESUMABLE", False) is not True:
-        return False
-    return all(callable(getattr(optimizer, name, None)) for name in ("state_dict", "load_state_dict"))
+    if getattr(task.module, "RESUMABLE", not task.has("train")) is not True:
+        return f"{task.file.name} does not say RESUMABLE = True"
+    if not all(callable(getattr(optimizer, name, None)) for name in ("state_dict", "load_state_dict")):
+        return f"the optimiser, a {type(optimizer).__name__}, has no state_dict() and load_state_dict()"
+    return None
 
 
-def identity(task: Task, facts: list[Any], shard: Tensor) -> str:
-    """A digest of all that decides what a train command does: two with the same one may share a checkpoint."""
-    seen = hashlib.sha256(json.dumps([facts, task.config, torch.__version__], sort_keys=True, default=str).encode())
-    seen.update(task.file.read_bytes())
+def identity(task: Task, device: torch.device, facts: list[Any], shard: Tensor) -> str:
+    """A digest of all that decides what a train command does: two with the same one may share a checkpoint.
+
+    Args:
+        task: the task, whose digest is that of the file and the configuration.
+        device: the kind counts, since its generator's state is in the checkpoint.
+        facts: base model, seed, round and lengths; plain values.
+        shard: int64 (samples,).
+    """
+    seen = hashlib.sha256(json.dumps([task.digest, facts, device.type, torch.__version__]).encode())
     seen.update(shard.numpy().data)
     return seen.hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Host:
@@ -921,6 +959,7 @@ class Host:
         self._task: Task | None = None
         self._model: nn.Module | None = None
         self._splits: dict[str, Any] = {}
+        self._said: str | None = None  # why this task's training cannot be resumed: said once, not once a round
         self._commands: dict[str, Callable[..., dict[str, Any]]] = {
             "open": self.open,
             "init": self.init,
@@ -947,7 +986,7 @@ class Host:
     def open(self, task: str, config: dict[str, Any]) -> dict[str, Any]:
         """Import the task file; forget the one before, its model and its data."""
         self._events.progress("loading")
-        self._task, self._model, self._splits = None, None, {}
+        self._task, self._model, self._splits, self._said = None, None, {}, None
         self._task = import_task(Path(task).resolve(), config)
         return {}
 
@@ -988,7 +1027,19 @@ class Host:
     ) -> dict[str, Any]:
         """Train the base model on a shard and write what came out. Without a length: one epoch.
 
-        With a checkpoint's path, goes on from the one that this very command left there, and leaves others by and by.
+        Args:
+            base: path of the model to train.
+            indices: path of the shard's samples, int64 .npy; None: all there are.
+            out: path of what comes out.
+            seed: of all generators.
+            round: for the task's own loop.
+            epochs: length in passes; one of the three lengths is set, at most.
+            steps: length in optimiser steps.
+            seconds: length in seconds of training, those before a kill counted in.
+            checkpoint: path of a file: this command goes on from what it left there when it was killed, leaves others
+                there from time to time, and removes them when `out` is written. None: it does nothing of the kind.
+            checkpoint_every_s: seconds between two checkpoints, and before the first.
+            base_digest: what the base is known by; without one, the file is hashed.
         """
         self._events.progress("loading")
         task, dataset = self._opened(), self._split("train")
@@ -996,11 +1047,6 @@ class Host:
         model = self._loaded(base, seed)
         has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         ends = batch_ends(len(shard), int(task.config.get("batch_size", 32)), join_last_one=has_batch_norm)
-        seed_everything(seed)  # after model and data were built: those that were kept have drawn no numbers
-        model.train()
-        model.zero_grad(set_to_none=True)
-        with task.watched("optimizer" if task.has("optimizer") else "model"):
-            optimizer = optimizer_of(task, model)
         context = Context(
             device=self._device,
             config=task.config,
@@ -1009,20 +1055,20 @@ class Host:
             epochs=1 if epochs is None and steps is None and seconds is None else epochs,
             steps=steps,
             seconds=seconds,
-            optimizer=optimizer,
+            optimizer=fresh_optimizer(task, model, seed),
             _events=self._events,
             _stopping=self._stopping,
             _batches=len(ends),
         )
-        loader = ShardLoader(dataset, shard, ends, context)
         kept = None
-        if checkpoint is not None and is_resumable(task, optimizer):
-            lengths = [context.epochs, steps, seconds]
-            command = identity(task, [base_digest or base, seed, round, *lengths], shard)
+        if checkpoint is not None and self._resumable(context.optimizer):
+            facts = [base_digest or digest_of_file(Path(base)), seed, round, context.epochs, steps, seconds]
+            command = identity(task, self._device, facts, shard)
             kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
-            self._go_on(kept, model, context)
-            context._keep = lambda: kept.write(state_of(model)[0], optimizer, context.position()) if kept.due else None
+            self._go_on(kept, model, Path(base), context)
+            context._keep = partial(self._keep, kept, model)
         context.report()
+        loader = ShardLoader(dataset, shard, ends, context)
         with task.watched("train"):
             if task.has("train"):
                 task.call("train", model, loader, context)
@@ -1037,16 +1083,45 @@ class Host:
             kept.remove()
         return {"samples": len(shard), **result}
 
-    def _go_on(self, kept: "task_checkpoint.Checkpoint", model: nn.Module, context: Context) -> None:
-        """Put everything where the checkpoint has it; without one, leave it as it is."""
+    def _resumable(self, optimizer: Any) -> bool:  # noqa: ANN401 - a task may bring its own kind
+        """Whether training can go on from a checkpoint; if not, says so once for each task."""
+        why_not = why_not_resumable(self._opened(), optimizer)
+        if why_not not in {None, self._said}:
+            task_checkpoint.say(f"none are kept, a shard that is broken off starts anew: {why_not}")
+            self._said = why_not
+        return why_not is None
+
+    def _go_on(self, kept: Any, model: nn.Module, base: Path, context: Context) -> None:  # noqa: ANN401 - a Checkpoint
+        """Put everything where the checkpoint has it; without one that can be put back, leave it as it began."""
         saved = kept.read()
         if saved is None:
             return
-        put_state(model, saved.model)
-        context.optimizer.load_state_dict(saved.optimizer)
+        task = self._opened()
+        try:
+            put_state(model, saved.model)
+            with task.watched("optimizer"):
+                context.optimizer.load_state_dict(saved.optimizer)
+        except TaskError as error:
+            task_checkpoint.say(f"it cannot be gone on from, training starts from the base: {error}")
+            kept.remove()
+            load_state(model, base)
+            context.optimizer = fresh_optimizer(task, model, context.seed)
+            return
         context.go_on_from(saved.position)
-        task_checkpoint.set_generators(saved.generators, self._device)  # last: what was put back drew no numbers
-        task_checkpoint.say(f"going on at step {context.position()['taken']}")
+        task_checkpoint.set_generators(saved.generators, self._device)  # last: what was put back may have drawn
+        task_checkpoint.say(f"going on at step {saved.position['taken']}")
+
+    def _keep(self, kept: Any, model: nn.Module, context: Context) -> None:  # noqa: ANN401 - a Checkpoint
+        """Keep a checkpoint, if one is due."""
+        if not kept.due:
+            return
+        try:
+            with self._opened().watched("optimizer"):
+                optimizer = context.optimizer.state_dict()
+        except TaskError as error:  # an optimiser that trains is good enough to train with
+            kept.give_up(str(error))
+            return
+        kept.write(state_of(model)[0], optimizer, context.position())
 
     def evaluate(self, base: str, batch_size: int) -> dict[str, Any]:
         """Measure the base model on the whole test split. Sums that are not finite are left out."""

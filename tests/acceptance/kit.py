@@ -83,18 +83,19 @@ class Process:
 class LocalFleet:
     """A coordinator and workers in a folder. Use as a context manager: nothing outlives it."""
 
-    def __init__(self, folder: Path, *, ttl_s: float = 40.0, **settings: str) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, *, ttl_s: float = 40.0, host: str = "127.0.0.1", **settings: str) -> None:
+        self.folder, self.host, self.port = folder, host, free_port()
         self.state = folder / "state"
         self.environment = {"LYDIAN_TTL_S": str(ttl_s), "LYDIAN_HEARTBEAT_S": str(ttl_s / 8)}
         self.environment |= {"LYDIAN_RESERVE_BYTES": str(4 << 20), **settings}
         self.coordinator: Process | None = None
         self.workers: dict[str, Process] = {}
+        self.folders: dict[str, Path] = {}  # of workers whose state lies elsewhere
         self._starts = 0
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def __enter__(self) -> Self:
         self.start_coordinator()
@@ -110,7 +111,7 @@ class LocalFleet:
 
     def start_coordinator(self) -> Process:
         self._starts += 1
-        arguments = ["-m", "server", "--host", "127.0.0.1", "--port", str(self.port), "--state-dir", str(self.state)]
+        arguments = ["-m", "server", "--host", self.host, "--port", str(self.port), "--state-dir", str(self.state)]
         process = Process(arguments, self.folder / f"coordinator-{self._starts}.log", self.environment)
         self.coordinator = process
         wait_for("the coordinator to listen", lambda: f"ready {self.url}" in process.said() or _raise_if_dead(process))
@@ -119,8 +120,9 @@ class LocalFleet:
     def start_worker(self, name: str, *arguments: str, python: Path = Path(sys.executable)) -> Process:
         token = (self.state / "join.token").read_text().strip()
         common = ("--threads", "1", "--device", "cpu")
+        folder = self.folders.get(name, self.folder / name)
         process = Process(
-            ["-m", "worker", self.url, "--name", name, "--state-dir", str(self.folder / name), *common, *arguments],
+            ["-m", "worker", self.url, "--name", name, "--state-dir", str(folder), *common, *arguments],
             self.folder / f"{name}.log",
             {"LYDIAN_TOKEN": token},
             str(python),

@@ -1,0 +1,87 @@
+"""Full and read-only disks: work is refused in words before it is done, and goes on by itself when there is room."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from client.chaos.disk import Disk, why_no_disk
+from tests.acceptance.kit import LocalFleet, of_type, wait_for
+from tests.acceptance.test_many_kills import JOB, TASK, check
+from tests.privileges import why_no_mounts
+
+WHY_NOT = why_no_mounts() or why_no_disk()
+
+pytestmark = [pytest.mark.acceptance, pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)]
+
+
+def state_of(fleet: LocalFleet, name: str) -> tuple[str, str]:
+    (worker,) = [worker for worker in fleet.api.workers() if worker.name == name]
+    return worker.state, worker.reason
+
+
+def test_a_job_pauses_on_a_full_disk_and_goes_on_by_itself_to_the_same_model(tmp_path: Path) -> None:
+    with Disk(tmp_path / "disk.img", tmp_path / "disk") as disk:
+        fleet = LocalFleet(tmp_path)
+        fleet.state = disk.path / "state"
+        with fleet:
+            fleet.start_workers(2, "--trust", "any")
+            truth = fleet.finish(fleet.submit(TASK, **JOB)).model
+            assert truth is not None
+            job = fleet.submit(TASK, **JOB)
+            fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "round 2")
+            with disk.filled():
+                paused = wait_for(
+                    "the job to pause", lambda: v if (v := fleet.api.job(job)).state == "paused" else None
+                )
+                assert "until there is room" in paused.reason
+                assert "bytes do not fit" in paused.reason
+                assert fleet.coordinator is not None
+                assert fleet.coordinator.popen.poll() is None
+            assert check(fleet, job, truth.digest)[0] == 0
+            states = [fact["state"] for fact in of_type(fleet.facts(job), "job")]
+            assert states == ["initialising", "paused", "training", "finished"]
+
+
+def test_a_worker_without_room_gives_its_work_back_is_shown_as_degraded_and_works_again_when_there_is_room(
+    tmp_path: Path,
+) -> None:
+    with Disk(tmp_path / "disk.img", tmp_path / "disk") as disk:
+        fleet = LocalFleet(tmp_path, LYDIAN_POLL_S="0.5")
+        fleet.folders["w1"] = disk.path / "w1"
+        with fleet:
+            fleet.start_workers(2, "--trust", "any")
+            truth = fleet.finish(fleet.submit(TASK, **JOB)).model
+            assert truth is not None
+            with disk.filled():
+                job = fleet.submit(TASK, **JOB)
+                check(fleet, job, truth.digest)
+                wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
+                assert "needed" in state_of(fleet, "w1")[1] or "No space left" in state_of(fleet, "w1")[1]
+            backs = list(of_type(fleet.facts(job), "handed_back"))
+            assert {back["code"] for back in backs} == {"disk_full"}
+            assert {back["worker_name"] for back in backs} == {"w1"}
+            wait_for("w1 to be well again", lambda: state_of(fleet, "w1")[0] == "idle")
+
+
+def test_a_worker_whose_folder_became_read_only_gives_its_work_back_and_says_why(tmp_path: Path) -> None:
+    fleet = LocalFleet(tmp_path, LYDIAN_POLL_S="0.5")
+    with fleet:
+        fleet.start_workers(2, "--trust", "any")
+        truth = fleet.finish(fleet.submit(TASK, **JOB)).model
+        assert truth is not None
+        folder = str(fleet.folder / "w1" / "work")  # nothing in it is open while the worker waits
+        mount("--bind", folder, folder)
+        try:
+            mount("-o", "remount,bind,ro", folder)
+            job = fleet.submit(TASK, **JOB)
+            check(fleet, job, truth.digest)
+            wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
+            assert "Read-only file system" in state_of(fleet, "w1")[1]
+        finally:
+            subprocess.run(["umount", folder], check=True)
+        wait_for("w1 to be well again", lambda: state_of(fleet, "w1")[0] == "idle")
+
+
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
