@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from common.errors import UnavailableError
+from common.errors import BadRequestError, UnavailableError
 from common.messages import (
     OVER,
     Abandon,
@@ -37,7 +37,7 @@ from common.messages import (
     Welcome,
     WorkerView,
 )
-from common.ranges import parse_ranges
+from common.ranges import Ranges, parse_ranges
 from common.transfers import Download, Upload, raise_for, unreachable
 
 POLL_SLACK_S = 15.0  # a long poll may take this much longer than was asked for before the line counts as dead
@@ -124,7 +124,7 @@ class CoordinatorApi:
             TransferStopped: `stop` was set.
         """
         path = f"/v1/updates/{assignment}?attempt={attempt}"
-        held = parse_ranges(self._send("HEAD", path).headers.get("Lydian-Ranges", "")) if resume else ()
+        held = _ranges(self._send("HEAD", path)) if resume else ()
         return Upload(self._client, self.url, path, source, held, stop).run()
 
     def submit(self, assignment: str, submission: Submission) -> Receipt:
@@ -250,6 +250,14 @@ class CoordinatorApi:
             raise unreachable(self.url, error) from error
         raise_for(answer)
         return answer
+
+
+def _ranges(answer: httpx2.Response) -> Ranges:
+    """The bytes of an upload that the coordinator holds; none where it does not say so in words that can be read."""
+    try:
+        return parse_ranges(answer.headers.get("Lydian-Ranges", ""))
+    except BadRequestError:
+        return ()
 
 
 def _part(name: str) -> str:

@@ -169,7 +169,7 @@ class Registration(Message):
     trust: Trust = Field("none", description="which task files that are not built in this worker runs")
     trusted: tuple[Digest, ...] = Field((), max_length=10_000, description="the task files that are listed")
     place: str = Field("", max_length=64, description="machine and state folder, hashed: a copied folder has another")
-    holding: tuple[Holding, ...] = Field((), max_length=100, description="what its spool has from an earlier life")
+    holding: tuple[Holding, ...] = Field((), max_length=10_000, description="what its spool has from an earlier life")
 
 
 class Welcome(Message):
@@ -233,7 +233,7 @@ class PollRequest(Message):
     claim_key: str = Field(min_length=1, max_length=64)
     wait_s: float = Field(25.0, ge=0, le=60)
     loaded: tuple[Name, ...] = Field((), description="jobs whose data and model the worker keeps in memory")
-    holding: tuple[Holding, ...] = Field((), max_length=100, description="updates handed in and kept until settled")
+    holding: tuple[Holding, ...] = Field((), max_length=10_000, description="updates handed in and kept until settled")
     degraded: str = Field("", max_length=500, description="why the worker can take no work now; empty: it can")
 
 

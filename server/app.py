@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from common import __version__
-from common.errors import BadRequestError, LydianError, NotFoundError, UnavailableError
+from common.errors import BadRequestError, LydianError, UnavailableError
 from server.auth import Scope, Tokens, guard_logs, token_file
 from server.bodies import BodyLimits
 from server.coordinator import Coordinator
@@ -139,12 +139,15 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
-    """What the framework refuses by itself: no such path, no such method."""
+    """What the framework refuses by itself: no such path, no such method, a body or a range that cannot be read."""
     assert isinstance(error, HTTPException)  # noqa: S101
     sentence = f"{request.method} {request.url.path}: {error.detail}"
-    kind = NotFoundError if error.status_code == HTTPStatus.NOT_FOUND else BadRequestError
-    answer = kind(sentence, code="no_such_call", advice="docs/protocol.md lists the calls.").answer()
-    return JSONResponse(answer, status_code=error.status_code, headers=error.headers)
+    if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+        refusal = BadRequestError(sentence, code="no_such_call", advice="docs/protocol.md lists the calls.")
+    else:
+        refusal = BadRequestError(sentence)
+    log.info("%s: %d %s", sentence, error.status_code, refusal.code)
+    return JSONResponse(refusal.answer(), status_code=error.status_code, headers=error.headers)
 
 
 app = create_app()

@@ -3,14 +3,17 @@
     receive ──▶ idle limit, least rate, size ──▶ the application, which sees TooSlowError or TooLargeError
 
 Only bodies are limited: a long poll or an event stream waits for its answer, after its body has come. What an upload
-brought before it became too slow is kept, so being cut costs a worker on a bad line one more request.
+brought before it became too slow is kept, so being cut costs a worker on a bad line one more request. A request that is
+refused while its body still comes is answered and its connection closed: else the rest would be sent for nothing.
 """
 
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from functools import cached_property
+from http import HTTPStatus
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,6 +23,7 @@ from server.settings import Settings
 MESSAGE_BYTES = 8 << 20  # of a body that is no upload: a task file and a traceback have far less
 WINDOW = 4  # the rate is looked at each time that so many idle limits were spent on waiting
 UPLOADS = "/v1/updates/"
+CLOSES = {"Connection": "close"}
 
 log = logging.getLogger("lydian.bodies")
 
@@ -28,28 +32,36 @@ class BodyLimits:
     """ASGI middleware."""
 
     def __init__(self, app: ASGIApp, settings: Settings | None = None) -> None:
-        """Take the limits of the settings; None reads them from the environment."""
-        chosen = settings or Settings.from_environment()
-        self._app, self._idle_s, self._min_rate = app, chosen.body_idle_s, chosen.body_min_rate
+        """Take the limits of the settings; None reads them from the environment, once the application has started."""
+        self._app, self._given = app, settings
+
+    @cached_property
+    def _settings(self) -> Settings:
+        """Not read before: uvicorn takes a fault of a middleware at the start for an application without a start."""
+        return self._given or Settings.from_environment()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request, or end its body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
+        if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+            await self._app(scope, receive, send)
+            return
         upload = scope["method"] == "PUT" and scope["path"].startswith(UPLOADS)
-        body = _Body(receive, self._idle_s, self._min_rate, None if upload else MESSAGE_BYTES)
+        most = None if upload else MESSAGE_BYTES
+        body = _Body(receive, self._settings.body_idle_s, self._settings.body_min_rate, most)
         answer = _Answer(send, body)
         try:
-            body.check_announced(Headers(scope=scope).get("content-length"))
+            body.check_announced(headers.get("content-length"))
             await self._app(scope, body.receive, answer.send)
         except LydianError:
             if body.ended_by is None:
                 raise
         if body.ended_by is not None and not answer.began:
             log.info("%s %s: %s", scope["method"], scope["path"], body.ended_by)
-            # Closed afterwards: the rest of the body is not worth reading.
-            refusal = JSONResponse(body.ended_by.answer(), body.ended_by.status, headers={"Connection": "close"})
+            refusal = JSONResponse(body.ended_by.answer(), body.ended_by.status, headers=CLOSES)
             await refusal(scope, receive, send)
 
 
@@ -63,7 +75,7 @@ class _Body:
     most: int | None  # bytes; None: whoever reads it knows
     ended_by: LydianError | None = None
     size: int = 0
-    _complete: bool = False
+    complete: bool = False  # nothing more of it will come, or is wanted
     _waited_s: float = 0.0  # in this window: only what was spent waiting for the sender counts
     _came: int = 0  # bytes, in this window
     _clock: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
@@ -75,7 +87,7 @@ class _Body:
 
     async def receive(self) -> Message:
         """The next message; in place of `source` for the application."""
-        if self._complete:
+        if self.complete:
             return await self.source()
         began = self._clock.time()
         try:
@@ -84,9 +96,9 @@ class _Body:
         except TimeoutError:
             self._end(TooSlowError(f"no byte of the body came for {self.idle_s:g} s, after {self.size} bytes"))
         if message["type"] != "http.request":
-            self._complete = True
+            self.complete = True
             return message
-        self._complete = not message.get("more_body", False)
+        self.complete = not message.get("more_body", False)
         self._count(len(message.get("body", b"")), self._clock.time() - began)
         return message
 
@@ -96,7 +108,7 @@ class _Body:
         self._waited_s += waited_s
         if self.most is not None and self.size > self.most:
             self._end(TooLargeError(f"the body has more than the {self.most} bytes that are possible"))
-        if self._complete or self._waited_s < WINDOW * self.idle_s:
+        if self.complete or self._waited_s < WINDOW * self.idle_s:
             return
         rate = self._came / self._waited_s
         if rate < self.min_rate:
@@ -106,7 +118,7 @@ class _Body:
     def _end(self, error: LydianError) -> None:
         """Remember why, since a framework in between may turn the error into one of its own."""
         self.ended_by = error
-        self._complete = True
+        self.complete = True
         raise error
 
 
@@ -120,6 +132,16 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         """In place of `sink` for the application."""
-        if self.body.ended_by is None or self.began:
-            self.began = True
-            await self.sink(message)
+        if self.body.ended_by is not None and not self.began:
+            return
+        self.began = True
+        if message["type"] == "http.response.start" and message["status"] >= HTTPStatus.BAD_REQUEST:
+            message = message if self.body.complete else _closing(message)
+        await self.sink(message)
+
+
+def _closing(start: Message) -> Message:
+    """The head of an answer after which the connection is closed."""
+    headers = MutableHeaders(raw=list(start["headers"]))
+    headers.update(CLOSES)
+    return {**start, "headers": headers.raw}

@@ -8,6 +8,7 @@ connection that rests between two requests by uvicorn itself.
 """
 
 import asyncio
+from collections.abc import Callable
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -22,10 +23,9 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
     """
 
     class Impatient(Base):  # type: ignore[misc,valid-type] # which of two classes it is depends on what is installed
-        _until_head: asyncio.TimerHandle | None = None
-        _until_read: asyncio.TimerHandle | None = None
-
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self._for_head, self._for_reader = _Patience(idle_s), _Patience(idle_s)
+            self._unread = 0  # bytes of an answer that wait for the client, when last looked at
             super().connection_made(transport)
             self._await_head()
 
@@ -35,27 +35,40 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
 
         def pause_writing(self) -> None:
             super().pause_writing()
-            self._until_read = asyncio.get_running_loop().call_later(idle_s, self.transport.abort)
+            self._await_reader()
 
         def resume_writing(self) -> None:
-            self._until_read = _ended(self._until_read)
+            self._for_reader.stop()
             super().resume_writing()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._until_head, self._until_read = _ended(self._until_head), _ended(self._until_read)
+            self._for_head.stop()
+            self._for_reader.stop()
             super().connection_lost(exc)
 
         def _await_head(self) -> None:
-            """Bytes that come do not lengthen the time for a head: one byte now and then is as bad as none."""
+            """Bytes that come do not lengthen the time for a head: one now and then is as bad as none."""
             if self._is_answering():
-                self._until_head = _ended(self._until_head)
-            elif self._until_head is None:
-                self._until_head = asyncio.get_running_loop().call_later(idle_s, self._end_silence)
+                self._for_head.stop()
+            else:
+                self._for_head.start(self._end_silence)
 
         def _end_silence(self) -> None:
-            self._until_head = None
+            self._for_head.stop()
             if not self._is_answering():
                 self.transport.close()
+
+        def _await_reader(self) -> None:
+            self._unread = self.transport.get_write_buffer_size()
+            self._for_reader.start(self._end_deafness)
+
+        def _end_deafness(self) -> None:
+            """Cut the connection, unless some was read: on a slow line, what uvicorn wrote at once takes its time."""
+            self._for_reader.stop()
+            if self.transport.get_write_buffer_size() < self._unread:
+                self._await_reader()
+            else:
+                self.transport.abort()
 
         def _is_answering(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
@@ -63,7 +76,18 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
     return Impatient
 
 
-def _ended(timer: asyncio.TimerHandle | None) -> None:
-    """Stop a timer that runs."""
-    if timer is not None:
-        timer.cancel()
+class _Patience:
+    """A timer that runs or does not. Starting one that runs, and stopping one that does not, changes nothing."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._runs: asyncio.TimerHandle | None = None
+
+    def start(self, at_its_end: Callable[[], None]) -> None:
+        if self._runs is None:
+            self._runs = asyncio.get_running_loop().call_later(self._seconds, at_its_end)
+
+    def stop(self) -> None:
+        if self._runs is not None:
+            self._runs.cancel()
+            self._runs = None

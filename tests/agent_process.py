@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from worker import child, spool
 from worker.__main__ import app
@@ -28,7 +29,7 @@ def slow_sync(path: Path) -> None:
         log.write(path.name + "\n")
 
 
-def become(asked: dict) -> None:
+def become(asked: dict[str, Any]) -> None:
     """Be the agent that was asked for, as if it had been started by itself. Ends the process."""
     log = os.open(asked["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

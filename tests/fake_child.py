@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 CONTROL = Path(os.environ.get("FAKE_CHILD", "."))
 STEPS = 4
@@ -39,7 +40,7 @@ def held(name: str) -> bool:
 
 
 def model_bytes(numbers: int) -> bytes:
-    header = {"__metadata__": {"lydian": '{"aliases":{},"buffers":[],"variances":{}}'}}
+    header: dict[str, object] = {"__metadata__": {"lydian": '{"aliases":{},"buffers":[],"variances":{}}'}}
     header["w"] = {"dtype": "F32", "shape": [numbers], "data_offsets": [0, 4 * numbers]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -55,10 +56,11 @@ def write(path: Path, content: bytes) -> None:
 def shard_size(indices: Path) -> int:
     """How many int64 numbers a .npy file holds."""
     content = indices.read_bytes()
-    return (len(content) - 10 - struct.unpack_from("<H", content, 8)[0]) // 8
+    header = int.from_bytes(content[8:10], "little")
+    return (len(content) - 10 - header) // 8
 
 
-def train(command: dict) -> None:
+def train(command: dict[str, Any]) -> None:
     begun_at = 0
     checkpoint = Path(command["checkpoint"]) if command.get("checkpoint") else None
     if checkpoint is not None and checkpoint.exists():
@@ -82,7 +84,7 @@ def train(command: dict) -> None:
     send("done", samples=samples, steps=STEPS, seconds=0.01, metrics=metrics, resumed_at=begun_at)
 
 
-def answer(command: dict) -> None:
+def answer(command: dict[str, Any]) -> None:
     do = command["do"]
     failing = CONTROL / f"fail-{do}"
     if failing.exists():

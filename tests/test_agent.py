@@ -144,8 +144,8 @@ class Worker:
     def attempts(self) -> set[str]:
         return {path.name for path in (self.state / "work").iterdir()}
 
-    def wait_for_training(self, begun_at: int = 0) -> None:
-        wait_until(f"training from {begun_at}", lambda: f"train begin {begun_at}" in self.trained())
+    def wait_trained(self, line: str, times: int = 1) -> None:
+        wait_until(f"{line!r}, {times} times", lambda: self.trained().count(line) == times)
 
 
 @pytest.fixture
@@ -181,7 +181,7 @@ def kill_downloaded(plays: ScriptedCoordinator, worker: Worker) -> None:
 
 
 def kill_training(plays: ScriptedCoordinator, worker: Worker) -> None:
-    worker.wait_for_training()
+    worker.wait_trained("train begin 0")
     wait_until("a checkpoint", lambda: (worker.state / "work" / f"{WORK}.1" / "checkpoint").exists())
     wait_until("step 2", lambda: (worker.state / "work" / f"{WORK}.1" / "checkpoint").read_text() == "2")
     worker.kill()
@@ -224,7 +224,7 @@ def prepare(stage: str, plays: ScriptedCoordinator, worker: Worker) -> Callable[
             plays.script["submit"].append(Hold())
             return kill_at_hold
         case _:
-            plays.script["submit"] += [Lose(), UnavailableError("away")] + [UnavailableError("away")] * 20
+            plays.script["submit"] += [Lose(), *[UnavailableError("away")] * 20]
             return kill_after_submit
 
 
@@ -279,10 +279,9 @@ def test_what_is_submitted_is_on_this_disk_before(plays: ScriptedCoordinator, wo
 def test_a_third_start_of_the_same_attempt_gives_it_back(plays: ScriptedCoordinator, worker: Worker) -> None:
     hold = worker.hold("train-0")
     plays.hand_out(assignment())
-    for _ in range(2):
+    for starts in (1, 2):
         worker.start()
-        begun = len(worker.trained())
-        wait_until("training", lambda begun=begun: len(worker.trained()) > begun)
+        worker.wait_trained("train begin 0", starts)
         worker.kill()
     hold.unlink()
     worker.start()
@@ -297,7 +296,7 @@ def test_unfinished_work_that_is_not_wanted_any_more_is_dropped(plays: ScriptedC
     hold = worker.hold("train-1")
     plays.hand_out(assignment())
     worker.start()
-    worker.wait_for_training()
+    worker.wait_trained("train begin 0")
     worker.kill()
     hold.unlink()
     plays.orders[WORK] = "superseded"
@@ -330,7 +329,7 @@ def test_unfinished_work_of_a_job_that_the_coordinator_forgot_is_dropped(
     hold = worker.hold("train-1")
     plays.hand_out(assignment())
     worker.start()
-    worker.wait_for_training()
+    worker.wait_trained("train begin 0")
     worker.kill()
     hold.unlink()
     plays.script["heartbeat"].append(NotFoundError("no such job"))
@@ -463,7 +462,7 @@ def test_an_answer_to_a_beat_that_comes_late_does_not_stop_the_next_work(
     plays.wait_for("the first update", lambda: WORK in plays.accepted)
     hold.touch()
     plays.hand_out(assignment(2))
-    wait_until("the second to be trained", lambda: worker.trained().count("train begin 0") == 2)
+    worker.wait_trained("train begin 0", 2)
     late.set()
     assert answered.wait(BOUND_S)
     plays.wait_call("heartbeat", len(plays.of("heartbeat")) + 3)  # the answer has had its time
@@ -478,7 +477,7 @@ def test_work_under_way_is_finished_within_the_grace(plays: ScriptedCoordinator,
     release = worker.hold("train-2")
     plays.hand_out(assignment())
     worker.start("--grace", "30")
-    worker.wait_for_training()
+    worker.wait_trained("train begin 0")
     worker.signal(signal.SIGTERM)
     wait_until(
         "the agent to say what it waits for", lambda: f"finishing {WORK} (training), at most 30 s" in worker.said
@@ -494,7 +493,7 @@ def test_work_that_is_not_done_within_the_grace_is_handed_back(plays: ScriptedCo
     worker.hold("train-2")
     plays.hand_out(assignment())
     worker.start("--grace", "0.2")
-    worker.wait_for_training()
+    worker.wait_trained("train begin 0")
     assert worker.terminate() == 0
     assert plays.names[-1] == "leave"
     assert plays.of("abandon")[0].body["code"] == "released"
@@ -520,7 +519,7 @@ def test_a_second_signal_stops_at_once(plays: ScriptedCoordinator, worker: Worke
     worker.hold("train-2")
     plays.hand_out(assignment())
     worker.start("--grace", "600")
-    worker.wait_for_training()
+    worker.wait_trained("train begin 0")
     worker.signal(signal.SIGTERM)
     wait_until("the first to be heard", lambda: "told to go" in worker.said)
     assert worker.terminate() == 0
@@ -607,7 +606,7 @@ def test_an_agent_whose_place_was_taken_stops_without_a_word(
     worker.hold("train-1")
     plays.hand_out(assignment())
     worker.start()
-    worker.wait_for_training()
+    worker.wait_trained("train begin 0")
     plays.script[call].append(SupersededError("another process works as w, on host attic"))
     (worker.control / "hold-train-1").unlink() if call == "poll" else None
     assert worker.ended() == 4
@@ -675,6 +674,33 @@ def test_a_worker_without_room_gives_the_work_back_and_takes_some_when_it_has(
         plays.wait_for("a poll that is well", lambda: plays.of("poll")[-1].body["degraded"] == "")
         assert worker.said.count("degraded, so no work is taken") == 1
         assert worker.said.count("well again") == 1
+        plays.hand_out(assignment(attempt=2))
+        plays.wait_for("the update", lambda: WORK in plays.accepted)
+
+
+@needs_mounts
+def test_a_disk_that_fills_up_during_a_download_is_not_kept_full_by_it(
+    starter: Starter, small_disk: Path, tmp_path: Path, plays: ScriptedCoordinator
+) -> None:
+    filler = small_disk / "filler"
+
+    def fill() -> None:
+        with filler.open("wb") as file, suppress(OSError):
+            for _ in range(1000):
+                file.write(bytes(4096))
+                file.flush()
+
+    with Worker(starter, tmp_path, plays.url, state=small_disk / "state") as worker:
+        plays.script["model"].append(fill)
+        plays.hand_out(assignment())
+        worker.start()
+        reason = plays.wait_call("abandon").body
+        assert reason["code"] == "disk_full"
+        assert re.search(r"\(\d+ bytes are free there\).*No space left on device", reason["sentence"])
+        plays.wait_for("a degraded poll", lambda: plays.of("poll")[-1].body["degraded"] != "")
+        assert not list(worker.state.glob("models/*.part"))
+        filler.unlink()
+        plays.wait_for("a poll that is well", lambda: plays.of("poll")[-1].body["degraded"] == "")
         plays.hand_out(assignment(attempt=2))
         plays.wait_for("the update", lambda: WORK in plays.accepted)
 
@@ -761,13 +787,13 @@ def test_a_job_whose_worker_is_killed_in_each_round_trains_each_step_once(starte
             hold = worker.hold("train-2")
             job = fleet.submit(rounds=2, data={"shards": 1}, round={"evaluate_every": 0})
             for number in (1, 2):
-                wait_until("training", lambda number=number: worker.trained().count("train begin 0") == number)
+                worker.wait_trained("train begin 0", number)
                 wait_until("the held step", lambda: _checkpoints(worker) == ["2"])
                 worker.kill()
                 worker.start()
-                wait_until("the rest", lambda number=number: worker.trained().count("train begin 2") == number)
+                worker.wait_trained("train begin 2", number)
                 hold.unlink()
-                wait_until("the end of the round", lambda number=number: worker.trained().count("train end") == number)
+                worker.wait_trained("train end", number)
                 hold.touch()
             fleet.finish(job)
             facts = fleet.facts(job)

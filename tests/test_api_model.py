@@ -69,8 +69,8 @@ from common.messages import (
 from common.ranges import Ranges, content_range, parse_ranges, with_range
 from common.sharding import cut
 from common.weights import Notes, save
+from server.app import app
 from server.coordinator import Coordinator
-from server.settings import Settings
 from server.store import StoredFact
 from tests.rounds_kit import registration, spec
 
@@ -167,13 +167,13 @@ class House:
     def __init__(self, folder: Path) -> None:
         self.loop, self.threads, self.folder = SimulatedLoop(), HeldBack(), folder
         self.loop.set_default_executor(self.threads)
-        self.settings = Settings(state_dir=folder, ttl_s=TTL_S, heartbeat_s=1, reserve_bytes=1 << 16, strikes=STRIKES)
         self.open()
 
     def open(self) -> None:
-        app = server.app.create_app(self.settings)
+        given = {"STATE_DIR": str(self.folder), "TTL_S": str(TTL_S), "HEARTBEAT_S": "1", "RESERVE_BYTES": str(1 << 16)}
+        environment = {f"LYDIAN_{name}": value for name, value in given.items()}
         self._life = app.router.lifespan_context(app)
-        with patch.object(server.app, "Coordinator", Simulated):
+        with patch.object(server.app, "Coordinator", Simulated), patch.dict(os.environ, environment):
             self.run(self._life.__aenter__())
         self.coordinator: Coordinator = app.state.coordinator
         self.admin = (self.folder / "admin.token").read_text().strip()
@@ -495,6 +495,7 @@ class Player:
     id: str
     token: str
     start_id: str = "s1"
+    place: str = "here"
     stale_id: str | None = None  # of the process before
     claim_key: str = ""
     kept: list[Holding] = field(default_factory=list)
@@ -540,6 +541,7 @@ class Call:
     read: Callable[[httpx2.Response], str] = lambda response: f"{response.status_code}"
     again: Callable[[str], str] = lambda first: first  # how a repeat is answered, by the answer to the first
     holds: Callable[[], bool] | None = None  # a poll that waits: whether it may go on waiting
+    grows: Callable[[str], bool] = lambda first: False
     looks_at: tuple[str, int] | None = None  # the upload that a submission has looked at
     waited: bool = False  # it was not answered at once
 
@@ -612,7 +614,8 @@ class ApiMachine(RuleBasedStateMachine):
             answer = self._judge(call, task, lambda allowed=allowed: allowed)
             if number and first is not None:
                 assert answer == call.again(first), "a repeat was answered otherwise"
-                assert self.house.rows() == rows, f"a repeat of {answer} changed something"
+                same = self.house.rows() == rows
+                assert same or call.grows(first), f"a repeat of {answer} changed something"
             first = answer if number == 0 else first
             self.take_answers()
         return first
@@ -632,6 +635,10 @@ class ApiMachine(RuleBasedStateMachine):
             )
 
     def _judge(self, call: Call, task: asyncio.Task[httpx2.Response], allowed: Callable[[], set[str]]) -> str:
+        if isinstance(task.exception(), FileNotFoundError):
+            assert call.waited
+            self.uploads.pop(call.looks_at, None)
+            return "500"
         response = task.result()
         answer = call.read(response) if response.status_code < 300 else read_error(response)
         possible = allowed()
@@ -679,6 +686,7 @@ class ApiMachine(RuleBasedStateMachine):
                 return
             assert response.json()["worker_id"] == player.id
             assert response.json()["credential"] is None
+            player.place = place
             if start_id == player.start_id:
                 return
             player.stale_id, player.start_id, player.degraded = player.start_id, start_id, ""
@@ -688,7 +696,7 @@ class ApiMachine(RuleBasedStateMachine):
                     lease.renewed_at = self.now
 
         def allowed() -> set[str]:
-            may_be_refused = start_id != player.start_id and (player.suspected or elsewhere)
+            may_be_refused = start_id != player.start_id and (player.suspected or place != player.place)
             return {"200", "409 already_working"} if may_be_refused else {"200"}
 
         return Call(lambda: self.house.begin("POST", "/v1/workers", player.token, body), allowed, then)
@@ -711,7 +719,7 @@ class ApiMachine(RuleBasedStateMachine):
             if answer == "200":
                 said = PollAnswer.model_validate_json(response.content)
                 self._check_copies(player, holding, said, exact=wait_s == 0)
-                self._check_work(player, degraded, said.assignment)
+                self._check_work(player, said.assignment)
             if answer == "204":
                 assert wait_s == 0 or self.now >= begun_at + wait_s
 
@@ -742,7 +750,7 @@ class ApiMachine(RuleBasedStateMachine):
             assert set(said.wanted) == {held for held in holding if is_lost(held)}
         player.kept = [held for held in player.kept if held not in said.settled]
 
-    def _check_work(self, player: Player, degraded: str, given: Assignment | None) -> None:
+    def _check_work(self, player: Player, given: Assignment | None) -> None:
         if given is None:
             return
         tries = self.book_of(given.id).tries[given.id]
@@ -751,7 +759,7 @@ class ApiMachine(RuleBasedStateMachine):
         if not known:
             assert given.attempt == len(tries)
             assert player.strikes < STRIKES, "a worker that is set aside was given work"
-            assert not degraded
+            assert not player.degraded
             self.works.append(Work(player, given))
 
     def work_for(self, player: Player) -> set[str]:
@@ -917,7 +925,14 @@ class ApiMachine(RuleBasedStateMachine):
             allowed,
             then,
             read=lambda response: "repeat" if response.json()["repeat"] else "counts",
-            again=lambda first: "repeat" if first == "counts" else first,
+            again=lambda first: (
+                "repeat"
+                if first == "counts"
+                else "409 incomplete"
+                if first.startswith("422") and first != "422 bad_samples"
+                else first
+            ),
+            grows=lambda first: first.startswith("410") or first == "422 bad_samples",
             looks_at=work.key if work.given.kind != "evaluate" else None,
         )
         return call
@@ -934,7 +949,12 @@ class ApiMachine(RuleBasedStateMachine):
             if answer == "204":
                 self.uploads.pop(work.key, None)
 
-        return Call(lambda: self.house.begin("POST", f"/v1/updates/{name}/abandon", by.token, body), allowed, then)
+        return Call(
+            lambda: self.house.begin("POST", f"/v1/updates/{name}/abandon", by.token, body),
+            allowed,
+            then,
+            grows=lambda first: True,
+        )
 
     # ------------------------------------------------------------ anything, in any order
 
@@ -1038,6 +1058,8 @@ class ApiMachine(RuleBasedStateMachine):
     @rule(which=WHICH, by=BY, code=st.sampled_from(["released", "task_failed", "disk_full", "no_data"]), times=TIMES)
     def gives_back(self, which: int, by: int | None, code: str, times: int) -> None:
         work, caller = self.pick(which, by)
+        if caller is not work.player and not self.is_open(work.key[0]):
+            return
         self.call(self.abandon(work, caller, code), times)
 
     @rule(who=WHO, stale=SELDOM, times=TIMES)

@@ -127,16 +127,16 @@ class Bench:
     def undisturbed(self, **fields: Any) -> tuple[dict[str, Any], bytes]:
         return self.train(**{"checkpoint": None, **fields})
 
-    def killed(self, at: int, *, kept: int | None = None, **fields: Any) -> None:
+    def killed(self, at: int, *, kept: int | None = None, batches_later: int = 0, **fields: Any) -> None:
         """A life that ends between two steps, `at` or more of them done; a checkpoint at `kept` (None: at each)."""
-        real = Context.wants_more
+        real, left = Context.wants_more, iter(range(batches_later))
 
         def wants_more(context: Context) -> bool:
             keep, wanted = context._keep, kept is None or context._taken == kept
             context._keep = keep if wanted else None
             more = real(context)
             context._keep = keep
-            if context._taken >= at:
+            if context._taken >= at and next(left, None) is None:
                 raise Killed
             return more
 
@@ -556,7 +556,7 @@ def train(model, loader, context):
 def test_a_loop_that_gathers_gradients_is_kept_between_its_steps_only(tmp_path: Path, at: int) -> None:
     bench = Bench(tmp_path, ACCUMULATING)
     truth = bench.undisturbed()[1]
-    bench.killed(at)
+    bench.killed(at, batches_later=1)
     done, update = bench.train()
     assert (done["resumed_at"], done["steps"], update) == (at, BATCHES, truth)
 

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from common.errors import LydianError
 from common.messages import Assignment, JobSpec, ModelRef, Range, Submission, TaskRef
 from tests.privileges import needs_mounts
-from worker.spool import MODELS_KEPT, Kept, Spool, Trained, Untrained
+from worker.spool import MODELS_KEPT, Attempt, Kept, Spool, Trained, Untrained
 
 URL = "http://127.0.0.1:8470"
 UPDATE = b"an update " * 100
@@ -54,6 +54,10 @@ def train(spool: Spool, work: Assignment, content: bytes = UPDATE, coordinator: 
     begun.place.update.write_bytes(content)
     submission = Submission(attempt=work.attempt, digest=digest(content), samples=5)
     return spool.finish(begun, submission)
+
+
+def all_of(spool: Spool) -> list[Attempt]:
+    return [*spool.untrained(URL), *spool.trained(URL), *spool.kept(URL)]
 
 
 @contextlib.contextmanager
@@ -206,7 +210,7 @@ def test_what_was_waited_for_was_synced_and_a_broken_disk_is_told(
 
 NAMES = st.one_of(
     st.sampled_from([f"{assignment().id}.1", f"{assignment(2).id}.1", "x.1", "x", "..1", "a.0", "j.labels.npy"]),
-    st.text(st.characters(blacklist_characters="/\0", blacklist_categories=("Cs",)), min_size=1, max_size=20),
+    st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=20),
 ).filter(lambda name: name not in (".", "..") and len(name.encode()) < 200)  # fmt: skip
 FILES = st.sampled_from(
     ["assignment.json", "submission.json", "accepted.json", "update.safetensors", "checkpoint", "x"]
@@ -272,8 +276,9 @@ def check_that_garbage_is_harmless(folder: Path, garbage: dict[str, Any]) -> Non
         assert trained in found.trained(URL)
         assert kept in found.kept(URL)
         assert found.intact(kept)
-        known = {held.place.folder for held in [*found.untrained(URL), *found.trained(URL), *found.kept(URL)]}
-        assert known == set((state / "work").iterdir())  # what is left is known, and what is known is there
+        assert {held.place.folder for held in all_of(found)} == set(
+            (state / "work").iterdir()
+        )  # what is left is known, and what is known is there
         for other in found.trained(URL):
             assert found.intact(other)
         by_chance = garbage.get(f"{assignment().id}.1")
@@ -351,7 +356,7 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def each_attempt_is_in_its_state(self) -> None:
-        found = [*self.spool.untrained(URL), *self.spool.trained(URL), *self.spool.kept(URL)]
+        found = all_of(self.spool)
         assert {held.place.assignment: type(held) for held in found} == self.states
         assert all(self.spool.intact(held) for held in found if isinstance(held, Trained))
 

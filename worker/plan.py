@@ -41,7 +41,7 @@ FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 RESENDS = 5  # of bytes that arrive damaged, before the assignment is given up
 STARTS = 2  # of one attempt: an agent that died in the middle of it twice does not try again
-HOLDINGS = 100  # that one message takes
+HOLDINGS = 10_000  # that one message takes
 
 
 @dataclass(frozen=True)

@@ -166,9 +166,13 @@ class Trainer:
         path, received = self._spool.model(base.digest), 0
         if not self._spool.has_model(base.digest):
             heart.progress = Progress(doing="downloading")
-            received = self._fetch(
-                lambda: self._api.download_model(base.digest, path, size=base.size, stop=heart.ordered), heart
-            )
+            try:
+                received = self._fetch(
+                    lambda: self._api.download_model(base.digest, path, size=base.size, stop=heart.ordered), heart
+                )
+            except OSError:
+                self._spool.forget_part(base.digest)  # its room may be what is missing
+                raise
             self._spool.took_model(base.digest)
         return str(path), received
 

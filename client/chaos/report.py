@@ -164,8 +164,10 @@ def promises(outcome: Outcome) -> list[Promise]:
 def _model_words(outcome: Outcome, differing: Sequence[int]) -> str:
     if differing:
         return f"round {differing[0]} is the first that differs"
+    if not outcome.model or not outcome.true_model:
+        return f"there is no final model {'with' if outcome.true_model else 'without'} faults any more"
     if outcome.model != outcome.true_model:
-        return f"the final model is {outcome.model[:12] or 'not there'}, not {outcome.true_model[:12]}"
+        return f"the final model is {outcome.model[:12]}, not {outcome.true_model[:12]}"
     return f"the final model is {outcome.model[:12]} in both"
 
 

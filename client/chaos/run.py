@@ -4,7 +4,7 @@
                                       │ every fact
     report ◀── ledger of the disturbed job, and of the undisturbed one: the truth
 
-folder/coordinator/: its state, or folder/disk/, a disk of its own. folder/worker-1/ …: theirs. folder/NAME.N.log: what they said.
+In the folder: coordinator/, its state (or disk/, a disk of its own); worker-1/ …; NAME.N.log, what the N-th NAME said.
 """
 
 import contextlib
@@ -99,6 +99,8 @@ def run_chaos(wish: Wish, *, as_json: bool) -> bool:
 
 def _run(wish: Wish, folder: Path) -> Outcome:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LYDIAN_")}
+    environment["TMPDIR"] = str(folder / "tmp")  # torch leaves folders there
+    (folder / "tmp").mkdir()
     kinds = choose_kinds(wish.kinds, _why_not(wish.kinds, folder, environment))
     job = make_job(wish)
     with ExitStack() as stack:

@@ -18,6 +18,8 @@ from common.api import CoordinatorApi
 from common.errors import UnavailableError
 from common.messages import JobRequest, JobSpec, JobView
 
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what a test has made is undone first
+
 T = TypeVar("T")
 
 PATIENCE_S = 90.0  # a bound for a busy machine; nothing is asserted about it
