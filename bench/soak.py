@@ -1,4 +1,4 @@
-"""`python -m bench.soak`: does anything grow, round after round? Real coordinator, real workers, a task that costs nothing.
+"""`python -m bench.soak`: does anything grow, round after round? Real processes, and a task that costs nothing.
 
     warm-up job ──▶ idle: counted ──▶ the long job, sampled every few seconds ──▶ idle: counted again
 
@@ -78,7 +78,7 @@ class Report:
 
 
 def slope(points: Iterable[tuple[float, float]]) -> float:
-    """The slope of the straight line through points (x, y) with the least squares of errors; 0 where none is defined."""
+    """The slope of the straight line with the least squares of errors through points (x, y); 0 where there is none."""
     known = list(points)
     middle = sum(x for x, _ in known) / max(len(known), 1)
     spread = sum((x - middle) ** 2 for x, _ in known)

@@ -1,9 +1,9 @@
-"""The HTTP API against a model of it: any calls of any worker, in any order, each once or several times, and power cuts.
+"""The HTTP API against a model of it: any calls of any worker, in any order, each once or more often, and power cuts.
 
 The coordinator is the real application behind its real ASGI interface, with a journal and files of its own. What is
 simulated is time and chance: the loop's clock stands still until a test moves it, and what the coordinator does in
-threads (looking at an update, averaging) waits until a test lets it. So every interleaving is hypothesis' choice, can be
-had again, and is shrunk to the shortest one that fails.
+threads (looking at an update, averaging) waits until a test lets it. So every interleaving is hypothesis' choice, can
+be had again, and is shrunk to the shortest one that fails.
 
     rules ──calls──▶ coordinator ──▶ journal
       │  allowed answers               │ facts
@@ -20,7 +20,7 @@ import shutil
 import sqlite3
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -31,7 +31,6 @@ from unittest.mock import patch
 
 import httpx2
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -621,7 +620,7 @@ class ApiMachine(RuleBasedStateMachine):
         return first
 
     def take_answers(self) -> None:
-        """Look at every call that has been answered meanwhile. It may be answered as of when it was sent, or as of now."""
+        """Look at every call that was answered meanwhile. It may be answered as of when it was sent, or as of now."""
         self.house.loop.quiet()
         done = [waiting for waiting in self.in_flight if waiting.task.done()]
         before = [waiting.call.allowed() for waiting in done]
@@ -659,7 +658,7 @@ class ApiMachine(RuleBasedStateMachine):
             self.ledger.feed(stored, self.now)
 
     def book_of(self, name: str) -> Book:
-        return self.ledger.books[name.split(".")[0]]
+        return self.ledger.books[name.split(".", maxsplit=1)[0]]
 
     def is_open(self, name: str) -> bool:
         return name in self.book_of(name).open_tasks()

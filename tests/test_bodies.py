@@ -163,6 +163,11 @@ def test_a_body_that_drips_is_ended_although_it_never_stands_still() -> None:
     assert "the body came at 0 bytes a second, where 1000 are the least" in played.text
 
 
+def test_a_fast_beginning_buys_no_slow_end() -> None:
+    played = Played([(4.0, bytes(10 * MIB))] + [(9.0, b"x")] * 100).play(reading(), upload=True)
+    assert (played.status, played.seconds) == (408, 4.0 + 4 * 9.0 + 5 * 9.0)
+
+
 def test_time_in_which_the_application_does_not_read_is_not_held_against_the_sender() -> None:
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         async for _ in Request(scope, receive).stream():

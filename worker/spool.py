@@ -15,7 +15,7 @@
 
 The files are the truth: they are read at each start, and a kill between any two of them leaves one of these states.
 What was trained is put onto the disk by `Durability`, in a thread beside hashing and uploading. Between the child's
-last word and the submission's file lies the hashing of the update: a kill there goes back to the checkpoint.
+last word and the submission's file lies the hashing of the update: a kill there has the shard trained again.
 
 Names are digests, ids and numbers that we checked; nothing that was received becomes a path.
 """

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import psutil
+
 from common.api import CoordinatorApi
 from common.errors import UnavailableError
 from common.messages import JobRequest, JobSpec, JobView
@@ -76,6 +78,15 @@ class Process:
         self.popen.kill()
         self.popen.wait()
 
+    def kill_all(self) -> None:
+        """SIGKILL for it and all that it started, as when its machine dies; returns when none of them runs."""
+        started = psutil.Process(self.popen.pid).children(recursive=True) if self.popen.poll() is None else []
+        self.kill()
+        for process in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        wait_for(f"what {self.log.stem} started to end", lambda: not any(map(_runs, started)))
+
     def terminate(self) -> int:
         """SIGTERM, and the exit code."""
         self.popen.send_signal(signal.SIGTERM)
@@ -105,7 +116,7 @@ class LocalFleet:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for process in [*self.workers.values(), *([self.coordinator] if self.coordinator else [])]:
-            process.kill()
+            process.kill_all()
             if kind is not None:
                 sys.stderr.write(f"--- {process.log.name}\n{process.said()[-3000:]}\n")
         if hasattr(self, "_api"):
@@ -193,6 +204,13 @@ class LocalFleet:
         target = self.folder / f"{job}.{which}.safetensors"
         self.api.pull(job, target, which=which)
         return target
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _raise_if_dead(process: Process) -> bool:

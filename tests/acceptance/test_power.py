@@ -145,7 +145,7 @@ def test_coordinator_and_worker_that_lose_their_power_together_lose_nothing_ackn
                     at_a_random_moment(chance, watcher, over, first=done == 0)
                     assert fleet.coordinator is not None
                     disks[0].cut(fleet.coordinator.kill)
-                    disks[1].cut(fleet.workers["w1"].kill)
+                    disks[1].cut(fleet.workers["w1"].kill_all)
                     done += 1
                     fleet.start_coordinator()
                     check_blobs(fleet.state)
