@@ -6,7 +6,8 @@ Pure: no network, disk or clock; the caller passes `now` in monotonic seconds, a
          └─slow──▶ 2 streams, then 4, 8, 16, doubled while that brings a fifth more; back by half when it does not
 
 One TCP stream over a path of 80 ms with 1 % loss gives 1.7 of 20 Mbit/s: it takes every lost packet for a full line.
-Several lose one packet at a time.
+Several lose one packet at a time. On such a path a measurement is often lucky, so no judgement is the last one: the
+rate is measured on, and where it turns out to be a fifth less than it was taken for, more streams are tried again.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from common.ranges import Ranges
 
 SMALL = 1 << 20  # bytes that go in one request, unmeasured
-FIRST = 512 << 10  # bytes of the piece that measures
+FIRST = 512 << 10  # bytes that measure; of one piece where a gap has as many
 ENOUGH_S = 2.0  # a rest that one stream brings in less is left to it
 PIECE_S = 3.0  # what a piece of a slow path is to take
 LEAST, MOST = 256 << 10, 8 << 20  # bytes of such a piece
@@ -35,10 +36,16 @@ class Streams:
     _at: int = field(default=0, init=False)  # the gap that pieces are cut from
     _cut: int = field(default=0, init=False)  # bytes of it that were handed out
     _out: int = field(default=0, init=False)  # pieces under way
-    _growing: bool = field(default=False, init=False)
+    _slow: bool = field(default=False, init=False)  # too slow for the rest to be left to one stream
+    _growing: bool = field(default=False, init=False)  # the streams were doubled; whether it helped is being measured
+    _ending: int = field(default=0, init=False)  # pieces of the time before there were fewer streams
     _since: float = field(default=0.0, init=False)  # monotonic seconds; the measurement under way began then
     _brought: int = field(default=0, init=False)  # bytes, since then
     _pieces: int = field(default=0, init=False)  # since then
+
+    def __post_init__(self) -> None:
+        # The largest first: a small piece measures how far it is, and not how wide.
+        self.gaps = tuple(sorted(self.gaps, key=lambda gap: gap[0] - gap[1]))
 
     @property
     def left(self) -> int:
@@ -48,9 +55,9 @@ class Streams:
     def take(self, now: float) -> Piece | None:
         """The next piece for a stream that is free; None: nothing is left, or this stream is one too many, or must wait
         for the first measurement."""
-        if self.left == 0 or (self._out > 0 and self._out >= self.wanted):
+        if self.left == 0 or self._out >= self.wanted:
             return None
-        if self._out == 0 and self.rate is None:
+        if self.rate is None and self._brought == 0:
             self._since = now
         start, stop = self.gaps[self._at]
         start += self._cut
@@ -64,35 +71,44 @@ class Streams:
     def _size(self) -> int:
         if self.rate is None:
             return SMALL if self.left <= SMALL else FIRST
-        if self.wanted == 1 and not self._growing:
+        if not self._slow:
             return self.left
-        each = self.rate / self.wanted
-        return int(min(max(each * PIECE_S, LEAST), MOST))
+        # Towards the end smaller ones, so that the streams end together.
+        size = min(self.rate * PIECE_S, self.left) / self.wanted
+        return int(min(max(size, LEAST), MOST))
 
     def done(self, piece: Piece, now: float) -> None:
         """A stream has brought its piece."""
         self._out -= 1
+        if self._ending > 0:
+            self._ending -= 1
+            self._begin(now)
+            return
         self._brought += piece[1] - piece[0]
         self._pieces += 1
         if self.rate is None:
-            self.rate = self._measured(now)
-            self._growing = self.wanted < STREAMS and self.left > self.rate * ENOUGH_S
-            self._begin(now, self.wanted * 2 if self._growing else self.wanted)
-        elif self._growing and self._pieces >= 2 * self.wanted:  # the first of each stream found it starting up
-            self._grow(now)
+            if self._brought >= FIRST:
+                rate = self._measure(now)
+                self._slow = self._growing = self.left > rate * ENOUGH_S
+                self.wanted = 2 if self._slow else 1
+        elif self._slow and self._pieces >= 2 * self.wanted:  # the first of each stream found it starting up
+            self._judge(self.rate, self._measure(now))
 
-    def _grow(self, now: float) -> None:
-        before, self.rate = self.rate or 0.0, self._measured(now)
-        if self.rate < before * GAIN:
-            self._growing = False
-            self._begin(now, max(self.wanted // 2, 1))
-        elif self.wanted >= STREAMS:
-            self._growing = False
+    def _judge(self, before: float, rate: float) -> None:
+        """More streams, fewer, or as many as there are."""
+        worse = rate < before / GAIN  # than it was taken for: more streams alone do not make a path slower
+        if self._growing and not worse and rate < before * GAIN:
+            self._growing, self.wanted, self._ending = False, self.wanted // 2, self._out
+        elif (self._growing or worse) and self.wanted < STREAMS:
+            self._growing, self.wanted = True, self.wanted * 2
         else:
-            self._begin(now, self.wanted * 2)
+            self._growing = False
 
-    def _measured(self, now: float) -> float:
-        return self._brought / max(now - self._since, 1e-6)
+    def _measure(self, now: float) -> float:
+        """The rate since the last measurement; the next one begins."""
+        self.rate = self._brought / max(now - self._since, 1e-6)
+        self._begin(now)
+        return self.rate
 
-    def _begin(self, now: float, wanted: int) -> None:
-        self.wanted, self._since, self._brought, self._pieces = wanted, now, 0, 0
+    def _begin(self, now: float) -> None:
+        self._since, self._brought, self._pieces = now, 0, 0

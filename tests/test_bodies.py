@@ -5,8 +5,11 @@ nothing. The limits are tried in a time that jumps; the connections are real, on
 import asyncio
 import contextlib
 import hashlib
+import logging
+import secrets
 import selectors
 import socket
+import struct
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -15,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import pytest
 import uvicorn
 from fastapi import FastAPI, Request
@@ -26,7 +30,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from common.api import CoordinatorApi
 from common.errors import NotFoundError, TooSlowError
+from common.messages import Assignment, JobRequest, JobSpec, PollRequest
 from server import wire
 from server.app import create_app
 from server.blobs import Blobs
@@ -34,6 +40,7 @@ from server.bodies import MESSAGE_BYTES, WINDOW, BodyLimits
 from server.routes.models import BlobResponse
 from server.settings import Settings
 from server.wire import impatient
+from tests.rounds_kit import registration
 
 MIB = 1 << 20
 IDLE_S = 10.0  # of the time that jumps
@@ -274,9 +281,13 @@ DIGEST = hashlib.sha256(BLOB).hexdigest()
 class Running:
     """The application on a real socket, with a few routes more."""
 
+    folder: Path
     port: int
-    url: str
     server: uvicorn.Server
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
@@ -313,7 +324,7 @@ def running(folder: Path) -> Iterator[Running]:
         thread.start()
         try:
             wait_for("the server to listen", lambda: server.started or not thread.is_alive())
-            yield Running(port, f"http://127.0.0.1:{port}", server)
+            yield Running(folder, port, server)
         finally:
             server.should_exit = True
             thread.join()
@@ -473,16 +484,99 @@ def test_a_refused_upload_is_not_sent_to_its_end_and_its_sender_reads_why(either
         assert sent < 64 * MIB
 
 
-def test_a_client_that_goes_away_in_mid_body_leaves_no_traceback(
-    served: Running, caplog: pytest.LogCaptureFixture
-) -> None:
-    for method in (b"POST /v1/jobs", b"PUT /v1/updates/a?attempt=1"):
-        with served.connect() as line:
-            line.sendall(method + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-            wait_for("the request to begin", lambda: served.connections == 1)
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset
-        wait_for("the connection to be forgotten", lambda: served.connections == 0)
+def end_with_reset(line: socket.socket) -> None:
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    line.close()
+
+
+def test_a_message_that_breaks_off_leaves_no_traceback(served: Running, caplog: pytest.LogCaptureFixture) -> None:
+    with served.connect() as line:
+        line.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        wait_for("the request to begin", lambda: served.server.server_state.tasks)
+        end_with_reset(line)
+    wait_for("the request to end", lambda: not served.server.server_state.tasks)
     assert [record for record in caplog.records if record.exc_info] == []
+
+
+# ---------------------------------------------------------------- uploads whose line breaks
+
+TOTAL = 100_000
+
+
+@dataclass
+class Worker:
+    """One that was given work, and uploads its result by hand."""
+
+    at: Running
+    token: str
+    work: Assignment
+
+    def put(self, data: bytes, start: int = 0) -> socket.socket:
+        """Begin to send everything from `start` on, and send `data` of it."""
+        line = self.at.connect()
+        line.sendall(
+            f"PUT /v1/updates/{self.work.id}?attempt={self.work.attempt} HTTP/1.1\r\nHost: x\r\n"
+            f"Authorization: Bearer {self.token}\r\nContent-Length: {TOTAL - start}\r\n"
+            f"Content-Range: bytes {start}-{TOTAL - 1}/{TOTAL}\r\n\r\n".encode()
+            + data
+        )
+        return line
+
+    def held(self) -> str:
+        path = f"/v1/updates/{self.work.id}?attempt={self.work.attempt}"
+        head = httpx2.head(self.at.url + path, headers={"Authorization": f"Bearer {self.token}"}, timeout=PATIENCE_S)
+        assert head.status_code == 200
+        return head.headers["Lydian-Ranges"]
+
+
+@pytest.fixture
+def worker(served: Running) -> Iterator[Worker]:
+    tokens = [(served.folder / name).read_text().strip() for name in ("join.token", "admin.token")]
+    with CoordinatorApi(served.url, tokens[0]) as api, CoordinatorApi(served.url, tokens[1]) as admin:
+        welcome = api.register(registration(secrets.token_hex(4)))
+        assert welcome.credential is not None
+        api.use_token(welcome.credential)
+        job = admin.submit_job(JobRequest(spec=JobSpec(task="digits"), key=secrets.token_hex(4))).id
+        answer = api.poll(welcome.worker_id, PollRequest(start_id="s1", claim_key="c", wait_s=PATIENCE_S))
+        assert answer is not None
+        assert answer.assignment is not None
+        yield Worker(served, welcome.credential, answer.assignment)
+        admin.cancel(job)
+
+
+@pytest.mark.parametrize("end", [end_with_reset, socket.socket.close], ids=["reset", "close"])
+def test_what_a_broken_upload_brought_is_kept_and_a_line_of_the_log_says_so(
+    worker: Worker, end: Callable[[socket.socket], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lydian")
+    line = worker.put(b"x" * 70_000)
+    wait_for("the bytes to arrive", lambda: worker.held() == "0-69999")
+    end(line)
+    wait_for("the break to be noticed", lambda: "broke off an upload" in caplog.text)
+    assert worker.held() == "0-69999"
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+def test_what_a_stalled_upload_brought_is_kept_and_its_sender_is_told(worker: Worker) -> None:
+    with worker.put(b"x" * 5000, start=1000) as line:
+        answer = read_all(line)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"no byte of the body came for 0.5 s, after 5000 bytes" in answer
+    assert worker.held() == "1000-5999"
+
+
+def test_stalled_uploads_leave_no_descriptor_and_no_task_behind(worker: Worker) -> None:
+    with worker.put(b"x"):  # opens the upload's file
+        wait_for("the first byte to arrive", lambda: worker.held() == "0-0")
+    process = psutil.Process()
+    wait_for("the first line to be forgotten", lambda: worker.at.connections == 0)
+    before = process.num_fds()
+    with contextlib.ExitStack() as stack:
+        for at in range(20):
+            stack.callback(worker.put(b"x", start=at).close)
+        wait_for("all of them to begin", lambda: worker.held() == "0-19")
+        wait_for("all of them to be ended", lambda: worker.at.connections == 0)
+    assert (process.num_fds(), len(worker.at.server.server_state.tasks)) == (before, 0)
 
 
 # ---------------------------------------------------------------- ranges of a blob

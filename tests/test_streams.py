@@ -1,5 +1,9 @@
 """How a transfer is cut and how many streams it gets: each byte once, one stream on a good path, more on a bad one."""
 
+import itertools
+import random
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,3 +90,62 @@ def test_a_second_stream_waits_for_the_first_measurement() -> None:
     streams = Streams(((0, 100 * MIB),))
     assert streams.take(0.0) == (0, FIRST)
     assert streams.take(0.0) is None
+
+
+@given(pairs=spans, seed=st.integers(0, 2**32))
+@settings(deadline=None)
+def test_pieces_that_end_in_any_order_or_never_are_never_handed_out_twice(
+    pairs: list[tuple[int, int]], seed: int
+) -> None:
+    gaps, chance = gaps_of(pairs), random.Random(seed)
+    streams, now, out, seen = Streams(gaps), 0.0, list[tuple[int, int]](), list[tuple[int, int]]()
+    for _ in range(300):
+        now += chance.random() * 10
+        if chance.random() < 0.5 and (piece := streams.take(now)) is not None:
+            assert len(out) < STREAMS
+            out.append(piece)
+            seen.append(piece)
+        elif out:
+            streams.done(out.pop(chance.randrange(len(out))), now)
+    seen.sort()
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(seen))
+    assert all(any(start <= piece[0] < piece[1] <= stop for start, stop in gaps) for piece in seen)
+    handed_out = sum(stop - start for start, stop in seen)
+    assert handed_out + streams.left == sum(stop - start for start, stop in gaps)
+
+
+def test_small_gaps_do_not_make_a_near_path_look_slow() -> None:
+    gaps = (*((at * 100, at * 100 + 10) for at in range(50)), (MIB, 100 * MIB))
+    streams, pieces = Streams(gaps), list[tuple[int, int]]()
+    now = 0.0
+    while (piece := streams.take(now)) is not None:
+        pieces.append(piece)
+        now += 0.001 + (piece[1] - piece[0]) / 200e6  # a millisecond for each request, and 200 MB/s
+        streams.done(piece, now)
+    assert streams.wanted == 1
+    assert (MIB + FIRST, 100 * MIB) in pieces
+
+
+def play_lucky(lucky: int, fast: float, slow: float) -> Streams:
+    """A path whose first pieces meet no loss; every stream has the same rate, at first `fast` and then `slow`."""
+    streams, now, number = Streams(((0, 400 * MIB),)), 0.0, 0
+    out: list[tuple[float, tuple[int, int]]] = []
+    while streams.left or out:
+        while (piece := streams.take(now)) is not None:
+            out.append((now + (piece[1] - piece[0]) / (fast if number < lucky else slow), piece))
+            number += 1
+        out.sort()
+        now, piece = out.pop(0)
+        streams.done(piece, now)
+    return streams
+
+
+@pytest.mark.parametrize("lucky", [1, 2, 5, 13, 40])
+def test_a_measurement_that_was_lucky_is_not_the_last_word(lucky: int) -> None:
+    assert play_lucky(lucky, fast=1.5e6, slow=0.2e6).wanted == STREAMS
+
+
+def test_the_last_pieces_are_small_so_that_the_streams_end_together() -> None:
+    pieces, peak = run(Streams(((0, 200 * MIB),)), lambda _: 1e6)
+    assert peak == STREAMS
+    assert all(stop - start <= 2 * LEAST for start, stop in pieces[-STREAMS // 2 :])

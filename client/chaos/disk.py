@@ -59,7 +59,8 @@ class Disk:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._unmount()
+        if self.path.is_mount():  # not where a cut was interrupted
+            self._unmount()
 
     def cut(self, kill: Callable[[], None]) -> None:
         """The power fails now; then it is there again.

@@ -32,6 +32,7 @@ from common.errors import LydianError, UnavailableError
 COORDINATOR = "coordinator"
 READY_S = 90.0  # for a coordinator to listen and for workers to come, on a machine that is busy
 TICK_S = 0.02  # between two looks at a condition
+ASK_S = 0.2  # between two questions to the coordinator
 BULK = 8 << 10  # bytes that come at once in the middle of a model or an update, and never in a message
 PORTS = range(15_000, 30_000)  # below those that systems give to outgoing connections, which could take it meanwhile
 CHECKPOINT_EVERY_S = 0.05
@@ -138,7 +139,7 @@ class Fleet:
         self.start_coordinator()
         for name in self.names:
             self._start_worker(name)
-        if not self.wait(lambda: self._at_work() == self.workers, READY_S):
+        if not self.wait(lambda: self._at_work() == self.workers, READY_S, every_s=ASK_S):
             raise LydianError(
                 f"{self._at_work()} of {shown.several(self.workers, 'worker')} came within {READY_S:.0f} s",
                 code="not_ready",
@@ -253,14 +254,14 @@ class Fleet:
 
     # ------------------------------------------------------------ waiting
 
-    def wait(self, look: Callable[[], bool], timeout_s: float) -> bool:
+    def wait(self, look: Callable[[], bool], timeout_s: float, *, every_s: float = TICK_S) -> bool:
         """Wait for a condition, and see meanwhile to those that end by themselves. Whether it came true in time."""
         until = time.monotonic() + timeout_s
         while not look():
             if time.monotonic() > until:
                 return False
             self.check()
-            self._never.wait(TICK_S)
+            self._never.wait(every_s)
         return True
 
     def pause(self, seconds: float) -> None:

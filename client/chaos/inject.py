@@ -11,7 +11,7 @@ from typing import Literal
 
 from client.chaos.clocks import NOTICED_S
 from client.chaos.disk import Disk
-from client.chaos.fleet import BULK, COORDINATOR, AimedWay, Fleet, worker_name
+from client.chaos.fleet import ASK_S, BULK, COORDINATOR, AimedWay, Fleet, worker_name
 from client.chaos.ledger import Ledger
 from client.chaos.proxy import Fault
 from client.chaos.schedule import PlannedFault
@@ -174,7 +174,7 @@ def power_cut(stage: Stage, fault: PlannedFault) -> Blow:
     fleet = stage.fleet
     if stage.disk is None:
         return Blow(missed="the state is not on a disk of its own")
-    fleet.wait(fleet.everybody_is_back, BACK_S)
+    fleet.wait(fleet.everybody_is_back, BACK_S, every_s=ASK_S)
     struck_at = time.monotonic()
     stage.disk.cut(lambda: fleet.kill(COORDINATOR))
     fleet.pause(float(fault.parameters["away_s"]))

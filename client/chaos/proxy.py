@@ -10,16 +10,19 @@ connection that carries more than `after` bytes in its direction, `times` times 
 """
 
 import asyncio
-import contextlib
 import socket
 import struct
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
 CHUNK = 16 << 10  # bytes carried at a time
+AHEAD = 256  # chunks of one direction that are held at most: 4 MiB
+TICK_S = 0.05  # after which a changed rate is noticed
 START_S = 10.0
 
 Kind = Literal["reset", "close", "stall", "half", "drop", "corrupt"]
@@ -79,15 +82,24 @@ class Proxy:
         self.refusing = False  # whether new connections are reset at once
         self._pairs: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
+        self._listening: Future[None] = Future()
         self._over = asyncio.Event()
         self._released = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
 
     def __enter__(self) -> Self:
+        """Listen.
+
+        Raises:
+            OSError: the address cannot be had.
+        """
         self._thread.start()
-        if not self._ready.wait(START_S):
-            raise TimeoutError(f"the proxy did not listen on {self.listen} within {START_S:g} s")
+        try:
+            self._listening.result(START_S)
+        except OSError:
+            self._thread.join()
+            self._loop.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -107,10 +119,7 @@ class Proxy:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(START_S)
 
     async def _cut(self) -> None:
-        pairs = list(self._pairs)
-        for pair in pairs:
-            pair.cancel()
-        await asyncio.gather(*pairs, return_exceptions=True)
+        await _end_tasks(list(self._pairs))
 
     async def _release(self) -> None:
         self._released.set()
@@ -121,106 +130,133 @@ class Proxy:
         self._loop.run_until_complete(self._serve())
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._accept, self.listen, self.port)
-        self.port = server.sockets[0].getsockname()[1]
-        self._ready.set()
-        await self._over.wait()
-        server.close()
+        try:
+            listener = socket.create_server((self.listen, self.port), family=_family(self.listen), backlog=100)
+        except OSError as error:
+            self._listening.set_exception(error)
+            return
+        with listener:
+            listener.setblocking(False)
+            self.port = listener.getsockname()[1]
+            accepting = asyncio.create_task(self._accept(listener))
+            self._listening.set_result(None)
+            await self._over.wait()
+            await _end_tasks([accepting])
         await self._cut()
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101 - a coroutine of the loop
-        self._pairs.add(task)
-        self.connections += 1
-        try:
-            await self._join(reader, writer)
-        except asyncio.CancelledError:
-            pass  # cut_all, or the end of the proxy: what was open is reset
-        finally:
-            self._pairs.discard(task)
+    async def _accept(self, listener: socket.socket) -> None:
+        while True:
+            near, _ = await self._loop.sock_accept(listener)
+            self.connections += 1
+            pair = asyncio.create_task(self._join(near))
+            self._pairs.add(pair)
+            pair.add_done_callback(self._pairs.discard)
+            pair.add_done_callback(partial(_close, near))  # should it be cut before it began
 
-    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Carry both directions of one connection until both have ended."""
-        writers, reset = [writer], True
+    async def _join(self, near: socket.socket) -> None:
+        """Carry both directions of one connection until both have ended. Cancelled, or broken, it resets both sides."""
+        far = socket.socket(_family(self.target[0]))
+        reset = True
         try:
+            for side in (near, far):
+                side.setblocking(False)
+                side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.refusing:
                 return
-            there, to_there = await asyncio.open_connection(*self.target)
-            writers.append(to_there)
+            await self._loop.sock_connect(far, self.target)
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._carry(self.up, reader, to_there))
-                both.create_task(self._carry(self.down, there, writer))
+                both.create_task(self._carry(self.up, near, far))
+                both.create_task(self._carry(self.down, far, near))
             reset = False
         except* _Cut as cuts:
             reset = cuts.subgroup(lambda error: isinstance(error, _Cut) and error.reset) is not None
         except* OSError:
-            reset = True  # one side is gone: so is the other
+            reset = True  # nobody listens there
         finally:
-            for each in writers:
-                _end(each, reset=reset)
+            for side in (near, far):
+                _end(side, reset=reset)
 
-    async def _carry(self, way: Way, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _carry(self, way: Way, source: socket.socket, sink: socket.socket) -> None:
         """Carry one direction. Read ahead by as much as the latency holds, and no more than some MiB."""
-        ahead: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(256)
+        ahead: asyncio.Queue[tuple[float, bytes | None]] = asyncio.Queue(AHEAD)
+        reading = asyncio.create_task(self._read(way, source, ahead))
+        try:
+            await self._deliver(way, ahead, sink)
+        except OSError:
+            return  # nobody takes it any more; what they answered before is still carried back
+        finally:
+            await _end_tasks([reading])
 
-        async def read() -> None:
-            while True:
-                data = await reader.read(CHUNK)
-                await ahead.put((self._loop.time() + way.latency_s, data))
-                if not data:
-                    return
+    async def _read(self, way: Way, source: socket.socket, ahead: asyncio.Queue[tuple[float, bytes | None]]) -> None:
+        data: bytes | None = b"-"
+        while data:
+            try:
+                data = await self._loop.sock_recv(source, CHUNK)
+            except OSError:
+                data = None  # reset; said after what came before
+            await ahead.put((self._loop.time() + way.latency_s, data))
 
-        async with asyncio.TaskGroup() as group:
-            group.create_task(read())
-            carried, dropping = 0, False
-            while True:
-                due, data = await ahead.get()
-                await asyncio.sleep(max(due - self._loop.time(), 0.0))
-                if not data:
-                    break
-                if way.rate:
-                    await asyncio.sleep(len(data) / way.rate)
-                fault = None if dropping else way.take(carried, len(data))
-                if fault is not None:
-                    data, dropping = await self._strike(way, fault, data, fault.after - carried, writer)
-                carried += len(data)
-                if not dropping:
-                    await self._pass_on(way, data, writer)
-            if not dropping and writer.can_write_eof():
-                with contextlib.suppress(OSError):  # the other side is gone already
-                    writer.write_eof()
+    async def _deliver(self, way: Way, ahead: asyncio.Queue[tuple[float, bytes | None]], sink: socket.socket) -> None:
+        carried, dropping = 0, False
+        while True:
+            due, data = await ahead.get()
+            await asyncio.sleep(max(due - self._loop.time(), 0.0))
+            if data is None:
+                raise _Cut(reset=True)
+            if not data:
+                break
+            await self._pace(way, len(data))
+            fault = None if dropping else way.take(carried, len(data))
+            if fault is not None:
+                data, dropping = await self._strike(way, fault, data, fault.after - carried, sink)
+            carried += len(data)
+            if not dropping:
+                await self._pass_on(way, data, sink)
+        if not dropping:
+            sink.shutdown(socket.SHUT_WR)
 
-    async def _pass_on(self, way: Way, data: bytes, writer: asyncio.StreamWriter) -> None:
-        writer.write(data)
+    async def _pace(self, way: Way, size: float) -> None:
+        """Wait as long as so many bytes take."""
+        while (rate := way.rate) and size > 0:
+            some = min(size, rate * TICK_S)
+            await asyncio.sleep(some / rate)
+            size -= some
+
+    async def _pass_on(self, way: Way, data: bytes, sink: socket.socket) -> None:
+        await self._loop.sock_sendall(sink, data)
         way.bytes += len(data)
-        await writer.drain()
 
-    async def _strike(
-        self, way: Way, fault: Fault, data: bytes, at: int, writer: asyncio.StreamWriter
-    ) -> tuple[bytes, bool]:
+    async def _strike(self, way: Way, fault: Fault, data: bytes, at: int, sink: socket.socket) -> tuple[bytes, bool]:
         """Let a fault happen at byte `at` of the data. Returns what is to be passed on, and whether nothing more is."""
         at = max(at, 0)
         if fault.kind == "corrupt":
             return data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :], False
-        if fault.kind == "drop":
-            return data, True
-        await self._pass_on(way, data[:at], writer)
-        if fault.kind in ("reset", "close"):
-            raise _Cut(reset=fault.kind == "reset")
-        if fault.kind == "half":
-            writer.write_eof()
-            return data, True
-        await self._released.wait()
-        return data[at:], False
+        await self._pass_on(way, data[:at], sink)
+        match fault.kind:
+            case "reset" | "close":
+                raise _Cut(reset=fault.kind == "reset")
+            case "half":
+                sink.shutdown(socket.SHUT_WR)
+            case "stall":
+                await self._released.wait()
+        return data[at:], fault.kind != "stall"
 
 
-def _end(writer: asyncio.StreamWriter, *, reset: bool) -> None:
-    if not reset:
-        writer.close()
-        return
-    with contextlib.suppress(OSError):  # closed already
-        raw = writer.get_extra_info("socket")
-        if raw is not None:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+async def _end_tasks(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _close(side: socket.socket, _: asyncio.Task[None]) -> None:
+    side.close()
+
+
+def _end(side: socket.socket, *, reset: bool) -> None:
+    if reset:
+        side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    side.close()

@@ -394,7 +394,10 @@ def _why_not(asked: Collection[str] | None, folder: Path, environment: Mapping[s
 def _ended_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end the block as Ctrl-C does, so that everything is ended and unmounted."""
 
+    heard: list[str] = []
+
     def end(number: int, _: FrameType | None) -> None:
+        heard.append(signal.Signals(number).name)
         raise SystemExit(128 + number)
 
     wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
@@ -404,3 +407,5 @@ def _ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if heard:
+            _say(f"ended by {heard[0]}; everything is stopped")

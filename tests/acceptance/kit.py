@@ -4,6 +4,7 @@ Waits are conditions with a bound, never a fixed sleep; what is awaited is in th
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -12,19 +13,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from types import FrameType
+from typing import Any, ClassVar, Self, TypeVar
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from common.api import CoordinatorApi
 from common.errors import UnavailableError
 from common.messages import JobRequest, JobSpec, JobView
 
-signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what a test has made is undone first
-
 T = TypeVar("T")
 
 PATIENCE_S = 90.0  # a bound for a busy machine; nothing is asserted about it
+
+
+def _end_once(number: int, frame: FrameType | None) -> None:
+    """SIGTERM is as Ctrl-C: what a test has made is undone. Once, since timeout(1) sends it twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+signal.signal(signal.SIGTERM, _end_once)
 
 
 def wait_for(what: str, look: Callable[[], T | None], patience_s: float = PATIENCE_S) -> T:
@@ -95,6 +104,8 @@ class Process:
 
 class LocalFleet:
     """A coordinator and workers in a folder. Use as a context manager: nothing outlives it."""
+
+    _truths: ClassVar[dict[str, str]] = {}
 
     def __init__(self, folder: Path, *, ttl_s: float = 40.0, host: str = "127.0.0.1", **settings: str) -> None:
         self.folder, self.host, self.port = folder, host, free_port()
@@ -177,6 +188,18 @@ class LocalFleet:
             spec=JobSpec.model_validate({"task": "digits", **spec}), task_source=source, key=os.urandom(8).hex()
         )
         return self.api.submit_job(request).id
+
+    def truth(self, task_file: Path, **spec: Any) -> str:
+        """The SHA-256 of the last model of a job that nothing disturbs.
+
+        Trained once a session: that it is the same in every fleet of a machine is what the tests of faults rest on.
+        """
+        key = json.dumps([str(task_file), spec], sort_keys=True)
+        if key not in self._truths:
+            model = self.finish(self.submit(task_file, **spec)).model
+            assert model is not None
+            self._truths[key] = model.digest
+        return self._truths[key]
 
     def facts(self, job: str) -> list[dict[str, Any]]:
         """Every fact of a job that has ended, or will: waits for its end."""

@@ -8,7 +8,7 @@ import pytest
 
 from client.chaos.clocks import Clock, find_library
 from tests.acceptance.kit import LocalFleet, closed_rounds, of_type, size
-from tests.acceptance.test_many_kills import JOB, TASK, check, truth_of
+from tests.acceptance.test_many_kills import JOB, TASK, check
 
 pytestmark = [
     pytest.mark.acceptance,
@@ -35,7 +35,7 @@ def test_clocks_of_coordinator_and_worker_that_jump_change_nothing(
             fleet.start_workers(2, "--trust", "any")
             for name in clocks["workers"].environment():
                 patch.delenv(name)
-            truth = truth_of(fleet)
+            truth = fleet.truth(TASK, **JOB)
             for times in range(size(1, 4)):
                 job = fleet.submit(TASK, **JOB)
                 for number, jump in enumerate((HOUR, -HOUR, 10 * DAY, -10 * DAY, 0.0), start=1):

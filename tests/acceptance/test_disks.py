@@ -26,8 +26,7 @@ def test_a_job_pauses_on_a_full_disk_and_goes_on_by_itself_to_the_same_model(tmp
         fleet.state = disk.path / "state"
         with fleet:
             fleet.start_workers(2, "--trust", "any")
-            truth = fleet.finish(fleet.submit(TASK, **JOB)).model
-            assert truth is not None
+            truth = fleet.truth(TASK, **JOB)
             job = fleet.submit(TASK, **JOB)
             fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "round 2")
             with disk.filled():
@@ -38,7 +37,7 @@ def test_a_job_pauses_on_a_full_disk_and_goes_on_by_itself_to_the_same_model(tmp
                 assert "bytes do not fit" in paused.reason
                 assert fleet.coordinator is not None
                 assert fleet.coordinator.popen.poll() is None
-            assert check(fleet, job, truth.digest)[0] == 0
+            assert check(fleet, job, truth)[0] == 0
             states = [fact["state"] for fact in of_type(fleet.facts(job), "job")]
             assert states == ["initialising", "paused", "training", "finished"]
 
@@ -51,11 +50,10 @@ def test_a_worker_without_room_gives_its_work_back_is_shown_as_degraded_and_work
         fleet.folders["w1"] = disk.path / "w1"
         with fleet:
             fleet.start_workers(2, "--trust", "any")
-            truth = fleet.finish(fleet.submit(TASK, **JOB)).model
-            assert truth is not None
+            truth = fleet.truth(TASK, **JOB)
             with disk.filled():
                 job = fleet.submit(TASK, **JOB)
-                check(fleet, job, truth.digest)
+                check(fleet, job, truth)
                 wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
                 assert "needed" in state_of(fleet, "w1")[1] or "No space left" in state_of(fleet, "w1")[1]
             backs = list(of_type(fleet.facts(job), "handed_back"))
@@ -68,14 +66,13 @@ def test_a_worker_whose_folder_became_read_only_gives_its_work_back_and_says_why
     fleet = LocalFleet(tmp_path, LYDIAN_POLL_S="0.5")
     with fleet:
         fleet.start_workers(2, "--trust", "any")
-        truth = fleet.finish(fleet.submit(TASK, **JOB)).model
-        assert truth is not None
+        truth = fleet.truth(TASK, **JOB)
         folder = str(fleet.folder / "w1" / "work")  # nothing in it is open while the worker waits
         mount("--bind", folder, folder)
         try:
             mount("-o", "remount,bind,ro", folder)
             job = fleet.submit(TASK, **JOB)
-            check(fleet, job, truth.digest)
+            check(fleet, job, truth)
             wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
             assert "Read-only file system" in state_of(fleet, "w1")[1]
         finally:

@@ -48,9 +48,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
             with hosts.on(number):
                 fleet.start_worker(f"w{number}", "--trust", "any")
         fleet.await_workers(WORKERS)
-        truth = fleet.finish(fleet.submit(TASK, **SHORTER)).model
-        assert truth is not None
-        yield Fleet(hosts, fleet, truth.digest)
+        yield Fleet(hosts, fleet, fleet.truth(TASK, **SHORTER))
 
 
 def in_the_middle(seconds: float) -> None:
