@@ -531,19 +531,17 @@ class Worker:
 
 @pytest.fixture
 def worker(served: Running) -> Iterator[Worker]:
-    join, admin = [(served.folder / f"{scope}.token").read_text().strip() for scope in ("join", "admin")]
-    with CoordinatorApi(served.url, admin) as api:
-        job = api.submit_job(JobRequest(spec=JobSpec(task="digits"), key=secrets.token_hex(4))).id
-    with CoordinatorApi(served.url, join) as api:
+    tokens = [(served.folder / name).read_text().strip() for name in ("join.token", "admin.token")]
+    with CoordinatorApi(served.url, tokens[0]) as api, CoordinatorApi(served.url, tokens[1]) as admin:
         welcome = api.register(registration(secrets.token_hex(4)))
         assert welcome.credential is not None
         api.use_token(welcome.credential)
+        job = admin.submit_job(JobRequest(spec=JobSpec(task="digits"), key=secrets.token_hex(4))).id
         answer = api.poll(welcome.worker_id, PollRequest(start_id="s1", claim_key="c", wait_s=PATIENCE_S))
-    assert answer is not None
-    assert answer.assignment is not None
-    yield Worker(served, welcome.credential, answer.assignment)
-    with CoordinatorApi(served.url, admin) as api:
-        api.cancel(job)
+        assert answer is not None
+        assert answer.assignment is not None
+        yield Worker(served, welcome.credential, answer.assignment)
+        admin.cancel(job)
 
 
 @pytest.mark.parametrize("end", [end_with_reset, socket.socket.close], ids=["reset", "close"])

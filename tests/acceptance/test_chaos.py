@@ -36,7 +36,7 @@ def living(folder: Path) -> list[str]:
 
 
 def test_a_handful_of_faults_loses_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    with start(tmp_path, "--faults", "4", "--rounds", "5", "--kinds", KINDS, "--json") as run:
+    with start(tmp_path, "--faults", "4", "--rounds", "6", "--kinds", KINDS, "--json") as run:
         out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
     told = json.loads(out)
@@ -45,7 +45,7 @@ def test_a_handful_of_faults_loses_nothing_and_leaves_nothing(tmp_path: Path) ->
     assert told["faults"].keys() <= set(KINDS.split(","))
     assert {"kill-worker", "kill-coordinator"} <= told["faults"].keys()
     assert (told["updates_lost"], told["updates_counted_twice"], told["facts_forgotten"]) == (0, 0, 0)
-    assert told["found"]["accepted"] == 5 * 4
+    assert told["found"]["accepted"] == 6 * 4
     assert told["found"]["digests"] == told["truth"]["digests"]
     assert told["same_model"] is True
     assert f"schedule {told['schedule']}" in err
