@@ -2,9 +2,10 @@
 
     warm-up job ──▶ idle: counted ──▶ the long job, sampled every few seconds ──▶ idle: counted again
 
-At the two idle moments the same processes do nothing, so their open descriptors and threads must be the same. Memory is
-looked at twice: by its slope over the long job, and from one idle moment to the other for each round, which is what a
-leak of one object a round costs.
+At the two idle moments the same processes do nothing, so they must hold no more descriptors or threads at the second.
+Memory is looked at twice: by its slope over the long job, and from one idle moment to the other for each round, as much
+as a leak of one object a round would cost. Freed buffers are given back at once (MALLOC_MMAP_THRESHOLD_), so that what
+shows is what is kept.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 from bench.limits import MEGABYTE
 from bench.rounds import TASK
@@ -29,7 +30,8 @@ from common.messages import JobRequest, JobSpec
 
 WARM_UP = 50  # rounds: long enough for every buffer, cache and connection to be there
 LOOK_S = 0.1  # between two looks whether all is quiet
-PATIENCE_S = 120.0  # for connections that nobody uses to be closed: the coordinator keeps them for 75 s
+SETTLED_S = 3.0  # without a change of any count
+PATIENCE_S = 90.0  # for connections that nobody uses to be closed: the coordinator keeps them for 75 s
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ class Soak:
     def __init__(self, folder: Path, children: Children, workers: int) -> None:
         """Start them all."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith("LYDIAN_")}
+        environment["MALLOC_MMAP_THRESHOLD_"] = str(
+            128 << 10
+        )  # said, it is glibc's default for ever, and not just at first
         self._state, self._children, self._workers = folder / "state", children, workers
         arguments = ["--host", "127.0.0.1", "--port", "0", "--state-dir", str(self._state)]
         server = children.start("coordinator", python_module("server", arguments), environment)
@@ -136,18 +141,23 @@ class Soak:
         return samples
 
     def idle(self, like: Mapping[str, Vitals] | None = None) -> dict[str, Vitals]:
-        """What every process holds when nothing is to be done, and idle connections are closed.
+        """What every process holds when nothing is to be done, and its counts have not changed for a while.
 
         Args:
-            like: an earlier idle moment; it is waited for a while until counts are as they were then.
+            like: an earlier idle moment; it is waited for a while until nobody holds more than it did then.
         """
-        until = time.monotonic() + PATIENCE_S
+        began = changed_at = time.monotonic()
+        last: dict[str, Vitals] = {}
         while True:
-            now = self.vitals()
+            time_now, vitals = time.monotonic(), self.vitals()
             quiet = sum(w.state == "idle" and w.last_seen_s == 0 for w in self._api.workers()) == self._workers
-            same = like is None or all(counts(now[name]) == counts(like[name]) for name in now)
-            if (quiet and same) or time.monotonic() > until:
-                return now
+            same = {name: counts(v) for name, v in vitals.items()} == {name: counts(v) for name, v in last.items()}
+            changed_at = changed_at if quiet and same else time_now
+            more = like is not None and any(holds_more(vitals[name], like[name]) for name in vitals)
+            waited_s = time_now - began
+            if (time_now - changed_at >= SETTLED_S and not more) or waited_s > PATIENCE_S:
+                return vitals
+            last = vitals
             with suppress(subprocess.TimeoutExpired):  # which is what should happen: the coordinator lives on
                 self._server.wait(LOOK_S)
             self._children.check()
@@ -162,8 +172,13 @@ class Soak:
 
 
 def counts(vitals: Vitals) -> tuple[int, int]:
-    """What must be the same whenever the process is idle: descriptors and threads."""
+    """What does not change while the process is idle: descriptors and threads."""
     return vitals.descriptors, vitals.threads
+
+
+def holds_more(now: Vitals, then: Vitals) -> bool:
+    """Whether a process has more descriptors or threads than at another moment."""
+    return now.descriptors > then.descriptors or now.threads > then.threads
 
 
 def _vitals(process: psutil.Process) -> Vitals:

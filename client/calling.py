@@ -3,7 +3,6 @@
 Heavy packages are imported where a call is made, so that `lydian --help` stays fast.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -85,10 +84,8 @@ def coordinator(url: str, token: str | None) -> Iterator["CoordinatorApi"]:
 
     Raises:
         typer.BadParameter: `url` is not an address.
-        LydianError: not_a_coordinator, something else answers there; and whatever the coordinator answers.
+        LydianError: unreadable, something else answers there; and whatever the coordinator answers.
     """
-    from pydantic import ValidationError
-
     from common.api import CoordinatorApi
 
     address = whole_url(url)
@@ -103,12 +100,6 @@ def coordinator(url: str, token: str | None) -> Iterator["CoordinatorApi"]:
         raise UnauthenticatedError(
             f"{address} wants a token, and none was given or found here",
             advice=f"{where}; on its own machine LYDIAN_STATE_DIR names that folder.",
-        ) from error
-    except (ValidationError, json.JSONDecodeError) as error:
-        raise LydianError(
-            f"{address} answered something that this version does not understand: {str(error).splitlines()[0]}",
-            code="not_a_coordinator",
-            advice="Is this the address of a coordinator, and is `lydian --version` the same on both sides?",
         ) from error
 
 

@@ -1,10 +1,11 @@
-"""`lydian pull`: fetch a model as a file that `load_state_dict` takes."""
+"""`lydian pull`: fetch a model as a file that `load_state_dict` takes. What breaks is resumed, by the next run too."""
 
-import tempfile
+import sys
+from glob import escape
 from pathlib import Path
 
 from common.api import CoordinatorApi
-from common.errors import LydianError
+from common.errors import LydianError, UnavailableError
 from common.weights import publish
 
 
@@ -23,15 +24,38 @@ def pull_model(api: CoordinatorApi, job: str, target: Path, *, which: str, force
     """
     if target.exists() and not force:
         raise LydianError(f"{target} exists already", code="file_exists", advice="--force overwrites it.")
+    # Beside the target: on the same disk, where the model must have room in any case.
+    fetched = target.absolute().with_name(f".{target.name}.fetched")
     try:
-        # Beside the target: on the same disk, where the model must have room in any case.
-        with tempfile.TemporaryDirectory(prefix=".lydian-", dir=target.absolute().parent) as folder:
-            fetched = Path(folder) / "model.safetensors"
-            api.pull(job, fetched, which=which)
-            publish(fetched, target)
+        _fetch(api, job, fetched, which)
+        publish(fetched, target)
+        for path in (fetched, *fetched.parent.glob(f"{escape(fetched.name)}.*")):  # and parts of older models
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise LydianError(
             f"{target} cannot be written: {error.strerror or error}",
             code="file_not_written",
             advice="Does the folder exist, may you write there, and has the disk room?",
         ) from error
+
+
+def _fetch(api: CoordinatorApi, job: str, fetched: Path, which: str) -> None:
+    """Fetch until all is here, for as long as each try brings something."""
+    there = 0
+
+    def seen(size: int) -> None:
+        nonlocal there
+        there = size
+
+    while True:
+        before = there
+        try:
+            api.pull(job, fetched, which=which, on_bytes=seen)
+        except UnavailableError as error:
+            if there <= before:
+                if there:
+                    error.advice = f"{there} bytes are kept; the same command goes on from there. {error.advice}"
+                raise
+            sys.stderr.write(f"{error}; going on after {there} bytes\n")
+        else:
+            return

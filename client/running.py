@@ -164,7 +164,7 @@ def _end(children: Sequence[Child]) -> None:
                 child.process.wait(max(0.0, until - time.monotonic()))
     finally:  # a second Ctrl-C comes here at once
         for child in children:
-            with contextlib.suppress(ProcessLookupError):
+            if not child.ended:  # else its number may be another's by now
                 os.killpg(child.process.pid, signal.SIGKILL)  # with whatever it has started itself
             child.process.wait()
 

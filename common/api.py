@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import httpx2
+from pydantic import TypeAdapter
 
 from common.errors import BadRequestError, UnavailableError
 from common.messages import (
@@ -38,22 +39,33 @@ from common.messages import (
     WorkerView,
 )
 from common.ranges import Ranges, parse_ranges
-from common.transfers import Download, Upload, raise_for, unreachable
+from common.transfers import CONNECT_S, IDLE_S, Download, OnBytes, Upload, raise_for, reaching, unreachable
 
 POLL_SLACK_S = 15.0  # a long poll may take this much longer than was asked for before the line counts as dead
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+
+_JOBS, _LOG, _WORKERS = TypeAdapter(list[JobView]), TypeAdapter(list[LogEntry]), TypeAdapter(list[WorkerView])
 
 
 class CoordinatorApi:
     """One coordinator, as a worker or a person calls it. Threads may share it."""
 
-    def __init__(self, url: str, token: str | None = None, *, timeout_s: float = 30.0) -> None:
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, token: str | None = None, *, timeout_s: float = 30.0, idle_s: float = IDLE_S) -> None:
+        """Connect to nobody yet.
+
+        Args:
+            url: the coordinator's.
+            token: whose calls these are; see `use_token`.
+            timeout_s: seconds that an answer may take.
+            idle_s: seconds without a byte after which a transfer breaks, to be resumed.
+        """
+        self.url, self._idle_s = url.rstrip("/"), idle_s
         self._client = httpx2.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx2.Timeout(timeout_s, connect=10.0),
+            timeout=httpx2.Timeout(timeout_s, connect=CONNECT_S),
             limits=httpx2.Limits(max_keepalive_connections=20, keepalive_expiry=60.0),
         )
 
@@ -79,16 +91,22 @@ class CoordinatorApi:
 
     def poll(self, worker: str, request: PollRequest) -> PollAnswer | None:
         """Wait for work, at most `wait_s`. None: nothing yet."""
-        timeout = httpx2.Timeout(request.wait_s + POLL_SLACK_S, connect=10.0)
+        timeout = httpx2.Timeout(request.wait_s + POLL_SLACK_S, connect=CONNECT_S)
         answer = self._send("POST", f"/v1/workers/{worker}/poll", request, timeout=timeout)
-        return None if answer.status_code == 204 else PollAnswer.model_validate_json(answer.content)
+        return None if answer.status_code == 204 else _understood(answer, PollAnswer.model_validate_json)
 
     def heartbeat(self, worker: str, beat: Heartbeat) -> HeartbeatAnswer:
         """Renew the lease of an assignment and learn whether to go on."""
         return self._ask(HeartbeatAnswer, "POST", f"/v1/workers/{worker}/heartbeat", beat)
 
     def download_model(
-        self, digest: str, target: Path, *, size: int | None = None, stop: threading.Event | None = None
+        self,
+        digest: str,
+        target: Path,
+        *,
+        size: int | None = None,
+        stop: threading.Event | None = None,
+        on_bytes: OnBytes | None = None,
     ) -> int:
         """Fetch a model version to `target`, which appears only whole and verified. Returns the bytes received.
 
@@ -98,13 +116,11 @@ class CoordinatorApi:
         Raises:
             TransferStopped: `stop` was set.
         """
-        return Download(
-            self._client, self.url, f"/v1/models/{digest}", target, digest=digest, size=size, stop=stop
-        ).run()
+        return self._download(f"/v1/models/{digest}", target, digest=digest, size=size, stop=stop, on_bytes=on_bytes)
 
     def download_task(self, digest: str, target: Path, *, stop: threading.Event | None = None) -> int:
         """Fetch a user's task file to `target`, verified like a model."""
-        return Download(self._client, self.url, f"/v1/tasks/{digest}", target, digest=digest, stop=stop).run()
+        return self._download(f"/v1/tasks/{digest}", target, digest=digest, stop=stop)
 
     def upload(
         self,
@@ -114,6 +130,7 @@ class CoordinatorApi:
         *,
         resume: bool = False,
         stop: threading.Event | None = None,
+        on_bytes: OnBytes | None = None,
     ) -> int:
         """Send the bytes of an update. With `resume`, only what the coordinator does not hold yet.
 
@@ -125,7 +142,7 @@ class CoordinatorApi:
         """
         path = f"/v1/updates/{assignment}?attempt={attempt}"
         held = _ranges(self._send("HEAD", path)) if resume else ()
-        return Upload(self._client, self.url, path, source, held, stop).run()
+        return Upload(self._client, self.url, path, source, held, stop, on_bytes=on_bytes, idle_s=self._idle_s).run()
 
     def submit(self, assignment: str, submission: Submission) -> Receipt:
         """Hand in the result of an assignment; the bytes were uploaded before."""
@@ -151,7 +168,7 @@ class CoordinatorApi:
 
     def jobs(self) -> list[JobView]:
         """All jobs, oldest first."""
-        return [JobView.model_validate(item) for item in self._send("GET", "/v1/jobs").json()]
+        return _understood(self._send("GET", "/v1/jobs"), _JOBS.validate_json)
 
     def job(self, job: str) -> JobView:
         """One job."""
@@ -171,11 +188,11 @@ class CoordinatorApi:
 
     def logs(self, job: str) -> list[LogEntry]:
         """Every trouble of a job, with its traceback."""
-        return [LogEntry.model_validate(item) for item in self._send("GET", f"/v1/jobs/{_part(job)}/logs").json()]
+        return _understood(self._send("GET", f"/v1/jobs/{_part(job)}/logs"), _LOG.validate_json)
 
     def workers(self) -> list[WorkerView]:
         """All workers that ever joined."""
-        return [WorkerView.model_validate(item) for item in self._send("GET", "/v1/workers").json()]
+        return _understood(self._send("GET", "/v1/workers"), _WORKERS.validate_json)
 
     def drain(self, worker: str) -> WorkerView:
         """Let a worker finish what it does and give it nothing more."""
@@ -189,10 +206,9 @@ class CoordinatorApi:
         """A new token."""
         return self._ask(TokenAnswer, "POST", "/v1/tokens", request)
 
-    def pull(self, job: str, target: Path, *, which: str = "newest") -> int:
-        """Fetch a job's model: `newest`, `best` or a round's number. Returns the bytes received."""
-        path = f"/v1/jobs/{_part(job)}/model?which={quote(which)}"
-        return Download(self._client, self.url, path, target).run()
+    def pull(self, job: str, target: Path, *, which: str = "newest", on_bytes: OnBytes | None = None) -> int:
+        """Fetch a job's model: `newest`, `best` or a round's number. Returns bytes received; resumes what broke."""
+        return self._download(f"/v1/jobs/{_part(job)}/model?which={quote(which)}", target, on_bytes=on_bytes)
 
     def events(
         self, job: str, *, after: int = 0, on_wait: Callable[[str], None] = lambda _: None, patience_s: float = 3600.0
@@ -235,21 +251,39 @@ class CoordinatorApi:
             raise_for(answer)
             for line in answer.iter_lines():
                 if line.startswith("data:"):
-                    yield json.loads(line[5:])
+                    yield _event(line[5:])
+
+    def _download(self, path: str, target: Path, **options: Any) -> int:  # noqa: ANN401
+        return Download(self._client, self.url, path, target, idle_s=self._idle_s, **options).run()
 
     def _ask(self, kind: type[M], method: str, path: str, body: Message | None = None, **options: Any) -> M:  # noqa: ANN401
-        return kind.model_validate_json(self._send(method, path, body, **options).content)
+        return _understood(self._send(method, path, body, **options), kind.model_validate_json)
 
     def _send(self, method: str, path: str, body: Message | None = None, **options: Any) -> httpx2.Response:  # noqa: ANN401
         if body is not None:
             options["content"] = body.model_dump_json()
             options["headers"] = {"Content-Type": "application/json"}
-        try:
+        with reaching(self.url):
             answer = self._client.request(method, path, **options)
-        except httpx2.TransportError as error:
-            raise unreachable(self.url, error) from error
         raise_for(answer)
         return answer
+
+
+def _understood(answer: httpx2.Response, read: Callable[[bytes], T]) -> T:
+    """What an answer says. One that cannot be read was damaged on the way, so the call is worth another try.
+
+    Raises:
+        UnavailableError: it cannot be read (`unreadable`).
+    """
+    try:
+        return read(answer.content)
+    except ValueError as error:  # ValidationError is one
+        raise UnavailableError(
+            f"{answer.request.url} answered something that this version does not understand: "
+            + str(error).splitlines()[0],
+            code="unreadable",
+            advice="Is this the address of a coordinator, and is `lydian --version` the same on both sides?",
+        ) from error
 
 
 def _ranges(answer: httpx2.Response) -> Ranges:
@@ -258,6 +292,15 @@ def _ranges(answer: httpx2.Response) -> Ranges:
         return parse_ranges(answer.headers.get("Lydian-Ranges", ""))
     except BadRequestError:
         return ()
+
+
+def _event(line: str) -> dict[str, Any]:
+    """One event of a stream. A damaged one breaks the stream, which goes on after the last that was whole."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError as error:
+        raise UnavailableError(f"an event cannot be read: {line[:80]!r}", code="unreadable") from error
+    return event
 
 
 def _part(name: str) -> str:

@@ -9,7 +9,7 @@ shows when the whole is hashed, as it always is, and it is fetched or sent again
 offset, since several streams may fill one file at once.
 """
 
-import fcntl
+import errno
 import os
 import re
 from contextlib import ExitStack
@@ -49,7 +49,8 @@ class Staging:
 
     @classmethod
     def reopen(cls, path: Path) -> Self | None:
-        """Go on with an upload of an earlier process; None where its record and its bytes do not fit together."""
+        """Go on with an upload of an earlier process; None where its record and its bytes do not fit together,
+        or the disk is so full that nothing more of it could be noted."""
         known = _read_record(path.with_suffix(RECORD))
         if known is None or not path.is_file() or path.stat().st_size != known[0]:
             return None
@@ -57,7 +58,13 @@ class Staging:
             record = os.open(path.with_suffix(RECORD), os.O_WRONLY | os.O_APPEND)
             unless_done.callback(os.close, record)
             descriptor = os.open(path, os.O_RDWR)
-            os.write(record, b"?\n")  # so that a line that was torn says nothing
+            unless_done.callback(os.close, descriptor)
+            try:
+                os.write(record, b"?\n")  # so that a line that was torn says nothing
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                return None  # no room for two bytes: nothing can be added to this file either
             unless_done.pop_all()
         return cls(path, *known, descriptor, record)
 
@@ -101,16 +108,6 @@ class Staging:
     def complete(self) -> bool:
         """Whether every byte is here."""
         return not self.missing
-
-    def lock(self) -> bool:
-        """Wait until no other process fills this file. False: one has finished or deleted it meanwhile."""
-        if self._descriptor is None:
-            return False
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
-        except FileNotFoundError:
-            return False
 
     def close(self) -> None:
         """Take no more bytes. The file stays, and what is known of it. Twice is once."""

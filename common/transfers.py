@@ -3,49 +3,72 @@
     gaps ──common.streams──▶ pieces ──one request each──▶ the coordinator, or TARGET.part ──SHA-256──▶ TARGET
 
 The thread that calls is the first stream; others are started when the path turns out to need them, and have ended when
-the call returns. Nothing is repeated here: the first error ends all streams, and whoever called calls again.
+the call returns. Nothing is repeated here: the first error ends all streams, and whoever called calls again. One
+exception: what a server, or a cache before it, will not give by ranges is fetched whole.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx2
 
-from common.errors import (
-    BadUpdateError,
-    LydianError,
-    NotFoundError,
-    UnauthenticatedError,
-    UnavailableError,
-    from_answer,
-)
+from common.errors import BadUpdateError, LydianError, UnavailableError, from_answer
 from common.ranges import Ranges, content_range, gaps
 from common.staging import Staging
-from common.streams import Piece, Streams
+from common.streams import STREAMS, Piece, Streams
 
-PIECE = 1 << 20  # bytes handed to the socket or the disk at a time
+PIECE = 1 << 20  # bytes handed to the socket at a time
 NOTE_EVERY = 1 << 20  # bytes of one stream that a killed process forgets at most
+IDLE_S = 30.0  # without a byte, after which a connection counts as dead
+CONNECT_S = 10.0
+LOOK_S = 0.2  # between two looks whether another process has let go of a file
+
+OnBytes = Callable[[int], None]
+"""Called with the bytes of the file that are over so far, those of earlier calls included. From any stream, one at a
+time."""
 
 
 class TransferStopped(Exception):  # noqa: N818 - not an error: what was asked for
     """The transfer was broken off because its `stop` was set. What it brought is kept."""
 
 
+class _NoRangesError(Exception):
+    """The answer to a request for a range is not that range."""
+
+
 class Transfer(ABC):
     """One call's worth of bytes, in one direction."""
 
-    def __init__(self, client: httpx2.Client, url: str, path: str, stop: threading.Event | None) -> None:
+    def __init__(
+        self,
+        client: httpx2.Client,
+        url: str,
+        path: str,
+        stop: threading.Event | None,
+        *,
+        on_bytes: OnBytes | None,
+        idle_s: float,
+    ) -> None:
         self._client, self._url, self._path = client, url, path
         self._stop = stop or threading.Event()
+        self._on_bytes = on_bytes
+        self._timeout = httpx2.Timeout(idle_s, connect=CONNECT_S)
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)  # one stream has
         self._failure: BaseException | None = None
-        self.streams_used = 1
+        self._streams = Streams(())
+        self._running = 0  # streams
+        self._there = 0  # bytes of the file that are over
+        self.streams_used = 1  # at most, at a time
 
     @abstractmethod
     def carry(self, piece: Piece) -> None:
@@ -57,51 +80,64 @@ class Transfer(ABC):
         Raises:
             UnavailableError: the line broke, or nobody answers.
             LydianError: what the coordinator answered.
+            TransferStopped: it was told to stop.
         """
-        threads: list[threading.Thread] = []
+        self._streams, self._failure, self._running = streams, None, 1
         try:
-            self._work(streams, threads)
-        except BaseException as error:  # a signal's: the other streams must not go on
-            self._fail(error, error.__cause__)
-            raise
+            with ThreadPoolExecutor(STREAMS, thread_name_prefix="stream") as self._others, self._failing():
+                self._work()
+                with self._ended:  # those that go on may yet want more
+                    self._ended.wait_for(lambda: self._running == 0)
         finally:
-            for thread in threads:  # started by any of them while they worked
-                thread.join()
-        if self._failure is not None:
-            raise self._failure
+            if self._failure is not None:
+                raise self._failure  # the one that came first, whichever stream met it
 
-    def _work(self, streams: Streams, threads: list[threading.Thread]) -> None:
+    def _work(self) -> None:
         """One stream: piece after piece, until none is left or something failed."""
         try:
-            while self._failure is None:
-                self._check_stop()
-                with self._lock:
-                    piece = streams.take(time.monotonic())
-                if piece is None:
-                    return
-                self.carry(piece)
-                with self._lock:
-                    streams.done(piece, time.monotonic())
-                    more = min(streams.wanted - 1 - sum(thread.is_alive() for thread in threads), 15)
-                    for _ in range(more if streams.left else 0):
-                        threads.append(threading.Thread(target=self._work, args=(streams, threads), name="stream"))
-                        threads[-1].start()
-                    self.streams_used = max(self.streams_used, streams.wanted)
-        except httpx2.TransportError as error:
-            self._fail(unreachable(self._url, error), error)
-        except (LydianError, OSError, TransferStopped) as error:
-            self._fail(error, error.__cause__)
+            with self._failing():
+                while (piece := self._next()) is not None:
+                    self.carry(piece)
+                    self._brought(piece)
+        finally:
+            with self._ended:
+                self._running -= 1
+                self._ended.notify_all()
 
-    def _fail(self, error: BaseException, cause: BaseException | None) -> None:
-        """Keep the first failure; the others follow from it."""
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Remember the first failure, which ends the other streams; a signal's goes before all."""
+        try:
+            yield
+        except BaseException as error:
+            with self._lock:
+                if self._failure is None or not isinstance(error, Exception):
+                    self._failure = error
+            raise
+
+    def _next(self) -> Piece | None:
+        self._check()
         with self._lock:
-            if self._failure is None:
-                error.__cause__ = cause
-                self._failure = error
+            self.streams_used = max(self.streams_used, self._running)
+            return self._streams.take(time.monotonic())
 
-    def _check_stop(self) -> None:
-        if self._stop.is_set():
+    def _brought(self, piece: Piece) -> None:
+        with self._lock:
+            self._streams.done(piece, time.monotonic())
+            while self._streams.left and self._running < self._streams.wanted and self._failure is None:
+                self._others.submit(self._work)  # it waits for the lock, as it takes a piece
+                self._running += 1
+
+    def _check(self) -> None:
+        """Looked at between two blocks."""
+        if self._failure is not None or self._stop.is_set():
             raise TransferStopped(f"{self._path} was broken off on request")
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self._there += size
+            if self._on_bytes is not None:
+                self._on_bytes(self._there)
 
 
 class Upload(Transfer):
@@ -115,16 +151,20 @@ class Upload(Transfer):
         source: Path,
         held: Ranges,
         stop: threading.Event | None,
+        *,
+        on_bytes: OnBytes | None = None,
+        idle_s: float = IDLE_S,
     ) -> None:
-        super().__init__(client, url, path, stop)
-        self._source, self._held = source, held
-        self._size = source.stat().st_size
+        super().__init__(client, url, path, stop, on_bytes=on_bytes, idle_s=idle_s)
+        self._source, self._size = source, source.stat().st_size
+        self._missing = gaps(held, self._size)
 
     def run(self) -> int:
         """Send. Returns the bytes sent."""
-        missing = gaps(self._held, self._size)
-        self.carry_all(Streams(missing))
-        return sum(stop - start for start, stop in missing)
+        to_send = sum(stop - start for start, stop in self._missing)
+        self._there = self._size - to_send
+        self.carry_all(Streams(self._missing))
+        return to_send
 
     def carry(self, piece: Piece) -> None:
         """PUT one range."""
@@ -134,20 +174,24 @@ class Upload(Transfer):
             "Content-Length": str(stop - start),
             "Content-Type": "application/octet-stream",
         }
-        raise_for(self._client.request("PUT", self._path, content=self._read(start, stop), headers=headers))
+        body = self._read(start, stop)
+        with reaching(self._url):
+            answer = self._client.request("PUT", self._path, content=body, headers=headers, timeout=self._timeout)
+        raise_for(answer)
 
     def _read(self, start: int, stop: int) -> Iterator[bytes]:
         with self._source.open("rb") as file:
             file.seek(start)
             while start < stop:
-                self._check_stop()
-                piece = file.read(min(PIECE, stop - start))
-                if not piece:
+                self._check()
+                block = file.read(min(PIECE, stop - start))
+                if not block:
                     raise LydianError(
                         f"{self._source} became shorter while it was sent", advice="Did something else write to it?"
                     )
-                start += len(piece)
-                yield piece
+                start += len(block)
+                yield block
+                self._count(len(block))
 
 
 class Download(Transfer):
@@ -163,108 +207,150 @@ class Download(Transfer):
         digest: str | None = None,
         size: int | None = None,
         stop: threading.Event | None = None,
+        on_bytes: OnBytes | None = None,
+        idle_s: float = IDLE_S,
     ) -> None:
         """What is not known beforehand of digest and size, the coordinator is asked for."""
-        super().__init__(client, url, path, stop)
-        self._target, self._digest, self._size = target, digest, size
+        super().__init__(client, url, path, stop, on_bytes=on_bytes, idle_s=idle_s)
+        self._target, self._digest, self._size = target, digest or "", size
         self._named = digest is not None
-        self.received = 0
+        self.received = 0  # bytes over the wire
         self._staging: Staging | None = None
-        self._hash = hashlib.sha256()
-        self._hashed = 0  # bytes from the beginning that went into the hash as they came
+        self._hash, self._hashed = hashlib.sha256(), 0  # bytes from the beginning that were hashed as they came
 
     def run(self) -> int:
-        """Fetch what is missing, check the whole, and give it its name. Returns the bytes received."""
-        staging = self._begin()
-        while not staging.lock():  # another process finished it meanwhile: two `lydian pull` to one file
-            staging.close()
-            staging = self._begin()
-        with closing(staging):
-            self._staging = staging
-            self.carry_all(Streams(staging.missing))
-            found = self._whole_digest(staging)
-            if found != self._digest:
-                staging.discard()
-                raise BadUpdateError(
-                    f"{staging.size} bytes came for {str(self._digest)[:12]}… and their SHA-256 is {found[:12]}…",
-                    code="digest_mismatch",
-                    advice="The bytes were damaged on the way; fetch them again.",
-                )
-            staging.path.replace(self._target)
-            staging.forget()
+        """Fetch what is missing, check the whole, and give it its name. Returns the bytes received.
+
+        Raises:
+            BadUpdateError: the bytes are damaged (`digest_mismatch`); they are deleted.
+        """
+        try:
+            self._fetch_ranges()
+        except _NoRangesError:
+            self._fetch_whole()
         return self.received
 
-    def _begin(self) -> Staging:
-        """The half-fetched file of an earlier call, or a new one whose size the coordinator has said."""
-        if self._digest is not None:
-            known = Staging.reopen(self._part(self._digest))
-            if known is not None:
-                return known
-        if self._digest is None or self._size is None:
-            digest, self._size = self._ask_size()
-            self._digest = self._digest or digest
-        part, size = self._part(self._digest), self._size
-        return Staging.reopen(part) or Staging.open(part, size)
+    def _fetch_ranges(self) -> None:
+        if not self._digest or (self._size is None and not self._part.exists()):
+            self._ask()
+        with _alone(self._part, self._stop):
+            staging = Staging.reopen(self._part) or Staging.open(self._part, self._known_size())
+            with closing(staging):
+                self._begin(staging)
+                try:
+                    self.carry_all(Streams(staging.missing))
+                except _NoRangesError:
+                    staging.discard()
+                    raise
+                self._finish(staging)
 
-    def _part(self, digest: str) -> Path:
+    def _fetch_whole(self) -> None:
+        """Fetch by one answer that begins at the first byte."""
+        with self._get({}) as answer:
+            if answer.status_code != 200:
+                raise UnavailableError(
+                    f"{self._path} answered HTTP {answer.status_code} where the whole file was asked for",
+                    advice="Is this URL a coordinator, and no proxy between?",
+                    code="wrong_range",
+                )
+            self._learn(answer)
+            with _alone(self._part, self._stop), closing(Staging.open(self._part, self._known_size())) as staging:
+                self._begin(staging)
+                self._take(staging, answer, 0, staging.size)
+                self._finish(staging)
+
+    def _begin(self, staging: Staging) -> None:
+        self._staging, self._failure = staging, None
+        self._hash, self._hashed = hashlib.sha256(), 0
+        self._there = staging.size - sum(stop - start for start, stop in staging.missing)
+
+    def _finish(self, staging: Staging) -> None:
+        found = self._whole_digest(staging)
+        if found != self._digest:
+            staging.discard()
+            raise BadUpdateError(
+                f"{staging.size} bytes came for {self._digest[:12]}… and their SHA-256 is {found[:12]}…",
+                code="digest_mismatch",
+                advice="The bytes were damaged on the way; fetch them again.",
+            )
+        staging.path.replace(self._target)
+        staging.forget()
+
+    @property
+    def _part(self) -> Path:
         """Where the bytes are kept: what is asked for by name, `newest` for one, is another file tomorrow."""
-        which = "" if self._named else f".{digest[:16]}"
+        which = "" if self._named else f".{self._digest[:16]}"
         return self._target.with_name(f"{self._target.name}{which}.part")
 
-    def _ask_size(self) -> tuple[str, int]:
-        """(digest, bytes) of what is to be fetched: of the answer's head; its body is left unread."""
-        try:
-            with self._client.stream("GET", self._path, headers={"Range": "bytes=0-0"}) as answer:
-                raise_for(answer)
-                total = answer.headers.get("Content-Range", "").rpartition("/")[2]
-                total = total or answer.headers.get("Content-Length", "")
-                digest = answer.headers.get("ETag", "").strip('"')
-                if answer.status_code == 206:
-                    answer.read()  # one byte: the connection can be used again
-        except httpx2.TransportError as error:
-            raise unreachable(self._url, error) from error
-        if not total.isdecimal():
+    def _known_size(self) -> int:
+        if self._size is None:
+            self._ask()
+        assert self._size is not None  # noqa: S101 - _ask has learnt it, or raised
+        return self._size
+
+    def _ask(self) -> None:
+        """Learn digest and size from the head of an answer; its body is left unread."""
+        with self._get({"Range": "bytes=0-0"}) as answer:
+            self._learn(answer)
+            if answer.status_code == 206:
+                answer.read()  # one byte: the connection can be used again
+
+    def _learn(self, answer: httpx2.Response) -> None:
+        headers = answer.headers
+        total = headers.get("Content-Range", "").rpartition("/")[2] or headers.get("Content-Length", "")
+        digest = self._digest if self._named else headers.get("ETag", "").strip('"')
+        if not total.isdecimal() or not digest:
             raise LydianError(
-                f"{self._path} did not say how long it is", advice="Is this URL a coordinator, and no proxy between?"
+                f"{self._path} was answered without its length or its digest",
+                advice="Is this URL a coordinator, and no proxy between?",
             )
-        return digest, int(total)
+        self._digest, self._size = digest, int(total)
+
+    @contextmanager
+    def _get(self, headers: dict[str, str]) -> Iterator[httpx2.Response]:
+        """An answer that is no error, or that ranges cannot be had. The body is the caller's to read."""
+        asked = {"Accept-Encoding": "identity", **headers}
+        with (
+            reaching(self._url),
+            self._client.stream("GET", self._path, headers=asked, timeout=self._timeout) as answer,
+        ):
+            if answer.status_code == 416 and headers:
+                raise _NoRangesError
+            raise_for(answer)
+            yield answer
 
     def carry(self, piece: Piece) -> None:
         """GET one range."""
-        staging, (start, stop) = self._opened(), piece
-        headers = {"Range": f"bytes={start}-{stop - 1}", "If-Range": f'"{self._digest}"'}
-        with self._client.stream("GET", self._path, headers=headers) as answer:
-            raise_for(answer)
-            wanted = f"bytes {start}-{stop - 1}/{staging.size}"
-            if answer.headers.get("Content-Range") != wanted:
-                staging.discard()
-                raise UnavailableError(
-                    f"{self._path} answered {answer.status_code} with the range "
-                    f"{answer.headers.get('Content-Range')!r}, where {wanted!r} was asked for",
-                    advice="It is fetched from the beginning.",
-                    code="wrong_range",
-                )
-            self._take(staging, answer, start, stop)
+        start, stop = piece
+        assert self._staging is not None  # noqa: S101 - opened before the streams are
+        with self._get({"Range": f"bytes={start}-{stop - 1}", "If-Range": f'"{self._digest}"'}) as answer:
+            if (answer.status_code, answer.headers.get("Content-Range")) != (
+                206,
+                content_range(start, stop, self._staging.size),
+            ):
+                raise _NoRangesError
+            self._take(self._staging, answer, start, stop)
 
     def _take(self, staging: Staging, answer: httpx2.Response, start: int, stop: int) -> None:
+        """Write the bytes [start, stop) as they come, and note them by and by."""
         at = noted = start
         try:
-            for data in answer.iter_raw(PIECE):
-                self._check_stop()
+            for block in answer.iter_raw():
+                self._check()
+                data = block[: stop - at]
                 with self._lock:
-                    staging.write(at, data[: stop - at])
-                    self.received += len(data)
+                    staging.write(at, data)
+                    self.received += len(block)
                     if at == self._hashed:
                         self._hash.update(data)
                         self._hashed += len(data)
                 at += len(data)
+                self._count(len(data))
                 if at - noted >= NOTE_EVERY:
-                    with self._lock:
-                        staging.note(noted, at)
+                    staging.note(noted, at)
                     noted = at
         finally:
-            with self._lock:
-                staging.note(noted, min(at, stop))
+            staging.note(noted, at)
         if at != stop:
             raise UnavailableError(f"{self._path} ended after {at - start} of {stop - start} bytes", code="unreachable")
 
@@ -275,9 +361,49 @@ class Download(Transfer):
         with staging.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def _opened(self) -> Staging:
-        assert self._staging is not None  # noqa: S101 - run() has opened it
-        return self._staging
+
+@contextmanager
+def _alone(path: Path, stop: threading.Event) -> Iterator[None]:
+    """Keep every other call, of any process, from filling this file; wait for one that does.
+
+    The lock is on the file and taken before it is looked into, so that nobody empties what another fills.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            while not _try_lock(descriptor):
+                if stop.wait(LOOK_S):
+                    raise TransferStopped(f"{path} was being filled by another process")
+            if _is_at(descriptor, path):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file still has this name, and was not finished or deleted by whoever had the lock."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Say it in our words when no answer comes, or not all of it."""
+    try:
+        yield
+    except httpx2.TransportError as error:
+        raise unreachable(url, error) from error
 
 
 def unreachable(url: str, error: httpx2.TransportError) -> UnavailableError:
@@ -305,5 +431,6 @@ def raise_for(answer: httpx2.Response) -> None:
 
 
 def _bare(answer: httpx2.Response) -> LydianError:
-    kind = {401: UnauthenticatedError, 404: NotFoundError}.get(answer.status_code, LydianError)
-    return kind(f"{answer.request.url.path} answered HTTP {answer.status_code}")
+    """The error of an answer that has nothing but its status."""
+    sentence = f"{answer.request.url.path} answered HTTP {answer.status_code}"
+    return type(from_answer(answer.status_code, {"code": "", "sentence": sentence}))(sentence)

@@ -142,14 +142,19 @@ class Coordinator:
         return [job for job in self.jobs.values() if not job.over]
 
     def _is_awaited(self, key: Key) -> bool:
-        """Whether an upload that was under way when the last coordinator ended may still be finished."""
+        """Whether an upload may still be finished: by an attempt of an open task, or of an update that is lost here."""
         name, attempt = key
         try:
             job_id, task = parse_assignment(name)
         except LydianError:
             return False
         job = self.jobs.get(job_id)
-        return job is not None and 1 <= attempt <= rounds.tries_of(job, task).attempt and rounds.is_open(job, task)
+        if job is None:
+            return False
+        lost = {(update.round, update.shard, update.attempt) for update in rounds.lost_of(job)}
+        if task.kind == "train" and (task.round, task.shard, attempt) in lost:
+            return True
+        return 1 <= attempt <= rounds.tries_of(job, task).attempt and rounds.is_open(job, task)
 
     def _hold_ballast(self) -> None:
         """Keep room for the journal; taken back as soon as there is any, after a full disk."""
@@ -309,7 +314,7 @@ class Coordinator:
             )
         job_id = new_id(spec.name or spec.task)
         taken = Submitted(spec=spec, task_digest=digest, key=request.key)
-        for stored in self.journal.append(job_id, (taken,)):
+        for stored in self._keep_facts(job_id, Step((taken,), "submitted")):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
         log.info("%s: submitted", job_id)
@@ -711,8 +716,13 @@ class Coordinator:
     async def take(self, worker_id: str, name: str, submission: Submission) -> Receipt:
         """Let a result count, at most once, after its bytes have been looked at."""
         job_id, task = parse_assignment(name)
-        async with self._uploads.lock((name, submission.attempt)):
-            return await self._take(worker_id, self.job(job_id), task, name, submission)
+        key = (name, submission.attempt)
+        async with self._uploads.lock(key):
+            try:
+                return await self._take(worker_id, self.job(job_id), task, name, submission)
+            finally:
+                if not self._is_awaited(key):
+                    self._uploads.drop(key)
 
     async def _take(self, worker_id: str, job: Job, task: Task, name: str, submission: Submission) -> Receipt:
         if (lost := self._lost(job, task, submission.attempt, worker_id)) is not None:
@@ -725,7 +735,6 @@ class Coordinator:
                 return self._count_evaluation(job, task, submission, worker_id)
             return await self._look_and_count(job, task, name, submission, worker_id)
         except LateError:
-            self._uploads.drop((name, submission.attempt))
             self._apply(job.id, rounds.late(task, submission.attempt, worker_id))
             raise
         except BadUpdateError as error:
@@ -892,11 +901,13 @@ class Coordinator:
         return ModelRef(digest=digest, size=size)
 
     def _discard(self, phase: Aggregating) -> None:
-        """Delete the updates of a closed round, and models that are kept no more, unless something else needs them."""
+        """Delete the updates of a closed round, whole or half here, and models that are kept no more; what something
+        else needs stays."""
         idle = {update.digest for update in phase.accepted} | self._dropped
         for digest in idle - self._needed() - self._arriving:
             self.blobs.remove(digest)
         self._dropped.clear()
+        self._uploads.keep_only(self._is_awaited)
 
     def _needed(self) -> set[str]:
         needed = {model.digest for models in self.models.values() for model in models.values()}

@@ -166,9 +166,15 @@ class Uploads:
         self.keep_only(lambda key: not key[0].startswith(f"{job}."))
 
     def keep_only(self, wanted: Callable[[Key], bool]) -> None:
-        """Delete the uploads that are not wanted any more: half-sent ones of a closed round are finished by nobody."""
-        for key in [key for key in self._open if not wanted(key)]:
+        """Delete the uploads that are not wanted any more: half-sent ones of a closed round are finished by nobody.
+
+        One that is being looked at stays: whoever looks still needs the file, and drops it.
+        """
+        for key in [key for key in self._open if not wanted(key) and not self._is_locked(key)]:
             self.drop(key)
+
+    def _is_locked(self, key: Key) -> bool:
+        return key in self._locks and self._locks[key].locked()
 
     def close(self) -> None:
         """The coordinator stops."""

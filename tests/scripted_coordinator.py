@@ -50,6 +50,11 @@ class Lose:
 
 
 @dataclass
+class Garble:
+    """Do what was asked, and answer with the first byte of the body changed."""
+
+
+@dataclass
 class Hold:
     """Wait, and then break the line without having done anything but kept the first `after` bytes of an upload."""
 
@@ -58,7 +63,7 @@ class Hold:
     go: threading.Event = field(default_factory=threading.Event)
 
 
-Twist = Lose | Hold | LydianError | Callable[[], None]
+Twist = Lose | Garble | Hold | LydianError | Callable[[], None]
 Answer = tuple[Any, ...]  # status, body, headers: as many as there are
 
 
@@ -194,6 +199,9 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(twist, Lose):
             self.connection.shutdown(socket.SHUT_RDWR)
             raise ConnectionAbortedError
+        if isinstance(twist, Garble):
+            status, said, *headers = answer
+            answer = (status, b"\xff" + json.dumps(said).encode()[1:], *headers)
         self._answer(*answer)
 
     def _answer(self, status: int, body: Any = None, headers: dict[str, str] | None = None) -> None:

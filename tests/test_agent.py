@@ -32,7 +32,7 @@ from common.errors import (
 )
 from tests.acceptance.kit import LocalFleet, of_type
 from tests.privileges import needs_mounts
-from tests.scripted_coordinator import MODEL, Hold, Lose, ScriptedCoordinator, assignment
+from tests.scripted_coordinator import MODEL, Garble, Hold, Lose, ScriptedCoordinator, assignment
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.timeout(90)
@@ -432,6 +432,22 @@ def test_a_lost_answer_does_not_lose_the_update(plays: ScriptedCoordinator, work
     worker.start()
     plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
     assert plays.received == len(MODEL)
+    assert len(plays.of("upload")) == 1
+
+
+def test_answers_that_were_damaged_on_the_way_cost_a_try_and_nothing_else(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    for call in ("version", "register", "poll", "heartbeat", "submit"):
+        plays.script[call].append(Garble())
+    plays.answer_poll()
+    plays.hand_out(assignment())
+    hold = worker.hold("train-0")
+    worker.start()
+    plays.wait_call("heartbeat", 2)
+    hold.unlink()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    assert worker.said.count("does not understand") == 5
     assert len(plays.of("upload")) == 1
 
 

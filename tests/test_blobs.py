@@ -337,6 +337,9 @@ def test_room_that_the_ballast_holds_is_not_reserved_twice(tmp_path: Path) -> No
     with pytest.raises(DiskFullError):
         plain.check_room(wanted)
     weighted.check_room(wanted)
+    ballast.unlink()  # given to the journal
+    with pytest.raises(DiskFullError):
+        weighted.check_room(wanted + (8 << 20))
 
 
 def test_parts_that_vanish_while_room_is_counted_are_no_error(blobs: Blobs) -> None:

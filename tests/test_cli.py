@@ -290,7 +290,9 @@ def test_an_unknown_job_exits_1_with_the_sentence_of_the_coordinator(lydian: Lyd
 def test_something_else_that_answers_is_named_and_no_traceback_is_shown(lydian: Lydian, coordinator: Canned) -> None:
     ran = lydian("jobs", "--url", f"{coordinator.url}/elsewhere")
     assert ran.code == Ending.FAILED
-    assert ran.err.startswith(f"{coordinator.url}/elsewhere answered something that this version does not understand")
+    assert ran.err.startswith(
+        f"{coordinator.url}/elsewhere/v1/jobs answered something that this version does not understand"
+    )
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,8 @@ def test_the_seed_differs_between_rounds_shards_and_jobs() -> None:
         (errors.JobOverError("x"), "drop"),
         (errors.LateError("x"), "drop"),
         (errors.NotFoundError("x"), "drop"),
-        (errors.BadRequestError("x"), "drop"),
+        (errors.BadRequestError("x"), "resend"),
+        (errors.UnavailableError("x", code="unreadable"), "resend"),
         (errors.ConflictError("x"), "drop"),
         (errors.BadUpdateError("x", code="not_finite"), "drop"),
         (errors.BadUpdateError("x", code="digest_mismatch"), "resend"),
@@ -162,8 +163,15 @@ def test_every_error_has_one_consequence(error: LydianError, action: str) -> Non
     assert plan.after(error).action == action
 
 
-def test_bytes_that_keep_arriving_damaged_are_given_up() -> None:
-    error = errors.BadUpdateError("x", code="digest_mismatch")
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.BadUpdateError("x", code="digest_mismatch"),
+        errors.BadRequestError("x"),
+        errors.UnavailableError("x", code="unreadable"),
+    ],
+)
+def test_what_keeps_arriving_damaged_is_given_up(error: LydianError) -> None:
     assert plan.after(error, resends=plan.RESENDS - 1).action == "resend"
     assert plan.after(error, resends=plan.RESENDS).action == "drop"
 
@@ -172,6 +180,13 @@ def test_bytes_that_keep_arriving_damaged_are_given_up() -> None:
 def test_a_wait_is_never_longer_than_the_longest(failures: int, jitter: float) -> None:
     assert 0 <= plan.wait_s(failures, jitter) <= plan.LONGEST_WAIT_S
     assert plan.wait_s(failures, 0.999) <= plan.wait_s(failures + 1, 0.999)
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1, exclude_max=True), st.floats(0.1, 100))
+def test_a_coordinator_that_is_back_is_tried_several_times_within_a_lease(
+    failures: int, jitter: float, ttl_s: float
+) -> None:
+    assert plan.wait_s(failures, jitter, ttl_s=ttl_s) <= ttl_s / 4
 
 
 @pytest.mark.parametrize(

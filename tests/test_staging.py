@@ -1,6 +1,5 @@
 """A half-filled file remembers what it has, whatever killed the process that filled it, and never claims more."""
 
-import os
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -76,16 +75,3 @@ def test_a_record_without_its_file_and_a_file_without_its_record_are_no_upload(t
     path.with_suffix(RECORD).unlink()
     path.write_bytes(bytes(SIZE))
     assert Staging.reopen(path) is None
-
-
-def test_a_file_that_is_filled_by_another_process_is_waited_for_and_gone_when_that_has_finished(tmp_path: Path) -> None:
-    path = tmp_path / "u.part"
-    with closing(Staging.open(path, SIZE)) as first:
-        assert first.lock()
-        other = os.fork()
-        if other == 0:  # a process of its own waits for the lock, and finds the file renamed
-            second = Staging.reopen(path)
-            os._exit(0 if second is not None and not second.lock() else 1)
-        path.rename(tmp_path / "whole")
-    assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) in (0, 1)
-    assert not first.lock()

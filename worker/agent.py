@@ -11,6 +11,7 @@ worker.departure: what is trained stays in the spool for the next start, anythin
 
 import contextlib
 import logging
+import math
 import random
 import secrets
 import threading
@@ -18,8 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
-
-from pydantic import ValidationError
 
 from common import PROTOCOL, __version__
 from common.api import CoordinatorApi
@@ -70,6 +69,19 @@ class Degraded:
     why: str
     room: int  # bytes that must be free before it is well again
     told: bool = False  # the coordinator has heard of it: only then is it looked whether it is over, so nothing spins
+
+
+def _patience() -> Callable[[LydianError], plan.Next]:
+    """What follows from each error of one call in turn."""
+    resends = 0
+
+    def judge(error: LydianError) -> plan.Next:
+        nonlocal resends
+        then = plan.after(error, resends=resends)
+        resends += then.action == "resend"
+        return then
+
+    return judge
 
 
 class Agent:
@@ -149,7 +161,9 @@ class Agent:
         try:
             with self._departure.may_leave():
                 view = self._insist(self.api.version)
-        except ValidationError as error:
+        except LydianError as error:
+            if error.code != "unreadable":
+                raise
             raise LydianError(
                 f"{self.api.url} answers, and not as a coordinator does",
                 code="no_coordinator",
@@ -212,7 +226,7 @@ class Agent:
             Leaving: the grace is over, and one more try failed.
         """
         try:
-            return self._until(self._departure.time_is_up, lambda _: call(), plan.after)
+            return self._until(self._departure.time_is_up, lambda _: call(), _patience())
         except Unfinished as unfinished:
             raise Leaving from unfinished
 
@@ -231,12 +245,10 @@ class Agent:
         Raises:
             Dropped: the coordinator wants no more of it.
         """
-        resends = 0
+        patience = _patience()
 
         def judge(error: LydianError) -> plan.Next:
-            nonlocal resends
-            then = plan.after(error, resends=resends)
-            resends += then.action == "resend"
+            then = patience(error)
             if then.action == "drop":
                 raise Dropped(then.why) from error
             return then
@@ -279,7 +291,8 @@ class Agent:
                     self._waiting.over()
                 return answer
             self._waiting.say(f"{then.why}; trying again", level=logging.WARNING)
-            ends.wait(plan.wait_s(failures, random.random()))  # between two tries, with jitter
+            ttl_s = self._welcome.ttl_s if self._welcome else math.inf
+            ends.wait(plan.wait_s(failures, random.random(), ttl_s=ttl_s))  # between two tries, with jitter
 
     # ------------------------------------------------------------ what an earlier life left
 

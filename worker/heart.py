@@ -72,7 +72,7 @@ class Heart(threading.Thread):
 
     def run(self) -> None:
         """Beat until the assignment is over, or is ordered to be."""
-        waiting, first = Waiting(), True
+        waiting, first, resends = Waiting(), True, 0
         while not self._ended.wait(self._period_s):
             if first:
                 first = False
@@ -80,14 +80,17 @@ class Heart(threading.Thread):
             try:
                 answer = self._api.heartbeat(self._worker, self._beat())
             except LydianError as error:
-                if plan.after(error).action == "wait":
+                then = plan.after(error, resends=resends)
+                resends += then.action == "resend"
+                if then.action in ("wait", "resend"):
                     waiting.say(f"heartbeat: {error}; the work goes on", level=logging.WARNING)
                     continue
-                if plan.is_rival(error) or plan.after(error).action == "stop":
+                if plan.is_rival(error) or then.action == "stop":
                     self.fatal = error
                 self._obey("superseded", str(error))
                 return
             waiting.over()
+            resends = 0
             if answer.order in ("cancelled", "superseded"):
                 self._obey(answer.order, answer.reason)
                 return

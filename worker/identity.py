@@ -142,11 +142,11 @@ def default_folder(name: str) -> Path:
 def place_of(folder: Path) -> str:
     """Where a state folder is, as 64 hex digits: another machine or a copied folder has another place.
 
-    Made of the machine's id (its name where it has none) and the folder's device and inode; none of them can be read
-    out of it. The same folder moved within its file system keeps its place.
+    Made of the machine's id (its name where it has none) and the folder's inode; neither can be read out of it. The
+    same folder moved within its file system keeps its place. Not of its device: that number is another after a restart
+    of the machine, and the worker that comes back would be taken for a copy of itself.
     """
-    where = folder.stat()
-    return hashlib.sha256(f"{_machine()}\n{where.st_dev}\n{where.st_ino}".encode()).hexdigest()
+    return hashlib.sha256(f"{_machine()}\n{folder.stat().st_ino}".encode()).hexdigest()
 
 
 def _machine() -> str:

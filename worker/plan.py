@@ -14,12 +14,14 @@ Pure: no network, disk, clock or tensor. Randomness is passed in.
 """
 
 import errno
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.errors import (
+    BadRequestError,
     BadUpdateError,
     ConflictError,
     DiskFullError,
@@ -39,7 +41,7 @@ from common.sharding import derived_seed
 
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
-RESENDS = 5  # of bytes that arrive damaged, before the assignment is given up
+RESENDS = 5  # of bytes or messages that arrive damaged, before the call is given up
 STARTS = 2  # of one attempt: an agent that died in the middle of it twice does not try again
 HOLDINGS = 10_000  # that one message takes
 
@@ -148,17 +150,22 @@ def after(error: LydianError, *, resends: int = 0) -> Next:
 
     Args:
         error: what the call raised.
-        resends: how often this assignment's bytes were sent again already.
+        resends: how often the same was sent again already because it arrived damaged.
     """
     match error:
+        case (
+            BadUpdateError(code="digest_mismatch" | "wrong_length")
+            | ConflictError(code="incomplete")
+            | BadRequestError()
+            | UnavailableError(code="unreadable")
+        ):  # what a flipped bit makes of an update, of a message or of an answer
+            if resends < RESENDS:
+                return Next("resend", str(error))
+            return Next("drop", f"{error} (given up after {resends} times)")
         case UnavailableError() | DiskFullError() | TooSlowError():
             return Next("wait", str(error))
         case UnauthenticatedError() | ForbiddenError() | VersionSkewError():
             return Next("stop", error.lines())
-        case BadUpdateError(code="digest_mismatch" | "wrong_length") | ConflictError(code="incomplete"):
-            if resends < RESENDS:
-                return Next("resend", str(error))
-            return Next("drop", f"{error} (given up after {resends} times)")
         case SupersededError() | JobOverError() | LateError() | BadUpdateError() | NotFoundError():
             return Next("drop", str(error))
         case _ if error.status >= 500:
@@ -179,14 +186,16 @@ def is_rival(error: LydianError) -> bool:
     return isinstance(error, ConflictError) and error.code in ("superseded", "already_working")
 
 
-def wait_s(failures: int, jitter: float) -> float:
+def wait_s(failures: int, jitter: float, *, ttl_s: float = math.inf) -> float:
     """Seconds to wait before the next try: exponential with full jitter, so that a fleet does not come back at once.
 
     Args:
         failures: tries that failed in a row, from 1.
         jitter: uniform in [0, 1).
+        ttl_s: seconds of silence that end a lease, so that a coordinator that is back is heard from several times
+            within one.
     """
-    longest: float = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(failures - 1, 30))
+    longest: float = min(LONGEST_WAIT_S, ttl_s / 4, FIRST_WAIT_S * 2.0 ** min(failures - 1, 30))
     return longest * jitter
 
 

@@ -27,7 +27,7 @@ from typing import Self
 from common.errors import LydianError
 
 SIZE = 96 << 20  # bytes; the file has holes, and takes what is written
-TOOLS = ("mkfs.ext4", "mount", "umount")
+TOOLS = ("losetup", "mkfs.ext4", "mount", "umount")
 SEARCHED = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 UNMOUNT_TRIES, UNMOUNT_WAIT_S = 100, 0.05  # the kernel may let go of a dead process's files a moment later
 SMALLEST_PIECE = 4096  # bytes; the smallest piece that fills a disk
@@ -89,7 +89,13 @@ class Disk:
             filler.unlink(missing_ok=True)
 
     def _mount(self) -> None:
-        _run(["mount", "-o", "loop", str(self.image), str(self.path)])
+        """On a loop device of its own each time: any process with mounts of its own may keep what was unmounted here
+        alive for as long as it runs, and `mount -o loop` would find that again, with the power still off."""
+        device = _run(["losetup", "--find", "--show", str(self.image)])
+        try:
+            _run(["mount", device, str(self.path)])
+        finally:
+            _run(["losetup", "--detach", device])  # done by the kernel when it is unmounted
 
     def _unmount(self) -> None:
         never = threading.Event()
@@ -142,21 +148,29 @@ def _fill(descriptor: int) -> None:
             piece //= 2
 
 
-def _run(command: Sequence[str]) -> None:
-    """Run a command.
+def _run(command: Sequence[str]) -> str:
+    """Run a command. Returns what it printed.
 
     Raises:
         LydianError: disk_tool, with what it said.
     """
-    if trouble := _try(command):
+    trouble, said = _tried(command)
+    if trouble:
         raise LydianError(trouble, code="disk_tool", advice="Leave out the faults of disks with --kinds.")
+    return said
 
 
 def _try(command: Sequence[str]) -> str:
     """What went wrong with a command; empty: nothing."""
+    return _tried(command)[0]
+
+
+def _tried(command: Sequence[str]) -> tuple[str, str]:
+    """(What went wrong with a command, what it printed)."""
     tool, *arguments = command
     found = shutil.which(tool, path=SEARCHED)
     if found is None:
-        return f"there is no {tool}"
+        return f"there is no {tool}", ""
     ended = subprocess.run([found, *arguments], capture_output=True, text=True, check=False, timeout=60)
-    return "" if ended.returncode == 0 else f"{tool}: {ended.stderr.strip() or ended.returncode}"
+    trouble = "" if ended.returncode == 0 else f"{tool}: {ended.stderr.strip() or ended.returncode}"
+    return trouble, ended.stdout.strip()

@@ -16,7 +16,7 @@ from client.chaos.ledger import Ledger
 from client.chaos.proxy import Fault
 from client.chaos.schedule import PlannedFault
 
-TAKEN_S = 10.0  # for a connection to come by that takes a fault of the proxy
+TAKEN_S = 20.0  # for a connection to come by that takes a fault of the proxy
 POINT_S = 20.0  # for a coordinator to come to the point at which it dies
 BACK_S = 60.0  # for workers that were killed to be back
 

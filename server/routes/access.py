@@ -9,7 +9,7 @@ from server.auth import Principal, require
 from server.coordinator import Coordinator
 
 
-def get_coordinator(request: Request) -> Coordinator:
+async def get_coordinator(request: Request) -> Coordinator:
     """The one coordinator of this process."""
     coordinator: Coordinator = request.app.state.coordinator
     return coordinator
@@ -18,7 +18,7 @@ def get_coordinator(request: Request) -> Coordinator:
 CoordinatorDep = Annotated[Coordinator, Depends(get_coordinator)]
 
 
-def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:
+async def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:
     """Whoever holds the token that came with the call."""
     return coordinator.tokens.check(request.headers.get("Authorization"))
 
@@ -26,33 +26,33 @@ def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:
 PrincipalDep = Annotated[Principal, Depends(get_principal)]
 
 
-def get_admin(principal: PrincipalDep) -> Principal:
+async def get_admin(principal: PrincipalDep) -> Principal:
     """A person or script with the admin token."""
     require(principal, "admin")
     return principal
 
 
-def get_worker(principal: PrincipalDep) -> str:
+async def get_worker(principal: PrincipalDep) -> str:
     """The id of the worker that calls."""
     require(principal, "work")
     assert principal.worker is not None  # noqa: S101 - a work token is issued to a worker
     return principal.worker
 
 
-def get_this_worker(worker: str, caller: Annotated[str, Depends(get_worker)]) -> str:
+async def get_this_worker(worker: str, caller: Annotated[str, Depends(get_worker)]) -> str:
     """The worker that the path names, which must be the one that calls."""
     if worker != caller:
         raise ForbiddenError(f"{caller} may not call as {worker[:80]!r}", code="not_yours")
     return caller
 
 
-def get_newcomer(principal: PrincipalDep) -> Principal:
+async def get_newcomer(principal: PrincipalDep) -> Principal:
     """A worker that joins, by a join token, or comes back, by its own."""
     require(principal, "join", "work")
     return principal
 
 
-def get_anyone(principal: PrincipalDep) -> Principal:
+async def get_anyone(principal: PrincipalDep) -> Principal:
     """Anyone with the admin token or a worker's."""
     require(principal, "admin", "work")
     return principal

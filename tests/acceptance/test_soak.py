@@ -1,0 +1,30 @@
+"""Nothing grows, round after round: descriptors, threads and memory of a real coordinator and two real agents.
+
+What may grow for a while is bounded: SQLite keeps up to 2 MB of the journal in memory, and pydantic up to 16,384
+strings that it has read. The first fills with some 2.3 kB a round, so that a coordinator is flat only after a thousand
+rounds; the second with 0.3 kB a round. The bounds are just above: one more object of 2 kB a round that a coordinator
+forgets to let go breaks the short one, of 1 kB the full one, and of half a kB that of an agent. That needs quiet
+figures, which bench.soak sees to: from run to run they differ by some 0.3 kB a round.
+"""
+
+import pytest
+
+from bench.soak import counts, soak
+from tests.acceptance.kit import size
+
+pytestmark = pytest.mark.acceptance
+
+COORDINATOR = size(5_000, 1_000)  # bytes a round
+AGENT = size(900, 700)
+
+
+@pytest.mark.timeout(size(300, 3_600))
+def test_descriptors_threads_and_memory_are_flat_over_many_rounds() -> None:
+    report = soak(size(100, 2_000), warm_up=size(200, 1_000), every_s=size(1, 4))
+    for name, warm in report.warm.items():
+        end, grown = report.end[name], report.growth(name)
+        print(f"{name}: {counts(warm)} → {counts(end)}, {grown:+.0f} bytes a round, {report.slope(name):+.0f} a second")
+        assert end.descriptors <= warm.descriptors, f"{name} holds more descriptors than before"
+        assert end.threads <= warm.threads + 1, f"{name} has more threads than before"  # a pool may have grown by one
+        assert grown < (COORDINATOR if name == "coordinator" else AGENT), f"{name} grew by {grown:.0f} bytes a round"
+    assert report.journal_bytes_a_round < 10_000
