@@ -199,12 +199,11 @@ def test_a_round_closes_by_its_quorum_without_a_slow_worker_which_is_told_so_and
         worker.hand_in(work, update(1))
     told = wait_for("the slow worker to be told", lambda: None if (said := order(slow, its)) == "continue" else said)
     assert told == "superseded"
-    next_works = [slow.poll(), *(worker.poll() for worker in four[:3])]
-    for worker, work in zip([slow, *four[:3]], next_works, strict=True):
-        worker.hand_in(work, update(3))
+    for worker in (slow, *four[:2]):  # the quorum once more, now with the one that was slow
+        worker.hand_in(worker.poll(), update(3))
     fleet.finish(job)
     facts = fleet.facts(job)
-    assert [(fact["shards"], fact["left_out"]) for fact in closed_rounds(facts)] == [(3, 1), (4, 0)]
+    assert [(fact["shards"], fact["left_out"]) for fact in closed_rounds(facts)] == [(3, 1), (3, 1)]
     assert not list(of_type(facts, "handed_back"))
     assert np.array_equal(load(fleet.pull(job, "1"))["w"], MODEL["w"] + 1)
     assert np.array_equal(load(fleet.pull(job))["w"], MODEL["w"] + 3)
