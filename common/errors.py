@@ -208,5 +208,5 @@ def from_answer(status: int, body: Any) -> LydianError:  # noqa: ANN401 - whatev
 
 BAD_UPDATE_CODES = frozenset({
     "digest_mismatch", "wrong_length", "bad_header", "missing_tensor", "extra_tensor", "wrong_shape", "wrong_dtype",
-    "not_finite", "norm_bound", "bad_samples",
+    "not_finite", "norm_bound", "bad_samples", "bad_encoding",
 })  # fmt: skip
