@@ -109,7 +109,7 @@ class Codec(ABC):
         return out
 
     def _runs(self, count: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """(first, last, start, stop, rows) of runs of whole blocks, and of the short last one: elements, bytes, rows."""
+        """(first, last, start, stop, rows) of runs of whole blocks and of the short last one: elements, bytes, rows."""
         whole = count - count % self.block
         for first in range(0, whole, PIECE):
             last = min(first + PIECE, whole)

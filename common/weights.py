@@ -27,7 +27,8 @@ from common.errors import BadUpdateError
 from common.messages import Message
 
 Array = npt.NDArray[Any]
-_Kind = tuple[str, str, tuple[int, ...]]  # name, code, shape
+Kind = tuple[str, str, tuple[int, ...]]
+"""name, safetensors code and shape of a tensor."""
 
 FLOATS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -75,6 +76,9 @@ class Notes(Message):
     )
     variances: dict[str, str] = Field(default_factory=dict, description="BatchNorm running variance -> running mean")
     buffers: tuple[str, ...] = Field((), description="float tensors that no optimiser trains")
+    codec: str | None = Field(
+        None, description="how the trained tensors are encoded (common.deltas); None: they are not"
+    )
 
     @cached_property
     def untrained(self) -> frozenset[str]:
@@ -83,7 +87,8 @@ class Notes(Message):
 
     def text(self) -> str:
         """The value of the metadata key: the same notes give the same characters."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -320,7 +325,7 @@ def save(path: Path, arrays: Mapping[str, Array], notes: Notes) -> None:
     """
     # Written here and not by the safetensors library: safetensors.numpy 0.8.0 saves strided arrays wrong without a
     # word and cannot open fp8, and its functions copy every tensor first. The format is three lines.
-    kinds: list[_Kind] = []
+    kinds: list[Kind] = []
     for name, array in arrays.items():
         code = _CODES.get(array.dtype.newbyteorder("<"))
         if code is None or name == _METADATA:
@@ -390,17 +395,26 @@ def publish(source: Path, target: Path) -> None:
         raise
 
 
-def _header(kinds: Iterable[_Kind], metadata: dict[str, str]) -> tuple[bytes, list[_Kind]]:
+def file_header(kinds: Iterable[Kind], notes: Notes) -> bytes:
+    """Everything before the first tensor of a file with these tensors, whose bytes follow in the order given."""
+    return _written(kinds, {_NOTES: notes.text()})
+
+
+def _header(kinds: Iterable[Kind], metadata: dict[str, str]) -> tuple[bytes, list[Kind]]:
     """The header of a file with these tensors, and the order in which their bytes follow.
 
     Wide elements first, then by name, and spaces up to a multiple of eight: so every tensor is aligned to its elements.
     """
     order = sorted(kinds, key=lambda kind: (-DTYPES[kind[1]].itemsize, kind[0]))
+    return _written(order, metadata), order
+
+
+def _written(kinds: Iterable[Kind], metadata: dict[str, str]) -> bytes:
     fields: dict[str, Any] = {_METADATA: metadata}
     end = 0
-    for name, code, shape in order:
+    for name, code, shape in kinds:
         start, end = end, end + math.prod(shape) * DTYPES[code].itemsize
         fields[name] = {"dtype": code, "shape": shape, "data_offsets": (start, end)}
     body = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
     body += b" " * (-len(body) % 8)
-    return len(body).to_bytes(8, "little") + body, order
+    return len(body).to_bytes(8, "little") + body
