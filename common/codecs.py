@@ -35,7 +35,7 @@ from common.errors import BadJobError, BadUpdateError
 Bytes = npt.NDArray[np.uint8]
 Float32s = npt.NDArray[np.float32]
 
-PIECE = 1 << 15  # elements that are worked on at once, so that they stay in the cache; whole blocks of every codec
+PIECE = 1 << 16  # elements that are worked on at once, so that they stay in the cache; whole blocks of every codec
 KEPT = 64  # elements that topk keeps of a block
 
 _FLOAT32, _BFLOAT16 = np.dtype("<f4"), np.dtype(ml_dtypes.bfloat16)
@@ -189,9 +189,10 @@ class _Int4(Codec):
         data[:, 2:] = pairs | pairs >> np.uint16(4)  # of which the lower byte is kept
 
     def _unpack(self, data: Bytes, out: Float32s) -> None:
-        scale = data[:, :2].view(_BFLOAT16).astype(_FLOAT32)
-        if scale.view(_UINT32).max() > self._limit.view(_UINT32):
+        # As bits, and before it is widened, which a signalling NaN would not take quietly.
+        if data[:, :2].view(_UINT16).max() > self._limit.view(_UINT32) >> 16:
             _refuse(f"a scale is outside 0 … {self._limit:.6g}")
+        scale = data[:, :2].view(_BFLOAT16).astype(_FLOAT32)
         pairs = data[:, 2:].astype(_UINT16)
         pairs |= pairs << np.uint16(4)
         pairs &= np.uint16(0x0F0F)

@@ -205,7 +205,7 @@ def encode_update(
         target: the encoded file to write; fsynced, and removed if anything fails.
         codec: how to encode.
         error: what earlier updates left out, added to this one; none, or a file that is not there, is zeros.
-        pending: where to write what this update leaves out, fsynced. It becomes the next `error` when the update was
+        pending: another file, for what this update leaves out, fsynced. It becomes the next `error` when the update was
             taken, and is dropped when it was not: so nothing is lost, and nothing sent twice.
         block_elements: elements in memory at once, whole blocks of the codec; it changes no byte of the result.
 
@@ -295,7 +295,7 @@ class StepWriter:
             base: the model that the step begins with.
             codec: how to encode.
             step: the encoded file to write.
-            residual: the residual to write, for the next step.
+            residual: the residual to write, for the next step; another file than `previous`.
             previous: the residual of the step before; none, or a file that is not there, is zeros.
 
         Raises:

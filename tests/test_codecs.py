@@ -334,6 +334,19 @@ def test_padding_that_is_not_zero_is_refused(count: int) -> None:
     assert refusal("int4", data, count).endswith("the half byte after the last element is not 0")
 
 
+@given(first=st.integers(0, 255), second=st.integers(0, 255), byte=st.integers(0, 255))
+@example(first=0x81, second=0x7F, byte=0)  # a signalling NaN as bfloat16
+@pytest.mark.parametrize("name", CODECS)
+def test_the_first_bytes_are_refused_without_a_warning_or_give_finite_values(
+    name: str, first: int, second: int, byte: int
+) -> None:
+    data = codec(name).encode(np.ones(4096, np.float32))
+    # Of the two little-endian bytes that matter most of a bfloat16, or of a float32.
+    data[:4] = (first, second, byte, byte) if name in {"bf16", "int4"} else (byte, byte, first, second)
+    with suppress(BadUpdateError):
+        assert np.isfinite(codec(name).decode(data, 4096)).all()
+
+
 def with_indices(indices: list[int]) -> Bytes:
     data = np.zeros(128, np.uint8)
     number = sum(index << 12 * at for at, index in enumerate(indices))
