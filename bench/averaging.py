@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from bench.fleet import peak_bytes, resident_bytes
-from bench.limits import MEGABYTE, best_of, timed
+from bench.limits import MEGABYTE, Limits, best_of, timed
 from bench.played import Weights
 from bench.scenario import (
     Column,
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UPDATES = (2, 4, 8, 16, 32, 64)
 
 
-def measure(wish: Wish, say: Say) -> Outcome:
+def measure(wish: Wish, limits: Limits, say: Say) -> Outcome:
     """One row for each size and number of updates."""
     rows, skipped = list[Row](), list[str]()
     sizes, counts = wish.pick(
@@ -50,11 +50,11 @@ def measure(wish: Wish, say: Say) -> Outcome:
                 skipped.append(f"{name}: {lacking}")
                 continue
             say(name)
-            rows.append(_case(size_mb, updates, wish))
+            rows.append(_case(size_mb, updates, limits))
     return Outcome(tuple(rows), tuple(skipped))
 
 
-def _case(size_mb: int, updates: int, wish: Wish) -> Row:
+def _case(size_mb: int, updates: int, limits: Limits) -> Row:
     with tempfile.TemporaryDirectory(prefix="lydian-bench-") as name:
         folder = Path(name)
         Weights.made(folder / "base", size_mb)
@@ -70,8 +70,8 @@ def _case(size_mb: int, updates: int, wish: Wish) -> Row:
         **found,
         "grown_bytes": found["peak_bytes"] - found["before_bytes"],
         "read": read,
-        "part_of_copy": read / wish.limits.copy,
-        "part_of_axpy": read / wish.limits.axpy,
+        "part_of_copy": read / limits.copy,
+        "part_of_axpy": read / limits.axpy,
     }
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     before = resident_bytes(os.getpid())
     files = [(folder / f"update-{at}", at + 1) for at in range(updates)]
     step = outer_step("fedavg")
-    took = best_of(3, lambda: timed(lambda: folding.average(folder / "base", files, folder / "next", step=step)))
+    took = best_of(3, lambda: timed(folding.average, folder / "base", files, folder / "next", step=step))
     print(json.dumps({"average_s": took, "before_bytes": before, "peak_bytes": peak_bytes(os.getpid())}))
 
 

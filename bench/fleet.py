@@ -4,6 +4,7 @@ Everything is a process of its own in a folder that is deleted, and ends with th
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ import psutil  # type: ignore[import-untyped]
 from bench.scenario import Spec
 from client.running import Child, Children, python_module, wait_for_line
 from common.api import CoordinatorApi
+from common.errors import LydianError
 from common.messages import JobRequest, JobSpec
 
 READY_S = 60.0
@@ -62,11 +64,15 @@ class Fleet:
         Raises:
             SystemExit: it failed, and so did the measurement.
         """
-        for event in self.api.events(job):
+        for event in self.api.events(job, on_wait=lambda _: self._children.check()):
             self._children.check()
             yield event
             if event["type"] == "job" and event["state"] in ("failed", "cancelled"):
                 raise SystemExit(f"the job {event['state']}: {event['reason']}")
+
+    def stop(self) -> None:
+        """End the coordinator before its time: whoever waits for it is told."""
+        self.server.process.terminate()
 
     def pause(self, seconds: float) -> None:
         """Let time pass, as long as all parts run."""
@@ -77,13 +83,19 @@ class Fleet:
 
 @contextmanager
 def running(**settings: str) -> Iterator[Fleet]:
-    """A coordinator without workers, in a folder of its own."""
+    """A coordinator without workers, in a folder of its own. If a part ends by itself, its last words are shown."""
     with tempfile.TemporaryDirectory(prefix="lydian-bench-") as folder, Children(Path(folder)) as children:
-        fleet = Fleet(Path(folder), children, settings)
         try:
-            yield fleet
-        finally:
-            fleet.api.close()
+            fleet = Fleet(Path(folder), children, settings)
+            try:
+                yield fleet
+            finally:
+                fleet.api.close()
+        except LydianError:
+            for child in children.started:
+                if child.ended:
+                    print(f"--- {child.name}\n{child.tail()}", file=sys.stderr)
+            raise
 
 
 # ---------------------------------------------------------------- what a process has cost

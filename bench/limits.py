@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,10 +69,10 @@ def best_of(times: int, measure: Callable[[], float]) -> float:
     return statistics.median(measure() for _ in range(times))
 
 
-def timed(call: Callable[[], object]) -> float:
+def timed(call: Callable[..., object], *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - the call's own
     """Seconds of one call."""
     began = time.perf_counter()
-    call()
+    call(*arguments, **named)
     return time.perf_counter() - began
 
 
@@ -108,7 +109,7 @@ def axpy_bandwidth(megabytes: int = 100) -> float:
 def sha256_bandwidth(megabytes: int = 200) -> float:
     """Bytes a second that one core hashes."""
     source = bytes(megabytes * MEGABYTE)
-    return len(source) / best_of(3, lambda: timed(lambda: hashlib.sha256(source).digest()))
+    return len(source) / best_of(3, lambda: timed(hashlib.sha256, source))
 
 
 # ---------------------------------------------------------------- the network
@@ -137,7 +138,7 @@ def loopback_bandwidth(megabytes: int = 400, streams: int = 1) -> float:
             command = [sys.executable, "-c", _SINK, str(server.getsockname()[1])]
             sinks = [stack.enter_context(subprocess.Popen(command)) for _ in range(streams)]
             connections = [stack.enter_context(server.accept()[0]) for _ in sinks]
-            return timed(lambda: together(send, connections)) / (total * streams)
+            return timed(together, send, connections) / (total * streams)
 
     return 1 / best_of(3, run)
 
@@ -162,7 +163,7 @@ def fsync_seconds() -> float:
 
             def run() -> float:
                 os.write(descriptor, b"x" * 4096)
-                return timed(lambda: os.fsync(descriptor))
+                return timed(os.fsync, descriptor)
 
             return best_of(20, run)
         finally:

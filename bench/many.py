@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bench.fleet import Fleet, cpu_seconds, peak_bytes, resident_bytes, running
-from bench.limits import MEGABYTE
+from bench.limits import MEGABYTE, Limits
 from bench.played import Given, Players, Stage, Weights
 from bench.rounds import TASK, job
 from bench.scenario import (
@@ -31,7 +31,7 @@ SIZE_MB = 1
 SETTINGS = {"LYDIAN_TTL_S": "3600"}  # light workers send no heartbeat
 
 
-def measure(wish: Wish, say: Say) -> Outcome:
+def measure(wish: Wish, limits: Limits, say: Say) -> Outcome:
     """One row for each number of workers."""
     rows, skipped = list[Row](), list[str]()
     for workers in wish.pick(tiny=(3,), quick=(50, 200), full=(50, 200, 1000)):
@@ -44,11 +44,12 @@ def measure(wish: Wish, say: Say) -> Outcome:
         idle_s = wish.pick(tiny=0.5, quick=5.0, full=20.0)
         say(f"{workers} light workers: idle for {idle_s:g} s, then {rounds} rounds")
         with running(**SETTINGS) as fleet:
-            rows.append(asyncio.run(_case(fleet, workers, rounds, idle_s, wish)))
+            rows.append(asyncio.run(_case(fleet, workers, rounds, idle_s, wish, limits)))
     return Outcome(tuple(rows), tuple(skipped))
 
 
-async def _case(fleet: Fleet, workers: int, rounds: int, idle_s: float, wish: Wish) -> Row:
+async def _case(fleet: Fleet, workers: int, rounds: int, idle_s: float, wish: Wish, limits: Limits) -> Row:
+    """One row: join, wait, and one job."""
     model, update = (Weights.made(fleet.folder / f"{at}.weights", SIZE_MB, at) for at in (0, 1))
     stage = Stage(fleet.url, workers, model, update)
     players, pid = Players(stage), fleet.server.process.pid
@@ -56,19 +57,19 @@ async def _case(fleet: Fleet, workers: int, rounds: int, idle_s: float, wish: Wi
     await players.join(fleet.join_token)
     join_s = time.perf_counter() - began
     async with players:
-        await players.during(lambda: _await_idle(fleet, workers))
+        await players.during(lambda: _await_idle(fleet, workers), fleet.stop)
         idle = [(time.perf_counter(), cpu_seconds(pid))]
-        await players.during(lambda: fleet.pause(idle_s))
+        await players.during(lambda: fleet.pause(idle_s), fleet.stop)
         idle.append((time.perf_counter(), cpu_seconds(pid)))
         idle_bytes = resident_bytes(pid)
         watched = _Watched(fleet)
         spec = job(SIZE_MB, workers, rounds, {}, wish.seed)
-        await players.during(lambda: watched.run(spec))
+        await players.during(lambda: watched.run(spec), fleet.stop)
     opened = {event["round"]: _epoch(event["at"]) for event in watched.opened}
     waits = sorted(waits_of(stage.given, opened))
     took = [event["seconds"] for event in watched.closed[1:]]
-    floor = 2 * workers * SIZE_MB * MEGABYTE / wish.limits.loopback
-    used = [(cpu, own) for cpu, own in watched.used]
+    floor = 2 * workers * SIZE_MB * MEGABYTE / limits.loopback
+    used = watched.used
     return {
         "workers": workers,
         "megabytes": SIZE_MB,

@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -111,10 +112,12 @@ class Line:
             raise RuntimeError(f"{method} {path}: {status}: {answer[:500]!r}")
         return None if code == "204" else answer
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connection."""
         if self._streams is not None:
             self._streams[1].close()
+            with suppress(OSError):  # the other side was faster
+                await self._streams[1].wait_closed()
 
 
 # ---------------------------------------------------------------- the players
@@ -139,6 +142,7 @@ class Stage:
     update: Weights
     given: list[Given] = field(default_factory=list)
     everybody: asyncio.Event = field(default_factory=asyncio.Event)  # all of them have a task of the first round
+    _first: int = 0  # tasks of the first round that have come
 
     def __post_init__(self) -> None:
         """Read the update once."""
@@ -148,7 +152,8 @@ class Stage:
     def note(self, work: Assignment, worker: int) -> None:
         """A task has come."""
         self.given.append(Given(work.round, worker, time.time()))
-        if sum(given.round == 1 for given in self.given) >= self.workers:
+        self._first += work.round == 1
+        if self._first >= self.workers:
             self.everybody.set()
 
 
@@ -182,9 +187,7 @@ class Player:
         """Build the model, or fetch it and hand in an update."""
         stage = self._stage
         if work.kind == "init":
-            result = Submission(
-                attempt=work.attempt, digest=stage.model.digest, samples=0, facts=facts(work.shards)
-            )
+            result = Submission(attempt=work.attempt, digest=stage.model.digest, samples=0, facts=facts(work.shards))
             await self._hand_in(work, stage.model_bytes, result)
             return
         stage.note(work, self._number)
@@ -200,9 +203,9 @@ class Player:
         await self._line.call("PUT", f"{path}?attempt={work.attempt}", data, "application/octet-stream")
         await self._line.call("POST", f"{path}/submit", _json(result))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connection."""
-        self._line.close()
+        await self._line.close()
 
 
 class Players:
@@ -230,18 +233,26 @@ class Players:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for player in self._players:
-            player.close()
+            await player.close()
 
-    async def during(self, call: Callable[[], None]) -> None:
+    async def during(self, call: Callable[[], None], abort: Callable[[], None]) -> None:
         """Run `call` in a thread while they work. The first fault of a player ends it all.
+
+        Args:
+            call: what to run.
+            abort: makes `call` end early; a thread cannot be cancelled, and would be waited for.
 
         Raises:
             RuntimeError: what a player met.
         """
         watched = asyncio.create_task(asyncio.to_thread(call))
-        done, _ = await asyncio.wait({watched, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        try:
+            done, _ = await asyncio.wait({watched, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except BaseException:
+            abort()
+            raise
 
 
 def _json(message: Registration | PollRequest | Submission) -> bytes:

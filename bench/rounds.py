@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.fleet import peak_below, peak_bytes, running
-from bench.limits import MEGABYTE
+from bench.limits import MEGABYTE, Limits
 from bench.scenario import (
     Column,
     Outcome,
@@ -52,7 +52,7 @@ def job(size_mb: int, workers: int, rounds: int, overrides: Spec, seed: int = 0)
     return merge(spec, overrides)
 
 
-def measure(wish: Wish, say: Say) -> Outcome:
+def measure(wish: Wish, limits: Limits, say: Say) -> Outcome:
     """Every case that this machine has the room for."""
     rows, skipped = list[Row](), list[str]()
     for size_mb, workers in wish.cases or wish.pick(tiny=TINY_CASES, quick=QUICK_CASES, full=CASES):
@@ -64,11 +64,11 @@ def measure(wish: Wish, say: Say) -> Outcome:
             continue
         rounds = wish.rounds or wish.pick(tiny=2, quick=5, full=rounds_of(size_mb))
         say(f"{name} workers, {rounds} rounds")
-        rows.append(case(size_mb, workers, rounds, wish))
+        rows.append(case(size_mb, workers, rounds, wish, limits))
     return Outcome(tuple(rows), tuple(skipped))
 
 
-def case(size_mb: int, workers: int, rounds: int, wish: Wish) -> Row:
+def case(size_mb: int, workers: int, rounds: int, wish: Wish, limits: Limits) -> Row:
     """One row: a fleet of its own, one job, the time from one closed round to the next."""
     with running() as fleet:
         fleet.start_workers(workers)
@@ -85,7 +85,7 @@ def case(size_mb: int, workers: int, rounds: int, wish: Wish) -> Row:
                 )
     took = [event["seconds"] for event in closed[1:]]
     median = statistics.median(took)
-    floor = 2 * size_mb * MEGABYTE * workers / wish.limits.loopback
+    floor = 2 * size_mb * MEGABYTE * workers / limits.loopback
     return {
         "megabytes": size_mb,
         "workers": workers,
@@ -121,12 +121,14 @@ SCENARIO = Scenario(
     name="rounds",
     title="A round without training",
     about=(
-        "Real coordinator and workers, one job whose training adds a constant (`bench/constant.py`): median seconds from "
-        "one closed round to the next, the first left out. *Floor*: all models down and all updates up, "
+        "Real coordinator and workers, one job whose training adds a constant (`bench/constant.py`): median seconds "
+        "from one closed round to the next, the first left out. *Floor*: all models down and all updates up, "
         "2 · workers · size, at the loopback speed of one stream. *Sent*: payload of a round as the workers count it, "
-        "headers left out. Memory is the peak of the coordinator, of the largest agent and of the largest child."
+        "headers left out. Memory is the peak of the coordinator, of the largest agent and of the largest child, "
+        "with the pages of libraries that children share."
     ),
     measure=measure,
+    takes_overrides=True,
     columns=(
         Column("model", "megabytes", lambda mb: f"{mb:,} MB"),
         Column("workers", "workers", number),

@@ -1,6 +1,6 @@
 """What a scenario is: a question to this system, measured case by case into rows that JSON, a page and a plot can show.
 
-    Wish ──measure──▶ Outcome: rows, and the cases that were left out with the reason
+    Wish, Limits ──measure──▶ Outcome: rows, and the cases that were left out with the reason
 
 A new scenario is a module with a `SCENARIO`, and a line in bench.suite.
 """
@@ -34,10 +34,9 @@ class Size(Enum):
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be measured, and beside what."""
+    """What is to be measured."""
 
     size: Size
-    limits: Limits
     overrides: Spec = field(default_factory=dict)  # of the job, nested as in its file
     rounds: int | None = None  # measured in each case; None: as many as the scenario takes for the size
     cases: tuple[tuple[int, int], ...] | None = None  # (megabytes, workers) instead of the scenario's own
@@ -72,8 +71,9 @@ class Scenario:
     name: str
     title: str
     about: str  # what was done and what the columns are, for somebody who reads the page
-    measure: Callable[[Wish, Say], Outcome]
+    measure: Callable[[Wish, Limits, Say], Outcome]
     columns: tuple[Column, ...]
+    takes_overrides: bool = False  # whether its jobs are those of the wish's overrides
 
 
 # ---------------------------------------------------------------- the job
@@ -102,8 +102,10 @@ def merge(spec: Mapping[str, Any], overrides: Mapping[str, Any]) -> Spec:
     merged = dict(spec)
     for key, value in overrides.items():
         known = merged.get(key)
-        both = isinstance(known, Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(known, value) if both else value
+        if isinstance(known, Mapping) and isinstance(value, Mapping):
+            merged[key] = merge(known, value)
+        else:
+            merged[key] = value
     return merged
 
 

@@ -1,4 +1,4 @@
-"""Upload and download alone: the calls that an agent makes (`common.api`), one at a time, against a real coordinator."""
+"""Upload and download alone: the calls that an agent makes (`common.api`), one by one, to a real coordinator."""
 
 import statistics
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from uuid import uuid4
 
 from bench.fleet import Fleet, running
-from bench.limits import MEGABYTE, timed
+from bench.limits import MEGABYTE, Limits, timed
 from bench.played import Weights, facts, registration
 from bench.rounds import TASK, job
 from bench.scenario import (
@@ -28,7 +28,7 @@ from common.messages import Assignment, PollRequest, Submission
 SETTINGS = {"LYDIAN_TTL_S": "3600"}
 
 
-def measure(wish: Wish, say: Say) -> Outcome:
+def measure(wish: Wish, limits: Limits, say: Say) -> Outcome:
     """One row for each size."""
     rows, skipped = list[Row](), list[str]()
     for size_mb in wish.pick(tiny=(1,), quick=(1, 10, 100), full=(1, 10, 100, 400, 1600)):
@@ -38,11 +38,11 @@ def measure(wish: Wish, say: Say) -> Outcome:
             continue
         rounds = wish.rounds or wish.pick(tiny=1, quick=3, full=3 if size_mb > 100 else 10)
         say(f"{size_mb:,} MB, {rounds} times")
-        rows.append(_case(size_mb, rounds, wish))
+        rows.append(_case(size_mb, rounds, wish, limits))
     return Outcome(tuple(rows), tuple(skipped))
 
 
-def _case(size_mb: int, rounds: int, wish: Wish) -> Row:
+def _case(size_mb: int, rounds: int, wish: Wish, limits: Limits) -> Row:
     """A job of one shard, worked by hand: download, upload and hand in, each with a clock."""
     down, up, taken = list[float](), list[float](), list[float]()
     with running(**SETTINGS) as fleet, _joined(fleet) as (api, worker):
@@ -56,11 +56,11 @@ def _case(size_mb: int, rounds: int, wish: Wish) -> Row:
             work = _poll(api, worker)
             target, base = fleet.folder / f"{work.round}.model", work.base
             assert base is not None
-            down.append(timed(lambda b=base, t=target: api.download_model(b.digest, t, size=b.size)))
+            down.append(timed(api.download_model, base.digest, target, size=base.size))
             target.unlink()
-            up.append(timed(lambda w=work: api.upload(w.id, w.attempt, weights.path)))
+            up.append(timed(api.upload, work.id, work.attempt, weights.path))
             result = Submission(attempt=work.attempt, digest=weights.digest, samples=1)
-            taken.append(timed(lambda w=work, r=result: api.submit(w.id, r)))
+            taken.append(timed(api.submit, work.id, result))
     down_s, up_s, submit_s = (statistics.median(times[1:]) for times in (down, up, taken))
     total = size_mb * MEGABYTE
     return {
@@ -68,10 +68,10 @@ def _case(size_mb: int, rounds: int, wish: Wish) -> Row:
         "times": rounds,
         "download_s": down_s,
         "download": total / down_s,
-        "download_part": total / down_s / wish.limits.loopback,
+        "download_part": total / down_s / limits.loopback,
         "upload_s": up_s,
         "upload": total / up_s,
-        "upload_part": total / up_s / wish.limits.loopback,
+        "upload_part": total / up_s / limits.loopback,
         "submit_s": submit_s,
         "check": total / submit_s,
     }
@@ -98,9 +98,9 @@ SCENARIO = Scenario(
     name="transfers",
     title="Upload and download alone",
     about=(
-        "One worker played by hand with the calls that an agent makes, through a real coordinator; the median of so many "
-        "times, the first left out. A download is verified and on the disk when it ends; shares are of one loopback "
-        "stream. *Hand in* is the call that makes an update count: the coordinator reads it once more, whole."
+        "One worker played by hand with the calls that an agent makes, through a real coordinator; the median of so "
+        "many times, the first left out. A download is verified and in its file when it ends; shares are of one "
+        "loopback stream. *Hand in* is the call that makes an update count: the coordinator reads it once more, whole."
     ),
     measure=measure,
     columns=(
