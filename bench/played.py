@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from common import PROTOCOL, __version__
+from common.errors import LydianError
 from common.messages import (
     Assignment,
     Hardware,
@@ -91,8 +92,19 @@ class Line:
         """One call. None: answered, with nothing to say (204).
 
         Raises:
-            RuntimeError: the coordinator refused.
+            LydianError: no_answer, or refused.
         """
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                status, answer = await self._exchange(method, path, body, kind)
+        except (OSError, EOFError) as error:  # a timeout is the one, a connection that ends the other
+            raise LydianError(f"{method} {path}: no answer ({error!r})", code="no_answer") from error
+        code = status.split()[1]
+        if code[0] != "2":
+            raise LydianError(f"{method} {path}: {status}: {answer[:500]!r}", code="refused")
+        return None if code == "204" else answer
+
+    async def _exchange(self, method: str, path: str, body: bytes, kind: str) -> tuple[str, bytes]:
         if self._streams is None:
             self._streams = await asyncio.open_connection(self._host, self._port, limit=1 << 20)
         reader, writer = self._streams
@@ -102,15 +114,10 @@ class Line:
         )
         writer.write(head.encode())
         writer.write(body)
-        async with asyncio.timeout(PATIENCE_S):
-            await writer.drain()
-            status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-            answer = await reader.readexactly(int(headers.get("content-length", "0")))
-        code = status.split()[1]
-        if code[0] != "2":
-            raise RuntimeError(f"{method} {path}: {status}: {answer[:500]!r}")
-        return None if code == "204" else answer
+        await writer.drain()
+        status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        return status, await reader.readexactly(int(headers.get("content-length", "0")))
 
     async def close(self) -> None:
         """Close the connection."""
@@ -243,7 +250,7 @@ class Players:
             abort: makes `call` end early; a thread cannot be cancelled, and would be waited for.
 
         Raises:
-            RuntimeError: what a player met.
+            LydianError: what a player met.
         """
         watched = asyncio.create_task(asyncio.to_thread(call))
         try:

@@ -271,12 +271,30 @@ def test_a_line_reads_an_answer_to_its_end_and_stays_open(answer: bytes, read: b
             line = Line(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
             for _ in range(2):
                 if isinstance(read, str):
-                    with pytest.raises(RuntimeError, match=read):
+                    with pytest.raises(LydianError, match=read):
                         await line.call("POST", "/x", b"abc")
                 else:
                     assert await line.call("POST", "/x", b"abc") == read
             await line.close()
             await gone.wait()
+
+    asyncio.run(play())
+
+
+def test_a_line_that_ends_in_the_middle_of_an_answer_is_a_sentence() -> None:
+    async def play() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\nhalf")
+            writer.close()
+            await writer.wait_closed()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            line = Line(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+            with pytest.raises(LydianError, match=r"GET /x: no answer") as caught:
+                await line.call("GET", "/x")
+            assert caught.value.code == "no_answer"
+            await line.close()
 
     asyncio.run(play())
 
@@ -383,7 +401,7 @@ def test_a_scenario_runs_in_its_smallest_size_and_leaves_nothing_behind(
         assert {column.key for column in SCENARIOS[name].columns} <= set(row)
         assert POSITIVE[name](row) == []
     assert f"  {name}: " in done.stderr  # one who waits sees what for
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("lydian-*")) == []
 
 
 @pytest.mark.acceptance
