@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.scenario import Column, Row, Value, number, words
+from client.shown import several
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ class Curve:
 
 
 CURVES = (
-    Curve("rounds", "round_s", "a round", "megabytes", "workers", lambda n: f"{n} workers"),
+    Curve("rounds", "round_s", "a round", "megabytes", "workers", lambda n: several(n, "worker")),
     Curve("rounds", "round_s", "a round", "workers", "megabytes", lambda mb: f"{mb:,} MB"),
     Curve("many", "round_s", "a round, light workers", "workers", None),
     Curve("many", "wait_p99_s", "wait p99, light workers", "workers", None),
     Curve("many", "cpu_s", "processor of the coordinator a round", "workers", None),
     Curve("many", "peak_bytes", "memory of the coordinator", "workers", None),
-    Curve("averaging", "average_s", "averaging", "megabytes", "updates", lambda n: f"{n} updates"),
+    Curve("averaging", "average_s", "averaging", "megabytes", "updates", lambda n: several(n, "update")),
     Curve("averaging", "average_s", "averaging", "updates", "megabytes", lambda mb: f"{mb:,} MB"),
     Curve("transfers", "download_s", "download", "megabytes", None),
     Curve("transfers", "upload_s", "upload", "megabytes", None),

@@ -12,6 +12,7 @@ from bench.growth import power_law
 from bench.limits import MEGABYTE
 from bench.scenario import Row
 from bench.suite import Document
+from client.shown import several
 
 WIDTH, HEIGHT = 7.0, 4.2  # inches
 
@@ -58,7 +59,7 @@ def _rounds(axes: Any, rows: Sequence[Row], limits: dict[str, Any]) -> None:  # 
         points = _points((row for row in rows if row["workers"] == workers), "megabytes", "round_s")
         fit = power_law(points)
         slope = f", p = {fit.exponent:.2f}" if fit else ""
-        axes.plot(*zip(*points, strict=True), "o-", color=f"C{at}", label=f"{workers} workers{slope}")
+        axes.plot(*zip(*points, strict=True), "o-", color=f"C{at}", label=several(workers, "worker") + slope)
         floor = [(x, 2 * x * MEGABYTE * workers / limits["loopback"]) for x, _ in points]
         axes.plot(*zip(*floor, strict=True), ":", color=f"C{at}")
     axes.plot([], [], ":", color="black", label="its bytes at loopback speed")
@@ -102,6 +103,9 @@ def _finish(axes: Any, x: str, y: str, *, log: str) -> None:  # noqa: ANN401
     axes.set(xlabel=x, ylabel=y, **{f"{axis}scale": "log" for axis in log})
     if "y" not in log:
         axes.set_ylim(bottom=0)
+    measured = sorted({float(x) for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()})
+    axes.set_xticks(measured, [f"{x:g}" for x in measured])
+    axes.set_xticks([], minor=True)
     axes.legend()
 
 
