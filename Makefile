@@ -62,8 +62,8 @@ test-previous: $(READY) ## workers and a journal of the version before (PREVIOUS
 	@git archive $(PREVIOUS) | tar -x -C build/previous
 	@LYDIAN_PREVIOUS=$(abspath build/previous) $(BIN)/python -m pytest tests/acceptance/test_previous.py
 
-bench: $(READY) ## measure rounds beside what the machine could do
-	@$(BIN)/python -m bench
+bench: $(READY) ## measure everything beside what the machine could do; writes docs/performance.md, takes half an hour
+	@$(BIN)/lydian bench --markdown docs/performance.md
 
 clean: ## remove what tools left behind
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* htmlcov build dist

@@ -1,81 +1,146 @@
 """What a round costs when training costs nothing: real coordinator, real workers, a model of so many megabytes."""
 
-import os
 import statistics
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
-import psutil
-
-from client.running import Children, python_module, wait_for_line
-from common.api import CoordinatorApi
-from common.messages import JobRequest, JobSpec
+from bench.fleet import peak_below, peak_bytes, running
+from bench.limits import MEGABYTE, Limits
+from bench.scenario import (
+    Column,
+    Outcome,
+    Row,
+    Say,
+    Scenario,
+    Spec,
+    Wish,
+    megabytes,
+    merge,
+    number,
+    ratio,
+    seconds,
+    shortage,
+)
 
 TASK = Path(__file__).with_name("constant.py")
 
+CASES = tuple((size, workers) for size in (1, 100, 400, 1600) for workers in (1, 2, 8))
+QUICK_CASES = tuple((size, workers) for size in (1, 100) for workers in (1, 2, 4))
+TINY_CASES = ((1, 1),)
+
 
 @dataclass(frozen=True)
-class Result:
-    """One row of the table."""
+class Peaks:
+    """Peak resident bytes: of the coordinator, of the largest agent, of the largest child that trains."""
 
-    megabytes: int
-    workers: int
-    rounds: int
-    median_s: float
-    slowest_s: float
-    server_bytes: int  # peak resident memory of the coordinator
-    agent_bytes: int  # peak resident memory of the largest agent, without its child
+    coordinator: int = 0
+    agent: int = 0
+    child: int = 0
 
 
-def measure(megabytes: int, workers: int, rounds: int) -> Result:
-    """Run one job of `rounds` rounds and look at the time from one closed round to the next."""
-    with tempfile.TemporaryDirectory() as folder, Children(Path(folder)) as children:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("LYDIAN_")}
-        state = Path(folder) / "state"
-        arguments = ["--host", "127.0.0.1", "--port", "0", "--state-dir", str(state)]
-        server = children.start("coordinator", python_module("server", arguments), environment)
-        url = wait_for_line(server, "ready ", timeout_s=60)
-        environment["LYDIAN_TOKEN"] = (state / "join.token").read_text().strip()
-        agents = []
-        for number in range(workers):
-            name = f"w{number}"
-            arguments = [url, "--name", name, "--state-dir", f"{folder}/{name}", "--threads", "1", "--device", "cpu"]
-            command = python_module("worker", [*arguments, "--trust", "any"])
-            agents.append(children.start(name, command, environment))
-        with CoordinatorApi(url, (state / "admin.token").read_text().strip()) as api:
-            seconds = _run(api, megabytes, workers, rounds)
-            server_bytes = _peak(server.process.pid)
-            agent_bytes = max(_peak(agent.process.pid) for agent in agents)
-    return Result(megabytes, workers, rounds, statistics.median(seconds), max(seconds), server_bytes, agent_bytes)
+def job(size_mb: int, workers: int, rounds: int, overrides: Spec, seed: int = 0) -> Spec:
+    """The job of a case. One round more than is measured: in the first, models are built and loaded."""
+    spec = {
+        "task": TASK.stem,
+        "rounds": rounds + 1,
+        "seed": seed,
+        "data": {"shards": workers},
+        "round": {"min_workers": workers},
+        "config": {"megabytes": size_mb},
+    }
+    return merge(spec, overrides)
 
 
-def _run(api: CoordinatorApi, megabytes: int, workers: int, rounds: int) -> list[float]:
-    """Seconds of each round but the first, in which models are built and loaded."""
-    spec = JobSpec.model_validate(
-        {
-            "task": "constant",
-            "rounds": rounds + 1,
-            "data": {"shards": workers},
-            "round": {"min_workers": workers},
-            "config": {"megabytes": megabytes},
-        }
-    )
-    job = api.submit_job(JobRequest(spec=spec, task_source=TASK.read_text(), key=uuid4().hex)).id
-    seconds: list[float] = []
-    for event in api.events(job):
-        if event["type"] == "round":
-            seconds.append(event["seconds"])
-        if event["type"] == "job" and event["state"] == "failed":
-            raise SystemExit(f"the job failed: {event['reason']}")
-    return seconds[1:]
+def measure(wish: Wish, limits: Limits, say: Say) -> Outcome:
+    """Every case that this machine has the room for."""
+    rows, skipped = list[Row](), list[str]()
+    for size_mb, workers in wish.cases or wish.pick(tiny=TINY_CASES, quick=QUICK_CASES, full=CASES):
+        name = f"{size_mb:,} MB × {workers}"
+        lacking = shortage(memory=memory_of(size_mb, workers), disk=disk_of(size_mb, workers))
+        if lacking is not None:
+            skipped.append(f"{name}: {lacking}")
+            say(f"{name} left out: {lacking}")
+            continue
+        rounds = wish.rounds or wish.pick(tiny=2, quick=5, full=rounds_of(size_mb))
+        say(f"{name} workers, {rounds} rounds")
+        rows.append(case(size_mb, workers, rounds, wish, limits))
+    return Outcome(tuple(rows), tuple(skipped))
 
 
-def _peak(pid: int) -> int:
-    """Peak resident bytes of a process (Linux), or what it has now elsewhere."""
-    status = Path(f"/proc/{pid}/status")
-    if not status.exists():
-        return int(psutil.Process(pid).memory_info().rss)
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+def case(size_mb: int, workers: int, rounds: int, wish: Wish, limits: Limits) -> Row:
+    """One row: a fleet of its own, one job, the time from one closed round to the next."""
+    with running() as fleet:
+        fleet.start_workers(workers)
+        closed, peaks = list[dict[str, Any]](), Peaks()
+        spec = job(size_mb, workers, rounds, wish.overrides, wish.seed)
+        for event in fleet.events(fleet.submit(spec, TASK.read_text())):
+            if event["type"] == "round":
+                closed.append(event)
+                pids = [agent.process.pid for agent in fleet.agents]
+                peaks = Peaks(
+                    peak_bytes(fleet.server.process.pid),
+                    max(peak_bytes(pid) for pid in pids),
+                    max(peaks.child, *(peak_below(pid) for pid in pids)),
+                )
+    took = [event["seconds"] for event in closed[1:]]
+    median = statistics.median(took)
+    floor = 2 * size_mb * MEGABYTE * workers / limits.loopback
+    return {
+        "megabytes": size_mb,
+        "workers": workers,
+        "rounds": len(took),
+        "round_s": median,
+        "slowest_s": max(took),
+        "floor_s": floor,
+        "ratio": median / floor,
+        "down_bytes": statistics.median(event["bytes_down"] for event in closed[1:]),
+        "up_bytes": statistics.median(event["bytes_up"] for event in closed[1:]),
+        "coordinator_bytes": peaks.coordinator,
+        "agent_bytes": peaks.agent,
+        "child_bytes": peaks.child,
+    }
+
+
+def rounds_of(size_mb: int) -> int:
+    """Rounds that a case takes: fewer of those that cost more."""
+    return 30 if size_mb <= 10 else 10 if size_mb <= 100 else 5 if size_mb <= 400 else 3
+
+
+def memory_of(size_mb: int, workers: int) -> float:
+    """Bytes that the processes of a case hold at most, about: a child keeps the model, its base and what it writes."""
+    return (workers * (300 + 3 * size_mb) + 300) * MEGABYTE
+
+
+def disk_of(size_mb: int, workers: int) -> float:
+    """Bytes of files of a case, about: five models and an update of each worker here, four files of each worker's."""
+    return (7 + 5 * workers) * size_mb * MEGABYTE
+
+
+SCENARIO = Scenario(
+    name="rounds",
+    title="A round without training",
+    about=(
+        "Real coordinator and workers, one job whose training adds a constant (`bench/constant.py`): median seconds "
+        "from one closed round to the next, the first left out. *Floor*: all models down and all updates up, "
+        "2 · workers · size, at the loopback speed of one stream. *Sent*: payload of a round as the workers count it, "
+        "headers left out. Memory is the peak of the coordinator, of the largest agent and of the largest child, "
+        "with the pages of libraries that children share."
+    ),
+    measure=measure,
+    takes_overrides=True,
+    columns=(
+        Column("model", "megabytes", lambda mb: f"{mb:,} MB"),
+        Column("workers", "workers", number),
+        Column("rounds", "rounds", number),
+        Column("median", "round_s", seconds),
+        Column("slowest", "slowest_s", seconds),
+        Column("floor", "floor_s", seconds),
+        Column("median / floor", "ratio", ratio),
+        Column("sent down", "down_bytes", megabytes),
+        Column("sent up", "up_bytes", megabytes),
+        Column("coordinator", "coordinator_bytes", megabytes),
+        Column("agent", "agent_bytes", megabytes),
+        Column("child", "child_bytes", megabytes),
+    ),
+)

@@ -159,6 +159,14 @@ def chaos(
     raise typer.Exit(0 if run_chaos(wish, as_json=as_json) else 1)
 
 
+@app.command(cls=PassedOn, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure what training costs on this machine, beside what the machine can do."""
+    from client.running import become
+
+    become("bench", context.args)
+
+
 # ---------------------------------------------------------------- jobs
 
 

@@ -23,11 +23,13 @@ GRACE_S = 8.0  # for a child to end by itself after SIGTERM
 LOOK_S = 0.05  # between two looks at a file that another process writes
 TAIL_LINES = 15
 
-_NEEDS = {"server": ("fastapi", "uvicorn"), "worker": ("psutil",)}
+_NEEDS = {"server": ("fastapi", "uvicorn"), "worker": ("psutil",), "bench": ("fastapi", "uvicorn", "psutil", "torch")}
 _REQUIREMENTS = {
     "server": "requirements_server.txt",
     "worker": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
+    "bench": "requirements_server.txt -r requirements_new_gpu.txt",
 }
+_ROOT = Path(__file__).resolve().parent.parent
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -49,7 +51,7 @@ def python_module(module: str, arguments: Sequence[str]) -> list[str]:
     An installed module is looked for with -P, so that a worker.py in the working directory is not taken for it.
 
     Raises:
-        LydianError: missing_packages, this installation lacks what the module needs.
+        LydianError: missing_packages, this installation lacks what the module needs; needs_clone, or the module itself.
     """
     missing = [name for name in _NEEDS[module] if importlib.util.find_spec(name) is None]
     if missing:
@@ -58,7 +60,13 @@ def python_module(module: str, arguments: Sequence[str]) -> list[str]:
             code="missing_packages",
             advice=f"In a clone: pip install -r {_REQUIREMENTS[module]}.",
         )
-    root = str(Path(__file__).resolve().parent.parent)
+    if not (_ROOT / module / "__main__.py").is_file():
+        raise LydianError(
+            f"`python -m {module}` is not part of what was installed: it needs a clone of the repository",
+            code="needs_clone",
+            advice="In a clone: make bench.",
+        )
+    root = str(_ROOT)
     installed = root in {str(Path(entry).resolve()) for entry in sys.path[0 if sys.flags.safe_path else 1 :]}
     return [sys.executable, *(["-P"] if installed else []), "-m", module, *arguments]
 
