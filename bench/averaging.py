@@ -28,8 +28,8 @@ from bench.scenario import (
     share,
     shortage,
 )
-from server import folding
-from server.optimizers import outer_step
+from server.folding import Rules, Targets, average
+from server.optimizers import FedAvg
 
 ROOT = Path(__file__).resolve().parent.parent
 UPDATES = (2, 4, 8, 16, 32, 64)
@@ -81,8 +81,8 @@ def main() -> None:
     os.sync()  # what was just written should not be written in the meantime
     before = resident_bytes(os.getpid())
     files = [(folder / f"update-{at}", at + 1) for at in range(updates)]
-    step = outer_step("fedavg")
-    took = best_of(3, lambda: timed(folding.average, folder / "base", files, folder / "next", step=step))
+    targets, rules = Targets(folder / "next"), Rules(FedAvg())
+    took = best_of(3, lambda: timed(average, folder / "base", files, targets, rules=rules))
     print(json.dumps({"average_s": took, "before_bytes": before, "peak_bytes": peak_bytes(os.getpid())}))
 
 

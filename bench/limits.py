@@ -20,7 +20,7 @@ import numpy as np
 
 MEGABYTE = 1_000_000
 STREAMS = (2, 8)  # connections at once, beside a single one
-BLOCK = 1 << 18  # elements: the size in which the coordinator averages (server.folding.BLOCK_ELEMENTS)
+BLOCK = 1 << 16  # elements: the size in which the coordinator averages (server.inspection.BLOCK_ELEMENTS)
 PIECE = 1 << 20  # bytes of one call
 
 _SINK = """

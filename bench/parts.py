@@ -14,7 +14,9 @@ from common.facts import Late
 from common.sharding import order_of
 from common.weights import Notes, file_digest, save
 from server import folding
-from server.optimizers import outer_step
+from server.folding import Rules, Targets
+from server.inspection import inspect
+from server.optimizers import FedAvg
 from server.store import Journal
 from worker.child import Child
 
@@ -63,9 +65,9 @@ def _weights(folder: Path, megabytes: int, updates: int) -> None:
     base = folder / "base"
     save(base, arrays, Notes())
     digest = file_digest(base)
-    look = seconds(lambda: folding.inspect(base, base, digest=digest, norm_bound=None))
+    look = seconds(lambda: inspect(base, base, digest=digest, norm_bound=None))
     files = [(base, 1)] * updates
-    fold = seconds(lambda: folding.average(base, files, folder / "out", step=outer_step("fedavg")))
+    fold = seconds(lambda: folding.average(base, files, Targets(folder / "out"), rules=Rules(FedAvg())))
     sha = seconds(lambda: file_digest(base))
     print(
         f"weights, {megabytes} MB: digest {sha * 1e3:.1f} ms, look at an update {look * 1e3:.1f} ms, "

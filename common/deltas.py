@@ -15,7 +15,6 @@ Both sides come to the same model because both call `step_block` on the same num
 """
 
 import errno
-import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -30,6 +29,7 @@ import numpy as np
 
 from common.codecs import Codec, Float32s
 from common.errors import BadUpdateError
+from common.output import Output
 from common.weights import Array, Kind, Layout, Notes, TensorInfo, file_header, read_exactly, read_layout, shown
 
 BLOCK_ELEMENTS = 1 << 16  # whole blocks of every codec
@@ -259,7 +259,7 @@ def apply_step(base: Path, step: Path, target: Path, codec: Codec, *, block_elem
     check_encoded(change, layout, codec)
     with ExitStack() as stack:
         base_file, step_file = (stack.enter_context(path.open("rb", buffering=0)) for path in (base, step))
-        model = stack.enter_context(_Output(target))
+        model = stack.enter_context(Output(target))
         model.write(layout.header)
         for tensor in layout.tensors:
             start = change[tensor.name].start
@@ -382,40 +382,6 @@ class StepWriter:
 # ---------------------------------------------------------------- files under way
 
 
-class _Output:
-    """A file that is hashed while it is written, and is gone again unless `finish` was reached and all went well."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._file = path, path.open("wb")
-        self._digest, self._done = hashlib.sha256(), False
-        self.size = 0  # bytes
-
-    def __enter__(self) -> Self:
-        return self
-
-    def write(self, data: bytes | Array) -> None:
-        piece = data.view(np.uint8).data if isinstance(data, np.ndarray) else data
-        self._digest.update(piece)
-        self._file.write(piece)
-        self.size += len(piece)
-
-    def finish(self) -> str:
-        """Make it durable; its SHA-256 in hex."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._done = True
-        return self._digest.hexdigest()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self._file.close()
-        finally:
-            if error is not None or not self._done:
-                self._path.unlink(missing_ok=True)
-
-
 class _Kept:
     """An error or residual that is read from its beginning to its end; zeros where there is none."""
 
@@ -453,8 +419,8 @@ class _Encoder:
         self._codec = codec
         self._wanted, self._lost = 0.0, 0.0  # sums of squares
         with ExitStack() as stack:
-            self._target = stack.enter_context(_Output(target))
-            self._kept = None if kept is None else stack.enter_context(_Output(kept))
+            self._target = stack.enter_context(Output(target))
+            self._kept = None if kept is None else stack.enter_context(Output(kept))
             self._target.write(_encoded_header(base, codec))
             self._stack = stack.pop_all()
 

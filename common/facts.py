@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
-from common.messages import Count, Digest, JobSpec, Kind, Message, Metrics, ModelFacts, Name, Progress, State
+from common.messages import Count, Digest, JobSpec, Kind, Message, Metrics, ModelFacts, Name, Progress, State, StepRef
 
 
 class Submitted(Message):
@@ -177,6 +177,8 @@ class RoundClosed(Message):
     digest: Digest
     size: Count
     metrics: dict[str, float] = Field(default_factory=dict, description="means over the updates: train_loss …")
+    step: StepRef | None = Field(None, description="how workers come here from the model before, where steps are sent")
+    memory: tuple[Digest, ...] = Field((), description="what the next round needs: outer states, then the residual")
 
 
 class Evaluated(Message):

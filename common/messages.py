@@ -81,9 +81,19 @@ class RoundSection(Message):
 class AggregationSection(Message):
     """`[aggregation]`: how updates become the next model."""
 
-    algorithm: Literal["fedavg"] = Field("fedavg", description="the outer step")
+    algorithm: Literal["fedavg", "diloco"] = Field(
+        "fedavg", description="the outer step: fedavg; diloco (Nesterov over the mean change, for many local steps)"
+    )
+    outer_lr: float | None = Field(None, gt=0, description="diloco: learning rate of the outer step (default 0.7)")
+    outer_momentum: float | None = Field(None, ge=0, lt=1, description="diloco: momentum of it (default 0.9)")
     robust: Literal["none"] = Field("none", description="the robust rule before the mean")
-    update: Literal["fp32"] = Field("fp32", description="how an update travels: fp32 sends the model's own dtypes")
+    update: Literal["fp32", "bf16", "int8", "int4", "topk"] = Field(
+        "fp32", description="how updates travel: fp32 (whole, in the model's own dtypes) or their changes in fewer bits"
+    )
+    download: Literal["same", "fp32"] = Field(
+        "same",
+        description="how models travel: same (steps, encoded as updates are, where that is less) or fp32 (whole)",
+    )
     norm_bound: float | None = Field(None, gt=0, description="refuse an update further than this from its base (L2)")
 
 
@@ -200,6 +210,15 @@ class ModelRef(Message):
     size: Count = Field(description="bytes of the safetensors file")
 
 
+class StepRef(Message):
+    """The way from one version of a model to the next: an encoded file (common.deltas), applied to the first."""
+
+    base: Digest = Field(description="of the model that it begins with")
+    model: Digest = Field(description="of the model that it leads to")
+    digest: Digest = Field(description="of the file")
+    size: Count = Field(description="bytes of the file")
+
+
 class Range(Message):
     """A shard as samples [start, stop) of the job's seeded order of the training set (common.sharding)."""
 
@@ -224,6 +243,7 @@ class Assignment(Message):
     base: ModelRef | None = Field(None, description="the model to train or evaluate; None for init")
     ttl_s: float
     max_bytes: Count = Field(description="the most an upload for this may have")
+    steps: tuple[StepRef, ...] = Field((), description="the last steps to `base`, oldest first, as far as they pay")
 
 
 class PollRequest(Message):

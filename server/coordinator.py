@@ -45,19 +45,21 @@ from common.messages import (
     Range,
     Receipt,
     Registration,
+    StepRef,
     Submission,
     TaskRef,
     Welcome,
 )
 from common.tasks import BUILTIN
-from server import folding, rounds
+from common.weights import file_digest
+from server import folding, rounds, versions
 from server.auth import Tokens
 from server.blobs import Blobs
 from server.events import Hub
 from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
+from server.inspection import inspect
 from server.naming import assignment_id, new_id, parse_assignment
-from server.optimizers import outer_step
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
 from server.settings import Settings
 from server.store import DiskBrokenError, Journal, StoredFact
@@ -86,6 +88,7 @@ class Coordinator:
     jobs: dict[str, Job] = field(default_factory=dict)  # by id, oldest first
     submitted_at: dict[str, str] = field(default_factory=dict)  # job id -> ISO time
     models: dict[str, dict[int, ModelRef]] = field(default_factory=dict)  # job id -> round -> a model that is kept
+    steps: dict[str, dict[int, StepRef]] = field(default_factory=dict)  # job id -> round -> the way to its model
     fleet: Fleet = field(default_factory=Fleet)
 
     def __post_init__(self) -> None:
@@ -191,9 +194,11 @@ class Coordinator:
 
     async def _verify(self, job: Job) -> None:
         """After a power cut a file may be gone or short under a right name. A lost update is asked for again."""
-        if job.model is not None and not await asyncio.to_thread(self._intact, job.model.digest):
-            self._apply(job.id, rounds.fail(job, f"the model {job.model.digest[:12]}… is damaged on the disk"))
-            return
+        for digest in [*([job.model.digest] if job.model else []), *job.memory]:
+            if not await asyncio.to_thread(self._intact, digest):
+                what = "model" if job.model and digest == job.model.digest else "memory of the outer step"
+                self._apply(job.id, rounds.fail(job, f"the {what} {digest[:12]}… is damaged on the disk"))
+                return
         known = {update.shard for update in rounds.lost_of(job)}
         for update in rounds.accepted_of(job):
             intact = await asyncio.to_thread(self._intact, update.digest)
@@ -219,7 +224,7 @@ class Coordinator:
 
     def _intact(self, digest: str) -> bool:
         path = self.blobs.path(digest)
-        return path.exists() and folding.file_digest(path) == digest
+        return path.exists() and file_digest(path) == digest
 
     # ------------------------------------------------------------ the one way to change a job
 
@@ -247,6 +252,8 @@ class Coordinator:
             case Initialised() as fact:
                 self._keep(stored.job, 0, ModelRef(digest=fact.digest, size=fact.size))
             case RoundClosed() as fact:
+                if fact.step is not None:
+                    self.steps.setdefault(stored.job, {})[fact.round] = fact.step
                 self._keep(stored.job, fact.round, ModelRef(digest=fact.digest, size=fact.size))
 
     def _keep(self, job_id: str, round_index: int, model: ModelRef) -> None:
@@ -257,6 +264,16 @@ class Coordinator:
         wanted = {job.best_round, job.metrics_round, *job.evaluations, *sorted(models)[-self.settings.keep_models :]}
         for old in [r for r in models if r not in wanted]:
             self._dropped.add(models.pop(old).digest)
+        steps = self.steps.get(job_id, {})
+        useful = {step.digest for index in models for step in rounds.way_to(index, models[index].size, steps)}
+        for old in [r for r, step in steps.items() if step.digest not in useful]:
+            self._dropped.add(steps.pop(old).digest)
+
+    def keeps(self, digest: str) -> bool:
+        """Whether this is a model that is kept, or a step to one."""
+        models = (model.digest for models in self.models.values() for model in models.values())
+        steps = (step.digest for steps in self.steps.values() for step in steps.values())
+        return digest in models or digest in steps
 
     def _settle(self, job_id: str) -> None:
         """Do what the job's phase calls for. Safe to call at any time, any number of times."""
@@ -570,7 +587,14 @@ class Coordinator:
             base=base,
             ttl_s=self.settings.ttl_s,
             max_bytes=base.size + HEADER_ROOM if base else self.settings.max_model_bytes,
+            steps=self._way_to(job.id, base),
         )
+
+    def _way_to(self, job_id: str, base: ModelRef | None) -> tuple[StepRef, ...]:
+        """The steps that lead to a model, for workers that have an earlier one."""
+        found = [index for index, model in self.models.get(job_id, {}).items() if base is not None and model == base]
+        steps = self.steps.get(job_id, {})
+        return rounds.way_to(found[-1], base.size, steps) if found and base is not None and steps else ()
 
     def _shards_to_cut(self, job: Job) -> int:
         wanted = job.spec.data.shards
@@ -786,7 +810,8 @@ class Coordinator:
         bound = job.spec.aggregation.norm_bound
         durable = task.kind == "init" or job.spec.round.fsync
         try:
-            await asyncio.to_thread(folding.inspect, staging.path, base, digest=digest, norm_bound=bound)
+            codec = versions.rules_of(job.spec.aggregation).update
+            await asyncio.to_thread(inspect, staging.path, base, digest=digest, norm_bound=bound, codec=codec)
             await asyncio.to_thread(self.blobs.adopt, staging.path, digest, durable=durable)
         except OSError as error:
             _die_if_broken(error)
@@ -851,7 +876,7 @@ class Coordinator:
         """Fold the frozen updates into the next model, make it durable, and close the round."""
         job = self.jobs[job_id]
         try:
-            model = await asyncio.to_thread(self._fold, job, phase)
+            made = await asyncio.to_thread(versions.make, job, phase, self.blobs, lambda: self._stopping)
         except folding.Stopped:
             log.info("%s: round %d is averaged by the next coordinator", job_id, phase.round)
             return
@@ -870,9 +895,19 @@ class Coordinator:
         self._averaging.pop(job_id, None)
         job, now = self.jobs[job_id], self.clock()
         if job.inner == phase:
-            step = rounds.close(job, model, seconds=now - phase.opened_at, places=self.fleet.places(job, now), now=now)
+            outdated = job.memory
+            step = rounds.close(
+                job,
+                made.model,
+                step=made.step,
+                memory=made.memory,
+                seconds=now - phase.opened_at,
+                places=self.fleet.places(job, now),
+                now=now,
+            )
             reach("closed-before")
             self._apply(job_id, step)
+            self._dropped.update(outdated)
             reach("closed-after")
         self._discard(phase)
         self._run_queue()
@@ -886,20 +921,6 @@ class Coordinator:
         if not self.jobs[job_id].over:
             self._apply(job_id, rounds.fail(self.jobs[job_id], f"averaging broke off: {type(error).__name__}: {error}"))
 
-    def _fold(self, job: Job, phase: Aggregating) -> ModelRef:
-        self.blobs.check_room(phase.base.size)
-        target = self.blobs.part(f"{job.id}.model.{phase.round}")
-        updates = [(self.blobs.path(update.digest), update.samples) for update in phase.accepted]
-        step = outer_step(job.spec.aggregation.algorithm)
-        digest = folding.average(
-            self.blobs.path(phase.base.digest), updates, target, step=step, stopped=lambda: self._stopping
-        )
-        size = target.stat().st_size
-        reach("model-written")
-        self.blobs.adopt(target, digest, durable=True)
-        reach("model-named")
-        return ModelRef(digest=digest, size=size)
-
     def _discard(self, phase: Aggregating) -> None:
         """Delete the updates of a closed round, whole or half here, and models that are kept no more; what something
         else needs stays."""
@@ -911,11 +932,12 @@ class Coordinator:
 
     def _needed(self) -> set[str]:
         needed = {model.digest for models in self.models.values() for model in models.values()}
+        needed |= {step.digest for steps in self.steps.values() for step in steps.values()}
         for job in self.jobs.values():
             needed |= {job.task_digest} if job.task_digest else set()
             if job.over:
                 continue
-            needed |= {evaluation.model.digest for evaluation in job.evaluations.values()}
+            needed |= {evaluation.model.digest for evaluation in job.evaluations.values()} | set(job.memory)
             match job.inner:
                 case Training(base=base, accepted=accepted):
                     needed |= {base.digest, *(update.digest for update in accepted.values())}

@@ -15,6 +15,7 @@ from typing import Literal
 from common.messages import Progress, Registration
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
+ENCODING_SINCE = 2  # protocol
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
 
 
@@ -238,6 +239,8 @@ def why_not(worker: Worker, job: Job) -> str | None:
         return f"{worker.name} runs built-in tasks only (--trust none)"
     if job.task_digest is not None and registration.trust == "listed" and job.task_digest not in registration.trusted:
         return f"{worker.name} has not listed task {job.task_digest[:12]}…"
+    if job.spec.aggregation.update != "fp32" and registration.protocol < ENCODING_SINCE:
+        return f"{worker.name} cannot encode updates as {job.spec.aggregation.update}: upgrade it"
     wanted = job.spec.data.name or job.spec.task
     if job.spec.data.partition == "local" and wanted not in registration.data:
         return f"{worker.name} offers no data named {wanted} (--data {wanted}=PATH)"

@@ -1,40 +1,41 @@
-"""Weight files in, a verdict or the next model out: the shell around averaging, optimizers and robust.
+"""Updates of a round in, the next model out: the shell around averaging, optimizers and codecs.
 
-    update ──inspect──▶ counts, or BadUpdateError
     base + K updates ──average──▶ the next model, with the header of base, verbatim
+                                  a step for workers that have the base, where the job sends steps
+                                  what the outer step and the codec remember until the next round
 
-Everything is read block by block into buffers that are used again: memory is a few blocks, whatever the size of the
-model and the number of updates. Nothing is mapped, since mapped pages count as ours. The bytes that come out depend on
-the base, the updates and their order alone: not on the size of a block, nor on how a file lays its tensors out.
+Threads compute the blocks; the thread that called hashes and writes them, in order, while the disk takes what came
+before. Everything is read block by block into buffers that are used again: memory is a few blocks, whatever the size
+of the model and the number of updates. Nothing is mapped, since mapped pages count as ours. The bytes that come out
+depend on the base, the updates and their order alone: not on the size of a block, the number of threads, nor on how a
+file lays its tensors out.
 """
 
 import errno
-import hashlib
 import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from io import FileIO
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
+from common.codecs import Codec
+from common.deltas import Encoded, StepWriter, check_encoded, is_trained, kept_size, read_delta
 from common.errors import BadUpdateError
-from common.weights import Array, Layout, Notes, TensorInfo, file_digest, read_exactly, read_layout
+from common.output import Output
+from common.weights import Array, Layout, TensorInfo, read_exactly, read_layout
 from server.averaging import Float64Block, Rule, cast, majority, maximum, pooled_variance, rule_of, weighted_mean
+from server.inspection import BLOCK_ELEMENTS, model_layout, read_block, typed
 from server.optimizers import OuterStep
-from server.robust import check_finite, check_layout, check_norm, norm_of, squared_distance
+from server.robust import check_layout
 
-__all__ = ["BLOCK_ELEMENTS", "Inspection", "Stopped", "average", "file_digest", "inspect"]
-
-BLOCK_ELEMENTS = 1 << 16  # 512 KiB as float64: what one thread works on stays in its core's cache
-THREADS = max(1, min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = max(1, min(4, CORES))
 OPEN_FILES = 256  # kept open during an average; a quarter of what Linux allows a process unless told otherwise
-SYNC_EVERY = 64 << 20  # bytes written, after which the disk is set to work on them
 _WIDEST = 8  # bytes of the widest dtype
 
 
@@ -43,117 +44,247 @@ class Stopped(Exception):  # noqa: N818 - not an error: what was asked for
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What is known of an update that may count."""
+class Memory:
+    """What one round leaves to the next: bare float32 files, the trained tensors in the order of the model.
 
-    norm: float | None  # L2 distance to the base over the trained tensors; None where there is no base
-    size: int  # bytes
-
-
-def inspect(
-    update: Path, base: Path | None, *, digest: str, norm_bound: float | None, block_elements: int = BLOCK_ELEMENTS
-) -> Inspection:
-    """Look at an update once, from its first byte to its last, before it may count.
-
-    Args:
-        update: the file as it came.
-        base: the model that it was trained from; None for a freshly built model, of which nothing is known.
-        digest: SHA-256 in hex that its sender announced.
-        norm_bound: largest L2 distance to the base over trained float tensors, if there is a bound.
-        block_elements: elements read at once.
-
-    Raises:
-        BadUpdateError: digest_mismatch, whatever else is wrong too: the file was damaged on its way, and its contents
-            are nobody's fault; else bad_header, missing_tensor, extra_tensor, wrong_dtype, wrong_shape, not_finite or
-            norm_bound.
-        OSError: a file cannot be read, or the base is damaged.
+    A file that is None, or is not there, is zeros: that of the first round.
     """
-    try:
-        found, inspection = _look(update, base, block_elements)
-    except BadUpdateError as error:
-        found = file_digest(update)  # the look ended early; a second pass, only for what is refused anyway
-        if found == digest:
-            raise
-        raise _mismatch(found, digest) from error
-    if found != digest:
-        raise _mismatch(found, digest)
-    if norm_bound is not None and inspection.norm is not None:
-        check_norm(inspection.norm, norm_bound)
-    return inspection
+
+    states: tuple[Path | None, ...] = ()  # of the outer step
+    residual: Path | None = None  # what the steps that were sent left out
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a job's updates become its next model."""
+
+    step: OuterStep
+    update: Codec | None = None  # what updates are encoded with; None: they are whole models
+    down: Codec | None = None  # what the step to the next model is encoded with; None: workers fetch whole models
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The files to write. Each is fsynced, and removed if anything fails; renaming them is the caller's part."""
+
+    model: Path
+    states: tuple[Path, ...] = ()
+    step: Path | None = None  # both or none: with Rules.down
+    residual: Path | None = None
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What was written: SHA-256 in hex, of each target."""
+
+    model: str
+    states: tuple[str, ...] = ()
+    step: Encoded | None = None  # with the residual's digest
 
 
 def average(
     base: Path,
     updates: Sequence[tuple[Path, int]],
-    target: Path,
+    targets: Targets,
     *,
-    step: OuterStep,
+    rules: Rules,
+    memory: Memory = Memory(),
     stopped: Callable[[], bool] = lambda: False,
     block_elements: int = BLOCK_ELEMENTS,
     threads: int = THREADS,
-) -> str:
+) -> Averaged:
     """Fold the updates of a round into the next model.
-
-    Threads compute the blocks; this one hashes and writes them, in order, and yet another sets the disk to work while
-    that goes on, so that little is left to wait for at the end.
 
     Args:
         base: the model that the round began with. Its header, notes included, becomes that of the next model.
         updates: (file, samples) of each update that counts, in the order of the shards. Each has been inspected.
-        target: the file to write; it is fsynced, and removed if anything fails. Renaming it is the caller's part.
-        step: the outer step, for the trained float tensors.
+        targets: where to write.
+        rules: how.
+        memory: what the round before has left.
         stopped: asked before each block whether to give up.
-        block_elements: elements of each file in memory at once, in each thread; it changes no byte of the result.
+        block_elements: elements of each file in memory at once, in each thread, whole blocks of every codec; it changes
+            no byte of the result.
         threads: that compute; nor does their number.
-
-    Returns:
-        SHA-256 of the target, in hex.
 
     Raises:
         ValueError: no update, or one with less than one sample.
         Stopped: `stopped` said so.
         BadUpdateError: an update no longer fits the base, or a new value is beyond its dtype (server.averaging.cast).
-        OSError: reading or writing failed, or the base is damaged.
+        OSError: reading or writing failed, or the base or the memory is damaged.
     """
     if not updates or min(samples for _, samples in updates) < 1:
         raise ValueError(f"{len(updates)} updates, each of at least one sample, were to be averaged")
-    layout = _model_layout(base)
-    digest = hashlib.sha256(layout.header)
+    layout = model_layout(base)
+    starts = [_starts(at, path, layout, rules.update) for at, (path, _) in enumerate(updates)]
+    with ExitStack() as stack:
+        outputs = _Outputs(layout, rules, targets, memory, stack)
+        inputs = _Inputs(layout, base, updates, starts, rules, _trained_before(layout), memory.states)
+        folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
+        for block in _in_order(folds, threads, layout, block_elements, stopped):
+            outputs.write(block)
+        return outputs.finish()
+
+
+def _starts(at: int, path: Path, layout: Layout, codec: Codec | None) -> "array[int]":
+    """Where each tensor of the base lies in update number `at`, in the order of the base."""
     try:
-        with ExitStack() as stack, target.open("wb", buffering=0) as file:
-            starts = [_starts(at, path, layout) for at, (path, _) in enumerate(updates)]
-            folds = [
-                _Fold(layout, base, updates, starts, step, block_elements, OPEN_FILES // (threads + 1), stack)
-                for _ in range(threads + 1)
-            ]
-            disk = stack.enter_context(_Disk(file.fileno()))
-            disk.write(layout.header)
-            for block in _in_order(folds, threads, layout, block_elements, stopped):
-                digest.update(block)
-                disk.write(block)
-            disk.sync()
-    except BaseException:
-        target.unlink(missing_ok=True)
-        raise
-    return digest.hexdigest()
+        found = read_layout(path)
+        if codec is None:
+            check_layout(found, layout)
+        else:
+            check_encoded(found, layout, codec)
+    except BadUpdateError as error:
+        raise BadUpdateError(f"update {at} ({path.name}): {error}", code=error.code, advice=error.advice) from error
+    # Eight bytes a tensor: a thousand layouts kept whole would be larger than the blocks.
+    return array("Q", (found[tensor.name].start for tensor in layout.tensors))
+
+
+def _trained_before(layout: Layout) -> Sequence[int]:
+    """For each tensor, how many trained elements come before it."""
+    before, count = list[int](), 0
+    for tensor in layout.tensors:
+        before.append(count)
+        count += tensor.elements if is_trained(tensor, layout.notes) else 0
+    return before
+
+
+# ---------------------------------------------------------------- blocks, in threads
+
+
+@dataclass
+class _Block:
+    """New values of one piece of one tensor; good until its fold computes the next."""
+
+    index: int  # of the tensor
+    first: int  # element
+    values: Array  # in the tensor's dtype; float64 where a step is still to be made of them
+    base: Array | None  # where a step is to be made: the old values
+    states: list[Array] = field(default_factory=list)  # float32, where the tensor is trained
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What an average reads."""
+
+    layout: Layout
+    base: Path
+    updates: Sequence[tuple[Path, int]]
+    starts: Sequence["array[int]"]  # of each update's tensors
+    rules: Rules
+    before: Sequence[int]  # trained elements before each tensor
+    states: Sequence[Path | None]
+
+
+class _Fold:
+    """What one block at a time is computed with: files of its own, since each has a place in it, and buffers."""
+
+    def __init__(self, inputs: _Inputs, block_elements: int, open_files: int, stack: ExitStack) -> None:
+        """`stack` closes what is opened; of more updates than `open_files`, each is opened again for every block."""
+        self._in, self._layout, self._rules = inputs, inputs.layout, inputs.rules
+        self._samples = [samples for _, samples in inputs.updates]
+        self._model = stack.enter_context(inputs.base.open("rb", buffering=0))
+        self._files = [stack.enter_context(path.open("rb", buffering=0)) for path, _ in inputs.updates[:open_files]]
+        self._states = [
+            stack.enter_context(path.open("rb", buffering=0)) if path is not None and path.exists() else None
+            for path in inputs.states
+        ]
+        self._index_of = {tensor.name: index for index, tensor in enumerate(self._layout.tensors)}
+        longest = min(block_elements, max((tensor.elements for tensor in self._layout.tensors), default=0))
+        self._total, self._scratch, self._origin = (np.empty(longest) for _ in range(3))
+        self._wide_states = [np.empty(longest) for _ in range(self._rules.step.states)]
+        self._raw, self._raw_mean, self._raw_result, self._raw_base = (
+            np.empty(longest * _WIDEST, np.uint8) for _ in range(4)
+        )
+
+    def block(self, index: int, first: int, count: int) -> _Block:
+        """The new values [first, first + count) of tensor number `index`."""
+        tensor, notes = self._layout.tensors[index], self._layout.notes
+        if is_trained(tensor, notes):
+            return self._trained(index, first, count)
+        blocks = self._blocks(index, first, count, self._raw)
+        rule = rule_of(tensor, notes)
+        if rule is Rule.MAJORITY:
+            return _Block(index, first, majority(blocks, self._samples), None)
+        if rule is Rule.MAXIMUM:
+            return _Block(index, first, maximum(blocks), None)
+        if rule is Rule.VARIANCE:
+            means = self._blocks(self._index_of[notes.variances[tensor.name]], first, count, self._raw_mean)
+            values = pooled_variance(blocks, means, self._samples)
+        else:
+            values = weighted_mean(blocks, self._samples, out=self._total[:count], scratch=self._scratch[:count])
+        return _Block(index, first, self._cast(values, tensor, first, count), None)
+
+    def _trained(self, index: int, first: int, count: int) -> _Block:
+        tensor, rules = self._layout.tensors[index], self._rules
+        base = read_block(self._model, tensor, tensor.start, first, count, self._raw_base)
+        origin = self._origin[:count]
+        np.copyto(origin, base)
+        blocks = (
+            self._blocks(index, first, count, self._raw) if rules.update is None else self._deltas(index, first, count)
+        )
+        mean = weighted_mean(blocks, self._samples, out=self._total[:count], scratch=self._scratch[:count])
+        if rules.update is not None:
+            np.add(mean, origin, out=mean)
+        states = [self._state(number, index, first, count) for number in range(rules.step.states)]
+        values = rules.step.apply(origin, mean, states)
+        kept = [state.astype(np.float32) for state in states]
+        if rules.down is not None:
+            return _Block(index, first, values, base, kept)
+        return _Block(index, first, self._cast(values, tensor, first, count), None, kept)
+
+    def _cast(self, values: Float64Block, tensor: TensorInfo, first: int, count: int) -> Array:
+        return cast(values, tensor, first=first, out=typed(self._raw_result, tensor, count))
+
+    def _blocks(self, index: int, first: int, count: int, buffer: Array) -> Iterator[Array]:
+        """The same block of every update in turn, each over the one before in `buffer`."""
+        tensor = self._layout.tensors[index]
+        for at, starts in enumerate(self._in.starts):
+            if at < len(self._files):
+                yield read_block(self._files[at], tensor, starts[index], first, count, buffer)
+            else:
+                with self._in.updates[at][0].open("rb", buffering=0) as file:
+                    yield read_block(file, tensor, starts[index], first, count, buffer)
+
+    def _deltas(self, index: int, first: int, count: int) -> Iterator[Array]:
+        """The same block of every encoded update in turn, each over the one before."""
+        tensor, codec = self._layout.tensors[index], self._rules.update
+        assert codec is not None  # noqa: S101 - asked for only where there is one
+        delta = self._raw[: 4 * count].view(np.float32)
+        for at, starts in enumerate(self._in.starts):
+            if at < len(self._files):
+                yield read_delta(self._files[at], codec, tensor, starts[index], first, count, out=delta)
+            else:
+                with self._in.updates[at][0].open("rb", buffering=0) as file:
+                    yield read_delta(file, codec, tensor, starts[index], first, count, out=delta)
+
+    def _state(self, number: int, index: int, first: int, count: int) -> Float64Block:
+        """What the outer step remembers of these elements; zeros in the first round."""
+        wide, file = self._wide_states[number][:count], self._states[number] if number < len(self._states) else None
+        if file is None:
+            wide.fill(0.0)
+            return wide
+        narrow = np.empty(count, np.float32)
+        read_exactly(file, narrow, 4 * (self._in.before[index] + first))
+        np.copyto(wide, narrow)
+        return wide
 
 
 def _in_order(
-    folds: Sequence["_Fold"], threads: int, layout: Layout, block_elements: int, stopped: Callable[[], bool]
-) -> Iterator[memoryview]:
-    """The bytes of the next model, block by block; each is good until the next is asked for."""
-    free, busy = deque(folds), deque[tuple[_Fold, Future[memoryview]]]()
+    folds: Sequence[_Fold], threads: int, layout: Layout, block_elements: int, stopped: Callable[[], bool]
+) -> Iterator[_Block]:
+    """The blocks of the next model; each is good until the next is asked for."""
+    free, busy = deque(folds), deque[tuple[_Fold, Future[_Block]]]()
     with ThreadPoolExecutor(threads, thread_name_prefix="fold") as pool:
         try:
             for index, tensor in enumerate(layout.tensors):
-                for first, count in _spans(tensor, block_elements):
+                for first in range(0, tensor.elements, block_elements):
                     if stopped():
                         raise Stopped(f"averaging was broken off at {tensor.name}, element {first}")
                     if not free:
                         fold, oldest = busy.popleft()
                         yield oldest.result()
                         free.append(fold)
-                    fold = free.popleft()
+                    fold, count = free.popleft(), min(block_elements, tensor.elements - first)
                     busy.append((fold, pool.submit(fold.block, index, first, count)))
             for _, left in busy:
                 yield left.result()
@@ -162,172 +293,43 @@ def _in_order(
                 left.cancel()
 
 
-class _Disk:
-    """Writes a file, and has the disk take what was written while more comes. A context manager."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._written, self._synced = descriptor, 0, 0
-        self._syncing: Future[None] | None = None
-
-    def __enter__(self) -> Self:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sync")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data).cast("B")
-        while view:
-            written = os.write(self._descriptor, view)
-            self._written, view = self._written + written, view[written:]
-        if self._written - self._synced >= SYNC_EVERY and (self._syncing is None or self._syncing.done()):
-            self._wait()
-            self._synced = self._written
-            self._syncing = self._thread.submit(os.fsync, self._descriptor)
-
-    def sync(self) -> None:
-        """Return when all of it would survive a power cut."""
-        self._wait()
-        os.fsync(self._descriptor)
-
-    def _wait(self) -> None:
-        if self._syncing is not None:
-            self._syncing.result()  # the system tells of a failed write once
+# ---------------------------------------------------------------- files, in order
 
 
-def _look(update: Path, base: Path | None, block_elements: int) -> tuple[str, Inspection]:
-    """The digest of a whole update, and what its blocks say. Refuses header, layout and values."""
-    layout = read_layout(update)
-    model = None if base is None else _model_layout(base)
-    if model is not None:
-        check_layout(layout, model)
-    digest = hashlib.sha256(layout.header)
-    raw, raw_base = (np.empty(block_elements * _WIDEST, np.uint8) for _ in range(2))
-    scratch = np.empty(block_elements)
-    squares: list[float] = []
-    with ExitStack() as stack:
-        file = stack.enter_context(update.open("rb", buffering=0))
-        base_file = None if base is None else stack.enter_context(base.open("rb", buffering=0))
-        notes = layout.notes if model is None else model.notes
-        for tensor in layout.tensors:  # in the order of the file, without a hole: so the digest sees every byte
-            trained = _is_trained(tensor, notes)
-            for first, count in _spans(tensor, block_elements):
-                block = _read(file, tensor, tensor.start, first, count, raw)
-                digest.update(block.view(np.uint8).data)
-                check_finite(tensor.name, block, first=first, trained=trained)
-                if trained and model is not None and base_file is not None:
-                    start = model[tensor.name].start
-                    origin = _read(base_file, tensor, start, first, count, raw_base)
-                    squares.append(squared_distance(block, origin, scratch=scratch[:count]))
-    norm = None if model is None else norm_of(squares)
-    return digest.hexdigest(), Inspection(norm, layout.size)
+class _Outputs:
+    """All files of an average under way."""
+
+    def __init__(self, layout: Layout, rules: Rules, targets: Targets, memory: Memory, stack: ExitStack) -> None:
+        """`stack` removes them unless `finish` was reached."""
+        for path in memory.states:
+            _check_size(path, kept_size(layout))
+        self._model = stack.enter_context(Output(targets.model))
+        self._states = [stack.enter_context(Output(path)) for path in targets.states]
+        self._step: StepWriter | None = None
+        if rules.down is not None:
+            assert targets.step is not None  # noqa: S101 - Targets says so
+            assert targets.residual is not None  # noqa: S101
+            writer = StepWriter(layout, rules.down, targets.step, targets.residual, previous=memory.residual)
+            self._step = stack.enter_context(writer)
+        self._model.write(layout.header)
+
+    def write(self, block: _Block) -> None:
+        values = block.values
+        if self._step is not None:
+            base = block.base if block.base is not None else values
+            values = self._step.block(block.index, block.first, values, base)
+        self._model.write(values)
+        for output, state in zip(self._states, block.states, strict=False):  # of a buffer there is none
+            output.write(state)
+
+    def finish(self) -> Averaged:
+        step = self._step.finish() if self._step is not None else None
+        states = tuple(output.finish() for output in self._states)
+        return Averaged(self._model.finish(), states, step)
 
 
-def _mismatch(found: str, announced: str) -> BadUpdateError:
-    sentence = f"the file's SHA-256 is {found}, and {announced} was announced: it was damaged on its way"
-    return BadUpdateError(sentence, code="digest_mismatch", advice="Upload it again.")
-
-
-def _starts(at: int, path: Path, layout: Layout) -> "array[int]":
-    """Where each tensor of the base lies in update number `at`, in the order of the base."""
-    try:
-        found = read_layout(path)
-        check_layout(found, layout)
-    except BadUpdateError as error:
-        raise BadUpdateError(f"update {at} ({path.name}): {error}", code=error.code, advice=error.advice) from error
-    # Eight bytes a tensor: a thousand layouts kept whole would be larger than the blocks.
-    return array("Q", (found[tensor.name].start for tensor in layout.tensors))
-
-
-class _Fold:
-    """What one block at a time is computed with: files of its own, since each has a place in it, and buffers."""
-
-    def __init__(
-        self,
-        layout: Layout,
-        base: Path,
-        updates: Sequence[tuple[Path, int]],
-        starts: Sequence["array[int]"],
-        step: OuterStep,
-        block_elements: int,
-        open_files: int,
-        stack: ExitStack,
-    ) -> None:
-        """`stack` closes what is opened; of more updates than `open_files`, each is opened again for every block."""
-        self._layout, self._starts, self._step = layout, starts, step
-        self._paths, self._samples = [path for path, _ in updates], [samples for _, samples in updates]
-        self._model = stack.enter_context(base.open("rb", buffering=0))
-        self._files = [stack.enter_context(path.open("rb", buffering=0)) for path in self._paths[:open_files]]
-        self._index_of = {tensor.name: index for index, tensor in enumerate(layout.tensors)}
-        self._total, self._scratch, self._origin = (np.empty(block_elements) for _ in range(3))
-        self._raw, self._raw_mean, self._raw_result = (np.empty(block_elements * _WIDEST, np.uint8) for _ in range(3))
-
-    def block(self, index: int, first: int, count: int) -> memoryview:
-        """The bytes of the new values [first, first + count) of tensor number `index`; good until the next call."""
-        return self._values(index, first, count).view(np.uint8).data
-
-    def _values(self, index: int, first: int, count: int) -> Array:
-        tensor, notes = self._layout.tensors[index], self._layout.notes
-        blocks = self._blocks(index, first, count, self._raw)
-        rule = rule_of(tensor, notes)
-        if rule is Rule.MAJORITY:
-            return majority(blocks, self._samples)
-        if rule is Rule.MAXIMUM:
-            return maximum(blocks)
-        if rule is Rule.VARIANCE:
-            means = self._blocks(self._index_of[notes.variances[tensor.name]], first, count, self._raw_mean)
-            values = pooled_variance(blocks, means, self._samples)
-        else:
-            values = weighted_mean(blocks, self._samples, out=self._total[:count], scratch=self._scratch[:count])
-            if _is_trained(tensor, notes):
-                values = self._step.apply(self._base(tensor, first, count), values)
-        out = _typed(self._raw_result, tensor, count)
-        return cast(values, tensor, first=first, out=out)
-
-    def _blocks(self, index: int, first: int, count: int, buffer: Array) -> Iterator[Array]:
-        """The same block of every update in turn, each over the one before in `buffer`."""
-        tensor = self._layout.tensors[index]
-        for at, starts in enumerate(self._starts):
-            if at < len(self._files):
-                yield _read(self._files[at], tensor, starts[index], first, count, buffer)
-            else:
-                with self._paths[at].open("rb", buffering=0) as file:
-                    yield _read(file, tensor, starts[index], first, count, buffer)
-
-    def _base(self, tensor: TensorInfo, first: int, count: int) -> Float64Block:
-        origin = self._origin[:count]
-        np.copyto(origin, _read(self._model, tensor, tensor.start, first, count, self._raw))
-        return origin
-
-
-def _model_layout(path: Path) -> Layout:
-    """The layout of a model that we keep. That it does not read is the disk's doing, and no update's."""
-    try:
-        return read_layout(path)
-    except BadUpdateError as error:
-        raise OSError(errno.EIO, f"the model is damaged: {error}", str(path)) from error
-
-
-def _is_trained(tensor: TensorInfo, notes: Notes) -> bool:
-    """Whether an optimiser trains it: such tensors have a norm and take an outer step."""
-    return tensor.is_float and tensor.name not in notes.untrained
-
-
-def _spans(tensor: TensorInfo, block_elements: int) -> Iterator[tuple[int, int]]:
-    """(first element, number of elements) of each block of a tensor; none for an empty tensor."""
-    for first in range(0, tensor.elements, block_elements):
-        yield first, min(block_elements, tensor.elements - first)
-
-
-def _read(file: FileIO, tensor: TensorInfo, start: int, first: int, count: int, buffer: Array) -> Array:
-    """Elements [first, first + count) of a tensor that begins at byte `start` of this file, as a view of `buffer`."""
-    block = _typed(buffer, tensor, count)
-    read_exactly(file, block, start + first * block.itemsize)
-    return block
-
-
-def _typed(buffer: Array, tensor: TensorInfo, count: int) -> Array:
-    """The beginning of a byte buffer as `count` elements of a tensor."""
-    dtype = tensor.numpy_dtype
-    return buffer[: count * dtype.itemsize].view(dtype)
+def _check_size(path: Path | None, wanted: int) -> None:
+    if path is not None and path.exists() and path.stat().st_size != wanted:
+        raise OSError(
+            errno.EIO, f"it has {path.stat().st_size} bytes, and the outer step of this model remembers {wanted}", path
+        )

@@ -39,12 +39,13 @@ from common.facts import (
     StateChanged,
     Submitted,
 )
-from common.messages import JobSpec, Kind, ModelFacts, ModelRef, State, Submission
+from common.messages import JobSpec, Kind, ModelFacts, ModelRef, State, StepRef, Submission
 from common.sharding import cohort, cut
 
 V = TypeVar("V")
 
 GRACE = 0.1  # once the quorum is in, stragglers get this share of the time that it took
+LONGEST_WAY = 50  # steps from one model to another, before the whole model is fetched instead
 NOT_THE_TASKS_FAULT = frozenset({"released", "expired", "lost", "disk_full"})
 NOT_FOR_THIS_WORKER = frozenset({"no_data", "not_trusted", "unknown_task"})
 
@@ -200,6 +201,7 @@ class Job:
     reason: str
     facts: ModelFacts | None = None
     model: ModelRef | None = None  # the newest version
+    memory: tuple[str, ...] = ()  # digests of what the next average needs beside it
     closed: int = 0  # rounds closed
     evaluations: Mapping[int, Evaluation] = field(default_factory=dict)  # round -> its pending evaluation
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the newest evaluated round
@@ -650,8 +652,17 @@ def quorum_of(spec: JobSpec, total: int) -> int:
             return max(math.ceil(share * total), 1)
 
 
-def close(job: Job, model: ModelRef, *, seconds: float, places: Sequence[str], now: float) -> Step:
-    """The frozen round was averaged into `model`, which is durable. Opens the next round, or ends the job."""
+def close(
+    job: Job,
+    model: ModelRef,
+    *,
+    step: StepRef | None = None,
+    memory: tuple[str, ...] = (),
+    seconds: float,
+    places: Sequence[str],
+    now: float,
+) -> Step:
+    """The frozen round was averaged, and what that gave is durable. Opens the next round, or ends the job."""
     phase = job.inner
     if not isinstance(phase, Aggregating):
         raise ConflictError(f"round {job.closed} of {job.id} is not being averaged: the job is {job.phase.state}")
@@ -668,6 +679,8 @@ def close(job: Job, model: ModelRef, *, seconds: float, places: Sequence[str], n
         digest=model.digest,
         size=model.size,
         metrics=means(u.metrics for u in updates),
+        step=step,
+        memory=memory,
     )
     after = evolve(job, closed, now)
     if phase.round < job.spec.rounds:
@@ -678,6 +691,21 @@ def close(job: Job, model: ModelRef, *, seconds: float, places: Sequence[str], n
         return Step((closed, _changed("evaluating", reason)), reason)
     reason = f"{phase.round} rounds done"
     return Step((closed, _changed("finished", reason)), reason)
+
+
+def way_to(round_index: int, size: int, steps: Mapping[int, StepRef]) -> tuple[StepRef, ...]:
+    """The steps that lead to a round's model, oldest first, as long as all of them together are less than the model.
+
+    Args:
+        round_index: whose model it is.
+        size: bytes of that model.
+        steps: round -> the step that leads to its model.
+    """
+    way, left = list[StepRef](), size
+    while len(way) < LONGEST_WAY and (step := steps.get(round_index - len(way))) is not None and step.size < left:
+        way.append(step)
+        left -= step.size
+    return tuple(reversed(way))
 
 
 def take_evaluation(job: Job, round_index: int, submission: Submission, worker: str) -> Step:
@@ -876,7 +904,7 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
     pending = job.evaluations
     if evaluates(job, fact.round):
         pending = {**pending, fact.round: Evaluation(model)}
-    return replace(job, model=model, closed=fact.round, evaluations=pending)
+    return replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending)
 
 
 def _evolve_evaluated(job: Job, fact: Evaluated) -> Job:

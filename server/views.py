@@ -15,7 +15,14 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
     if protocol >= 2:
         return answer.model_dump_json()
     return answer.model_dump_json(
-        exclude={"settled": True, "wanted": True, "assignment": {"spec": {"round": {"fsync"}}}}
+        exclude={
+            "settled": True,
+            "wanted": True,
+            "assignment": {
+                "steps": True,
+                "spec": {"round": {"fsync"}, "aggregation": {"outer_lr", "outer_momentum", "download"}},
+            },
+        }
     )
 
 

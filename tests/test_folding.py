@@ -7,10 +7,11 @@ import os
 import random
 import resource
 import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import BadUpdateError
-from common.weights import DTYPES, FLOATS, Array, Notes, load, publish, read_layout, save
+from common.weights import DTYPES, FLOATS, Array, Notes, file_digest, load, publish, read_layout, save
 from server import folding
 from server.averaging import Float64Block
-from server.folding import Inspection, average, file_digest, inspect
-from server.optimizers import outer_step
+from server.folding import Rules, Targets
+from server.inspection import Inspection, inspect
+from server.optimizers import FedAvg, OuterStep
 
-FEDAVG = outer_step("fedavg")
+FEDAVG = FedAvg()
 NOTES = Notes(
     aliases={"head": "embed"}, variances={"norm.var": "norm.mean"}, buffers=("norm.mean", "norm.var", "positions")
 )
@@ -84,10 +86,15 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - the listing's own descriptor is gone for iterdir too
 
 
+def average(base: Path, updates: Sequence[tuple[Path, int]], target: Path, *, step: OuterStep, **options: Any) -> str:
+    """The fold of whole models, with one file to write."""
+    return folding.average(base, updates, Targets(target), rules=Rules(step), **options).model
+
+
 # ---------------------------------------------------------------- inspecting
 
 
-def look(update: Path, base: Path | None, norm_bound: float | None = None, block_elements: int = 4) -> Inspection:
+def look(update: Path, base: Path | None, norm_bound: float | None = 1e300, block_elements: int = 4) -> Inspection:
     digest = file_digest(update)
     return inspect(update, base, digest=digest, norm_bound=norm_bound, block_elements=block_elements)
 
@@ -331,10 +338,12 @@ def test_the_file_is_whole_when_it_is_synced(base: Path, tmp_path: Path, monkeyp
 class Stay:
     """An outer step that never moves, and writes down what it is asked."""
 
+    states = 0
+
     def __init__(self) -> None:
         self.seen: list[list[float]] = []
 
-    def apply(self, base: Float64Block, mean: Float64Block) -> Float64Block:
+    def apply(self, base: Float64Block, mean: Float64Block, states: Sequence[Float64Block]) -> Float64Block:
         self.seen.append(base.tolist())
         mean[:] = base
         return mean

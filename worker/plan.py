@@ -16,7 +16,7 @@ Pure: no network, disk, clock or tensor. Randomness is passed in.
 import errno
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from common.errors import (
     UnavailableError,
     VersionSkewError,
 )
-from common.messages import Assignment, HeartbeatAnswer, Holding, JobSpec, Kind, TaskRef, Trust, VersionView
+from common.messages import Assignment, HeartbeatAnswer, Holding, JobSpec, Kind, StepRef, TaskRef, Trust, VersionView
 from common.sharding import derived_seed
 
 FIRST_WAIT_S = 0.1
@@ -287,6 +287,19 @@ def errno_in(sentence: str) -> int | None:
     """
     found = re.search(r"\[Errno (\d{1,4})\]|\(os error (\d{1,4})\)", sentence)
     return int(found[1] or found[2]) if found else None
+
+
+def way(steps: Sequence[StepRef], has: Callable[[str], bool]) -> tuple[StepRef, ...]:
+    """The steps from the newest model that is here to the one that is wanted; none where there is no such way.
+
+    Args:
+        steps: to the wanted model, oldest first.
+        has: whether a model of this digest is here.
+    """
+    for start in range(len(steps) - 1, -1, -1):
+        if has(steps[start].base):
+            return tuple(steps[start:])
+    return ()
 
 
 def room_needed(assignment: Assignment, *, fetched: int) -> int:

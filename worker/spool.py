@@ -7,9 +7,12 @@
         assignment.json                  what was asked for, by which coordinator, and how often it was started
         indices.npy                      the samples of the shard
         checkpoint                       the child's, while it trains
-        update.safetensors               what came out
+        trained.safetensors              what the child made, where the update is still to be encoded
+        update.safetensors               what came out, and is sent
+        pending                          what the encoded update leaves out
         submission.json                  written last: the update is whole, and this is how it is handed in
         accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
+    FOLDER/errors/JOB.SHARD              what accepted updates have left out, added to the next one
 
         ──begin──▶ Untrained ──finish──▶ Trained ──keep──▶ Kept ──settled──▶ (gone)
 
@@ -90,6 +93,21 @@ class Place:
     def update(self) -> Path:
         """Where the result is written."""
         return self.folder / UPDATE
+
+    @property
+    def shard(self) -> str:
+        """The shard's number: what the name of an assignment ends with."""
+        return self.assignment.rpartition(".")[2]
+
+    @property
+    def trained(self) -> Path:
+        """Where the child writes a model that is still to be encoded."""
+        return self.folder / "trained.safetensors"
+
+    @property
+    def pending(self) -> Path:
+        """What the update leaves out, until it was accepted."""
+        return self.folder / "pending"
 
     @property
     def indices(self) -> Path:
@@ -179,7 +197,7 @@ class Spool:
             LydianError: it cannot be written (code folder_unusable).
         """
         with usable(folder):
-            for name in ("models", "tasks", "work"):
+            for name in ("models", "tasks", "work", "errors"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             self = cls(folder)
             self._probe()
@@ -268,6 +286,8 @@ class Spool:
         """The result was accepted: keep it until it is settled, without what only training needed. Twice is once."""
         place = held.place
         kept = Kept(place, held.submission)
+        if place.pending.exists():  # before the update is called accepted: that may be repeated, and this then is done
+            place.pending.replace(self.error(place))
         self._attempts[place.folder] = kept
         if not isinstance(held, Kept):
             (place.folder / TRAINED).rename(place.folder / ACCEPTED)
@@ -290,6 +310,8 @@ class Spool:
         for held in self._of(coordinator):
             if held.place.job == job:
                 self.drop(held)
+        for path in (self.folder / "errors").glob(f"{job}.*"):
+            _remove(path)
 
     def find_kept(self, told: Holding, coordinator: str) -> Kept | None:
         """The kept update that the coordinator speaks of; None: there is none like it."""
@@ -356,6 +378,15 @@ class Spool:
         for path in {*whole[: max(len(whole) - kept, 0)], *(path for path in models if path not in whole)}:
             if not path.name.startswith(keep):
                 _remove(path)
+                self._verified.discard(path.stem)
+
+    def step(self, digest: str) -> Path:
+        """Where a step from one model to another is fetched to."""
+        return self.folder / "models" / f"{digest}.step"
+
+    def error(self, place: Place) -> Path:
+        """What the accepted updates of a job's shard have left out: it is added to the next one."""
+        return self.folder / "errors" / f"{place.job}.{place.shard}"
 
     # ------------------------------------------------------------ room
 

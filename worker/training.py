@@ -6,17 +6,20 @@ what the agent lends: fetching something, patiently.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from common.api import CoordinatorApi
-from common.errors import BadJobError
+from common.codecs import codec
+from common.deltas import apply_step, encode_update, kept_size
+from common.errors import BadJobError, BadUpdateError
 from common.messages import Assignment, ModelFacts, Progress, Submission, TaskRef
 from common.sharding import Partition, order_of
 from common.tasks import BUILTIN
-from common.weights import file_digest
+from common.weights import file_digest, read_layout
 from worker import plan
 from worker.child import Child, TaskFailure
 from worker.heart import Heart
@@ -133,11 +136,13 @@ class Trainer:
         if assignment.kind == "init":
             return self._spool.finish(begun, self._init(child, begun, heart))
         done = self._ask(child, self._command(child, begun, base, heart), heart)
+        digest = None
         if assignment.kind == "train":
+            digest = self._encoded(begun, base)
             durability.begin()  # beside the hashing
         submission = Submission(
             attempt=assignment.attempt,
-            digest=file_digest(begun.place.update) if assignment.kind == "train" else None,
+            digest=digest or (file_digest(begun.place.update) if assignment.kind == "train" else None),
             samples=done["samples"],
             steps=done.get("steps", 0),
             seconds=done["seconds"],
@@ -166,8 +171,10 @@ class Trainer:
         path, received = self._spool.model(base.digest), 0
         if not self._spool.has_model(base.digest):
             heart.progress = Progress(doing="downloading")
+            received = self._walk(assignment, heart)
+        if not self._spool.has_model(base.digest):
             try:
-                received = self._fetch(
+                received += self._fetch(
                     lambda: self._api.download_model(base.digest, path, size=base.size, stop=heart.ordered), heart
                 )
             except OSError:
@@ -175,6 +182,50 @@ class Trainer:
                 raise
             self._spool.took_model(base.digest)
         return str(path), received
+
+    def _walk(self, assignment: Assignment, heart: Heart) -> int:
+        """Come to the base by steps from a model that is here, if there is such a way. Returns the bytes downloaded.
+
+        Where a step does not lead to the model that it should, the whole model is fetched: nothing is trained on a
+        model that is not the coordinator's, byte by byte.
+        """
+        received, aggregation = 0, assignment.spec.aggregation
+        for step in plan.way(assignment.steps, self._spool.has_model):
+            file, target = self._spool.step(step.digest), self._spool.model(step.model)
+            received += self._fetch(
+                partial(self._api.download_model, step.digest, file, size=step.size, stop=heart.ordered), heart
+            )
+            made = target.with_suffix(".made")
+            try:
+                found = apply_step(self._spool.model(step.base), file, made, codec(aggregation.update))
+            except BadUpdateError as error:
+                log.warning("the step %s… cannot be taken, so the model is fetched whole: %s", step.digest[:12], error)
+                return received
+            finally:
+                file.unlink()
+            if found != step.model:
+                log.warning("the step %s… leads to %s… and not to %s…, so the model is fetched whole",
+                            step.digest[:12], found[:12], step.model[:12])  # fmt: skip
+                made.unlink()
+                return received
+            made.replace(target)
+            self._spool.took_model(step.model)
+        return received
+
+    def _encoded(self, begun: Untrained, base: str) -> str | None:
+        """Encode what was trained, where the job wants that. Returns the digest of the update; None: it stays whole."""
+        update, place = begun.assignment.spec.aggregation.update, begun.place
+        if update == "fp32":
+            return None
+        chosen = codec(update)
+        error = self._spool.error(place) if chosen.feedback else None
+        if error is not None and error.exists() and error.stat().st_size != kept_size(read_layout(Path(base))):
+            log.warning("%s: what earlier updates left out is of another model, and is dropped", place.assignment)
+            error.unlink()
+        pending = place.pending if chosen.feedback else None
+        encoded = encode_update(Path(base), place.trained, place.update, chosen, error=error, pending=pending)
+        place.trained.unlink()
+        return encoded.digest
 
     def _command(self, child: Child, begun: Untrained, base: str, heart: Heart) -> dict[str, Any]:
         assignment, place = begun.assignment, begun.place
@@ -184,7 +235,7 @@ class Trainer:
             assignment,
             base=base,
             indices=self._indices(child, begun, heart),
-            out=str(place.update),
+            out=str(place.update if assignment.spec.aggregation.update == "fp32" else place.trained),
             checkpoint=str(place.checkpoint),
             checkpoint_every_s=self._options.checkpoint_every_s,
         )

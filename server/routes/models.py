@@ -89,8 +89,8 @@ def _no_model(digest: str) -> NotFoundError:
 
 @router.get("/v1/models/{digest}")
 async def get_model(digest: DigestPath, coordinator: CoordinatorDep, _: AnyoneDep) -> Response:
-    """One version of a model."""
-    if not any(digest == model.digest for models in coordinator.models.values() for model in models.values()):
+    """One version of a model, or a step from one to the next."""
+    if not coordinator.keeps(digest):
         raise _no_model(digest)
     return weights_response(coordinator, digest)
 

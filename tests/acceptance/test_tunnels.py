@@ -93,7 +93,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
         hosts = stack.enter_context(Hosts(2))
         stack.enter_context(hosts.on(0))
         folder = tmp_path_factory.mktemp("road")
-        fleet = stack.enter_context(LocalFleet(folder, host=hosts.address(0)))
+        fleet = stack.enter_context(LocalFleet(folder, host=hosts.address(0), ttl_s=600))
         yield Road(hosts, fleet, stack)
 
 
@@ -110,7 +110,7 @@ def bad_line(road: Road) -> Iterator[None]:
 @pytest.mark.usefixtures("bad_line")
 def test_an_upload_over_a_bad_line_takes_several_streams_and_sends_each_byte_once(road: Road) -> None:
     assert road.round_trip_s() > ROUND_TRIP_S
-    job, work, file = road.begin(size(2, 100))
+    job, work, file = road.begin(size(2, 8))  # at one stream's rate
     alone = road.sender(work, file)
     road.send(file, alone, lambda: alone.carry((0, file.stat().st_size)))  # in one request, for comparison
     assert alone.streams_used == 1

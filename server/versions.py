@@ -1,0 +1,80 @@
+"""The next version of a model: the files of one average, each made durable and named by its digest."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.codecs import codec
+from common.messages import AggregationSection, ModelRef, StepRef
+from server import folding
+from server.blobs import Blobs
+from server.failpoints import reach
+from server.optimizers import outer_step
+from server.rounds import Aggregating, Job
+
+
+@dataclass(frozen=True)
+class Version:
+    """What averaging a round gave. Every file is on the disk."""
+
+    model: ModelRef
+    step: StepRef | None  # how workers come here from the model before, where steps are sent
+    memory: tuple[str, ...]  # digests of what the next average needs: outer states, then the residual
+
+
+def rules_of(section: AggregationSection) -> folding.Rules:
+    """How a job's updates become its next model.
+
+    Raises:
+        BadJobError: there is no such step or codec.
+    """
+    encoded = None if section.update == "fp32" else codec(section.update)
+    return folding.Rules(outer_step(section), encoded, encoded if section.download == "same" else None)
+
+
+def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]) -> Version:
+    """Average the frozen updates of a round.
+
+    Raises:
+        Stopped: `stopped` said so (server.folding).
+        BadUpdateError: an update no longer fits, or a new value is beyond its dtype.
+        DiskFullError: there is no room for the files.
+        OSError: reading or writing failed.
+    """
+    rules = rules_of(job.spec.aggregation)
+    targets = _targets(job.id, phase.round, rules, blobs)
+    blobs.check_room(phase.base.size * (1 + len(targets.states) + 2 * (rules.down is not None)))
+    states, memory = rules.step.states, [blobs.path(digest) for digest in job.memory]
+    made = folding.average(
+        blobs.path(phase.base.digest),
+        [(blobs.path(update.digest), update.samples) for update in phase.accepted],
+        targets,
+        rules=rules,
+        memory=folding.Memory(tuple(memory[:states]), memory[states] if len(memory) > states else None),
+        stopped=stopped,
+    )
+    model = ModelRef(digest=made.model, size=targets.model.stat().st_size)
+    reach("model-written")
+    kept, step = list(zip(targets.states, made.states, strict=True)), None
+    if made.step is not None and targets.step is not None and targets.residual is not None:
+        assert made.step.kept_digest is not None  # noqa: S101 - a step always leaves a residual
+        step = StepRef(base=phase.base.digest, model=model.digest, digest=made.step.digest, size=made.step.size)
+        blobs.adopt(targets.step, step.digest, durable=True)
+        kept.append((targets.residual, made.step.kept_digest))
+    for path, digest in kept:
+        blobs.adopt(path, digest, durable=True)
+    blobs.adopt(targets.model, model.digest, durable=True)
+    reach("model-named")
+    return Version(model, step, tuple(digest for _, digest in kept))
+
+
+def _targets(job_id: str, round_index: int, rules: folding.Rules, blobs: Blobs) -> folding.Targets:
+    def part(what: str) -> Path:
+        return blobs.part(f"{job_id}.{what}.{round_index}")
+
+    return folding.Targets(
+        model=part("model"),
+        states=tuple(part(f"state{number}") for number in range(rules.step.states)),
+        step=part("step") if rules.down else None,
+        residual=part("residual") if rules.down else None,
+    )
