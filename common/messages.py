@@ -94,6 +94,9 @@ class AggregationSection(Message):
         "same",
         description="how models travel: same (steps, encoded as updates are, where that is less) or fp32 (whole)",
     )
+    feedback: bool | None = Field(
+        None, description="add what the encoding left out to the next update (default: with topk, which needs it)"
+    )
     norm_bound: float | None = Field(None, gt=0, description="refuse an update further than this from its base (L2)")
 
 

@@ -20,7 +20,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "wanted": True,
             "assignment": {
                 "steps": True,
-                "spec": {"round": {"fsync"}, "aggregation": {"outer_lr", "outer_momentum", "download"}},
+                "spec": {"round": {"fsync"}, "aggregation": {"outer_lr", "outer_momentum", "download", "feedback"}},
             },
         }
     )

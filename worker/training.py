@@ -214,15 +214,16 @@ class Trainer:
 
     def _encoded(self, begun: Untrained, base: str) -> str | None:
         """Encode what was trained, where the job wants that. Returns the digest of the update; None: it stays whole."""
-        update, place = begun.assignment.spec.aggregation.update, begun.place
-        if update == "fp32":
+        aggregation, place = begun.assignment.spec.aggregation, begun.place
+        if aggregation.update == "fp32":
             return None
-        chosen = codec(update)
-        error = self._spool.error(place) if chosen.feedback else None
+        chosen = codec(aggregation.update)
+        feedback = chosen.feedback if aggregation.feedback is None else aggregation.feedback
+        error = self._spool.error(place) if feedback else None
         if error is not None and error.exists() and error.stat().st_size != kept_size(read_layout(Path(base))):
             log.warning("%s: what earlier updates left out is of another model, and is dropped", place.assignment)
             error.unlink()
-        pending = place.pending if chosen.feedback else None
+        pending = place.pending if feedback else None
         encoded = encode_update(Path(base), place.trained, place.update, chosen, error=error, pending=pending)
         place.trained.unlink()
         return encoded.digest

@@ -1,0 +1,91 @@
+"""Jobs whose updates and models travel encoded: fewer bytes, the same model on every machine, whatever dies."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.codecs import CODECS
+from common.weights import load
+from tests.acceptance.kit import LocalFleet, closed_rounds, of_type
+
+pytestmark = pytest.mark.acceptance
+
+ROUNDS = 4
+JOB: dict[str, Any] = {
+    "rounds": ROUNDS,
+    "seed": 3,
+    "data": {"shards": 2},
+    "train": {"local_steps": 20, "batch_size": 16, "lr": 0.05, "momentum": 0.9},
+    "round": {"min_workers": 2},
+}
+
+
+def run(fleet: LocalFleet, **aggregation: Any) -> str:
+    return fleet.submit(**JOB, aggregation=aggregation)
+
+
+def test_encoded_jobs_send_fewer_bytes_both_ways_and_learn(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(2)
+        down, up, accuracy = {}, {}, {}
+        for codec in ("fp32", *CODECS):
+            job = run(fleet, update=codec)
+            fleet.finish(job)
+            last = closed_rounds(fleet.facts(job))[-1]
+            down[codec], up[codec] = last["bytes_down"], last["bytes_up"]
+            accuracy[codec] = fleet.api.job(job).metrics["accuracy"]
+            print(f"{codec}: {up[codec]} up, {down[codec]} down, accuracy {accuracy[codec]:.3f}")
+    least = {"bf16": 1.9, "int8": 3.5, "int4": 6.0, "topk": 20.0}  # a small model: its header counts
+    for codec, times in least.items():
+        assert up[codec] * times <= up["fp32"]
+        assert down[codec] * times <= down["fp32"]
+        assert accuracy[codec] > (0.7 if codec == "topk" else 0.85)
+
+
+@pytest.mark.parametrize("codec", ["int8", "topk"])
+def test_a_job_of_steps_survives_the_death_of_everybody_and_ends_with_the_same_bytes(
+    tmp_path: Path, codec: str
+) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(1)
+        job_spec = {**JOB, "round": {"min_workers": 1}, "data": {"shards": 1}}
+        aggregation = {"update": codec, "algorithm": "diloco", "outer_lr": 0.7}
+        truth = fleet.finish(fleet.submit(**job_spec, aggregation=aggregation)).model
+        job = fleet.submit(**job_spec, aggregation=aggregation)
+        fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "two rounds")
+        assert fleet.coordinator is not None
+        fleet.coordinator.kill()
+        fleet.workers["w1"].kill()
+        fleet.start_coordinator()
+        fleet.start_worker("w1")
+        view = fleet.finish(job)
+        assert view.model == truth
+        rounds = closed_rounds(fleet.facts(job))
+        assert all(closed["step"] is not None for closed in rounds)
+        for before, after in itertools.pairwise(rounds):
+            assert after["step"]["base"] == before["digest"]
+            assert after["step"]["model"] == after["digest"]
+
+
+def test_whole_models_go_down_where_the_job_wants_that(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(2)
+        job = run(fleet, update="int8", download="fp32")
+        fleet.finish(job)
+        rounds = closed_rounds(fleet.facts(job))
+        assert all(closed["step"] is None for closed in rounds)
+        assert rounds[-1]["bytes_down"] > 3 * rounds[-1]["bytes_up"]
+
+
+def test_diloco_without_momentum_and_rate_one_is_fedavg(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(2)
+        plain, outer = run(fleet), run(fleet, algorithm="diloco", outer_lr=1.0, outer_momentum=0.0)
+        fleet.finish(plain)
+        fleet.finish(outer)
+        first, second = load(fleet.pull(plain)), load(fleet.pull(outer))
+        assert all(np.allclose(first[name], second[name], atol=1e-5) for name in first)
+        assert not list(of_type(fleet.facts(outer), "handed_back"))
