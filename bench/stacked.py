@@ -87,7 +87,9 @@ def ask(child: Child, command: dict[str, Any]) -> dict[str, Any]:
 
 def distance(folder: Path, base: Path, at: int) -> float:
     """How far the two updates of a shard are apart, as a part of their length."""
-    one, other, start = (load_file(p) for p in (folder / f"off-{at}.safetensors", folder / f"on-{at}.safetensors", base))
+    one, other, start = (
+        load_file(p) for p in (folder / f"off-{at}.safetensors", folder / f"on-{at}.safetensors", base)
+    )
     apart = sum(float(np.square(one[name].astype(float) - other[name]).sum()) for name in start)
     length = sum(float(np.square(one[name].astype(float) - start[name]).sum()) for name in start)
     return float((apart / length) ** 0.5)

@@ -23,10 +23,11 @@ GRACE_S = 8.0  # for a child to end by itself after SIGTERM
 LOOK_S = 0.05  # between two looks at a file that another process writes
 TAIL_LINES = 15
 
-_NEEDS = {"server": ("fastapi", "uvicorn"), "worker": ("psutil",)}
+_NEEDS = {"server": ("fastapi", "uvicorn"), "worker": ("psutil",), "worker.simulation": ("psutil",)}
 _REQUIREMENTS = {
     "server": "requirements_server.txt",
     "worker": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
+    "worker.simulation": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
 }
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

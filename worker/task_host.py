@@ -4,7 +4,7 @@ A script, run as `python -P -u …/task_host.py --device D --threads N`. It impo
 safetensors, and must never import this repository, or let the task file reach it by accident: the task's own `common`
 or `server` is the task's. Nothing is pickled. One command at a time; the model and the data stay loaded between them.
 
-    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "train_many" | "evaluate", …}; {"do": "stop"} ends any
+    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "train_many" | "evaluate", …}; {"do": "stop"} ends it
     agent ◀──stdout── {"event": "hello"}, then for each command any number of {"event": "progress"}
                       and exactly one {"event": "done" | "stopped" | "error"}
     log   ◀──stderr── prints and warnings of the task, stacks on SIGUSR1 and on a crash
@@ -968,7 +968,7 @@ class Host:
             "describe": self.describe,
             "train": self.train,
             "evaluate": self.evaluate,
-            "train_many": lambda **command: self._many.train(**command),
+            "train_many": self.train_many,
         }
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -1126,6 +1126,11 @@ class Host:
             kept.give_up(str(error))
             return
         kept.write(state_of(model)[0], optimizer, context.position())
+
+    def train_many(self, **command: Any) -> dict[str, Any]:  # noqa: ANN401 - as task_stacked.Many takes them
+        """Train the base model on many shards."""
+        answer: dict[str, Any] = self._many.train(**command)
+        return answer
 
     def evaluate(self, base: str, batch_size: int) -> dict[str, Any]:
         """Measure the base model on the whole test split. Sums that are not finite are left out."""
