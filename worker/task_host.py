@@ -4,7 +4,7 @@ A script, run as `python -P -u …/task_host.py --device D --threads N`. It impo
 safetensors, and must never import this repository, or let the task file reach it by accident: the task's own `common`
 or `server` is the task's. Nothing is pickled. One command at a time; the model and the data stay loaded between them.
 
-    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "train_many" | "evaluate", …}; {"do": "stop"} ends it
+    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "train_many" | "evaluate", …}; "stop" ends it
     agent ◀──stdout── {"event": "hello"}, then for each command any number of {"event": "progress"}
                       and exactly one {"event": "done" | "stopped" | "error"}
     log   ◀──stderr── prints and warnings of the task, stacks on SIGUSR1 and on a crash

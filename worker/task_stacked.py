@@ -35,7 +35,8 @@ FAR = 0.1  # the farther one: with roundings a training may part, with another c
 FASTER = 0.9  # of the loop's time, below which the stack is the faster one
 TRIAL_SHARDS = 5  # that a trial needs
 TIMED_S = 0.3  # of the loop, before its speed counts as known
-MOST_PADDING = 1.5  # samples computed for each sample that counts
+MOST_PADDING = 1.5  # samples computed for each sample of a shard that counts
+SPARE = 8  # samples more a step: a step has a cost of its own, which those few do not add to
 MOST_STACK_BYTES = 1 << 30  # of weights, gradients and momenta on the device
 COPIES = 4  # of the weights that a stack holds: weights, gradients, momenta, and what a step computes
 IGNORED = -100  # the class that cross_entropy passes over
@@ -98,20 +99,17 @@ def groups(lengths: Sequence[Sequence[int]], most: int) -> list[list[int]]:
     """
     order = sorted(range(len(lengths)), key=lambda at: (-len(lengths[at]), -sum(lengths[at]), at))
     found: list[list[int]] = []
+    widths = np.zeros(0, dtype=np.int64)  # of the steps of the last group
     for at in order:
-        if found and len(found[-1]) < most and _padding([lengths[other] for other in [*found[-1], at]]) <= MOST_PADDING:
+        own, steps = np.asarray(lengths[at], dtype=np.int64), len(lengths[at])
+        wider = np.maximum(widths[:steps], own) if found else own
+        if found and len(found[-1]) < most and wider.sum() <= MOST_PADDING * own.sum() + SPARE * steps:
             found[-1].append(at)
+            widths[:steps] = wider
         else:
             found.append([at])
+            widths = own.copy()
     return found
-
-
-def _padding(lengths: Sequence[Sequence[int]]) -> float:
-    """Samples that a stack of these shards computes for each one that counts."""
-    table = np.zeros((len(lengths), max(map(len, lengths))), dtype=np.int64)
-    for row, line in zip(table, lengths, strict=True):
-        row[: len(line)] = line
-    return float((table.max(axis=0) * (table > 0).sum(axis=0)).sum() / table.sum())
 
 
 # ---------------------------------------------------------------- training a stack

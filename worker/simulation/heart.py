@@ -25,19 +25,27 @@ class Held:
 class SharedHeart(Heart):
     """Beats while a group of claims is under way; stops the child when none of them is wanted any more."""
 
-    def __init__(self, held: list[Held], period_s: float) -> None:
-        """Beats every `period_s` seconds, the first time after one period."""
+    def __init__(self, held: list[Held], waiting: list[Held], period_s: float) -> None:
+        """Beats every `period_s` seconds, the first time after one period.
+
+        Args:
+            held: the claims that are being worked on.
+            waiting: those whose turn comes later; only their leases are kept.
+            period_s: between two beats of one claim.
+        """
         first = held[0]
         super().__init__(
             first.api, first.worker_id, first.start_id, first.assignment.id, first.assignment.attempt, period_s
         )
-        self._held, self._every_s = held, period_s
+        self._held, self._waiting, self._every_s = held, waiting, period_s
 
     def run(self) -> None:
         """Beat until the work is over, or all of it is ordered to be dropped."""
         wanted = list(self._held)
         while not self._ended.wait(self._every_s):
             orders = [(held, self._tell(held)) for held in wanted]
+            for held in self._waiting:
+                self._tell(held)
             dropped = [order for _, order in orders if order is not None]
             wanted = [held for held, order in orders if order is None]
             if dropped:

@@ -88,8 +88,9 @@ class Simulator:
         self._each(lambda worker: self._register(worker, machine), self._workers)
         log.info("%d virtual workers at %s", len(self._workers), self._url)
         while True:
-            for claims in groups(self._claim()):
-                self._do(claims)
+            turns = [[self._held(claim) for claim in claims] for claims in groups(self._claim())]
+            for at, held in enumerate(turns):
+                self._do(held, waiting=[other for later in turns[at + 1 :] for other in later])
 
     def close(self) -> None:
         """End the child, and say goodbye for all: what they hold goes to others at once."""
@@ -186,14 +187,18 @@ class Simulator:
 
     # ------------------------------------------------------------ doing it
 
-    def _do(self, claims: list[Claim]) -> None:
-        """Carry out a group of claims. Whatever becomes of it, the process goes on, unless its disk does not."""
-        held = [self._held(claim) for claim in claims]
+    def _do(self, held: list[Held], waiting: list[Held]) -> None:
+        """Carry out a group of claims. Whatever becomes of it, the process goes on, unless its disk does not.
+
+        Args:
+            held: the group.
+            waiting: what comes after it.
+        """
         begun: list[Untrained] = []
         try:
-            with SharedHeart(held, self._heartbeat_s) as heart:
-                self._trainer.check_trust(claims[0].assignment)
-                begun += [self._spool.begin(claim.assignment, self._url) for claim in claims]
+            with SharedHeart(held, waiting, self._heartbeat_s) as heart:
+                self._trainer.check_trust(held[0].assignment)
+                begun += [self._spool.begin(one.assignment, self._url) for one in held]
                 outcomes = self._carry_out(begun, heart)
                 self._hand_in_all(held, outcomes)
         except TaskFailure as failure:
@@ -250,12 +255,13 @@ class Simulator:
                     raise
                 offer()
 
+        maybe_there = False  # once it counts, its bytes are refused: after a failure it is submitted first
+
         def hand_in() -> None:
             nonlocal maybe_there
             call, maybe_there = (submit_or_offer if maybe_there else offer), True
             call()
 
-        maybe_there = False  # once it counts, its bytes are refused: after a failure it is submitted first
         try:
             self._insist(hand_in)
         except LydianError as error:
