@@ -66,11 +66,11 @@ def facts_of(process: subprocess.Popen[str]) -> list[dict[str, Any]]:
 
 def ours(folder: Path) -> list[int]:
     """The processes whose command line names the folder."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if process.pid != os.getpid() and any(str(folder) in part for part in process.info["cmdline"] or []):
-            found.append(process.pid)
-    return found
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid != os.getpid() and any(str(folder) in part for part in process.info["cmdline"] or [])
+    ]
 
 
 def check_counts(facts: list[dict[str, Any]], rounds: int, each: int) -> None:
