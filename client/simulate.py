@@ -21,7 +21,7 @@ from uuid import uuid4
 import typer
 
 from client import shown
-from client.demo import _ended_by_signals, _environment, _final, _show_log
+from client.demo import clean_environment, ended_by_signals, final, show_log
 from client.job_file import Job, Layer, Setting, flag_layer, read_job, set_layer
 from client.pulling import pull_model
 from client.running import Child, Children, python_module, wait_for_line
@@ -123,7 +123,7 @@ def workers_each(clients: int, fraction: float, processes: int, most: int) -> in
 def summary_of(board: Board, clients: int) -> Summary:
     """What the closed rounds came to."""
     rows = board.rows.values()
-    metric, value = _final(board)
+    metric, value = final(board)
     return Summary(
         clients=clients,
         rounds=len(rows),
@@ -144,12 +144,12 @@ def run_simulation(wish: Wish, *, as_json: bool) -> None:
         LydianError: the job is wrong or did not finish, or the coordinator or every process ended by itself.
     """
     job = job_of(wish)
-    with _folder(wish.state_dir) as folder, _ended_by_signals(), Children(folder) as children:
+    with _folder(wish.state_dir) as folder, ended_by_signals(), Children(folder) as children:
         try:
             _simulate(children, wish, job, as_json=as_json)
         except LydianError:
             for child in children.started:
-                _show_log(child)
+                show_log(child)
             raise
 
 
@@ -206,7 +206,7 @@ def _start_coordinator(children: Children, lease_s: float) -> tuple[str, Path]:
     typer.echo(f"starting a coordinator in {children.folder}", err=True)
     arguments = ["--host", "127.0.0.1", "--port", "0", "--state-dir", str(state)]
     timing = {"LYDIAN_TTL_S": str(lease_s), "LYDIAN_HEARTBEAT_S": str(lease_s / BEATS)}
-    child = children.start("coordinator", python_module("server", arguments), _environment() | timing)
+    child = children.start("coordinator", python_module("server", arguments), clean_environment() | timing)
     return wait_for_line(child, "ready ", timeout_s=READY_S), state
 
 
@@ -217,7 +217,7 @@ def _start_process(children: Children, at: int, workers: int, url: str, join_tok
     arguments += [part for item in wish.data for part in ("--data", item)]
     if job.task_source is not None:  # this very file and no other: it is the user's own, and so is the machine
         arguments += ["--trusted", hashlib.sha256(job.task_source.encode()).hexdigest()]
-    environment = _environment() | {"LYDIAN_TOKEN": join_token}  # not in argv, which everyone on the machine sees
+    environment = clean_environment() | {"LYDIAN_TOKEN": join_token}  # not in argv, which all can see
     children.start(name, python_module("worker.simulation", arguments), environment)
 
 
