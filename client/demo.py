@@ -79,9 +79,7 @@ def _start_workers(children: Children, number: int, url: str, join_token: str, *
         arguments = [url, "--name", f"demo-{at}", "--state-dir", state, "--threads", "1"]
         if trust_any:  # the file is the user's own, and so is the machine
             arguments += ["--trust", "any"]
-        environment = clean_environment() | {
-            "LYDIAN_TOKEN": join_token
-        }  # not in argv, which all can see
+        environment = clean_environment() | {"LYDIAN_TOKEN": join_token}  # not in argv, which all can see
         children.start(f"worker-{at}", python_module("worker", arguments), environment)
 
 
