@@ -37,7 +37,7 @@ def run_demo(*, rounds: int, workers: int, task: str, keep: bool) -> None:
     job = read_job(None, flag_layer(flags), {})
     folder = Path(tempfile.mkdtemp(prefix="lydian-demo-"))
     try:
-        with _ended_by_signals(), Children(folder) as children:
+        with ended_by_signals(), Children(folder) as children:
             _train(children, job, workers, trust_any=is_task_file(task))
     finally:
         if keep:
@@ -55,11 +55,11 @@ def _train(children: Children, job: Job, workers: int, *, trust_any: bool) -> No
             _check_finished(board)
     except LydianError:
         for child in children.started:
-            _show_log(child)
+            show_log(child)
         raise
     header, rows = round_table(list(board.rows.values()), board.best)
     shown.print_table(header, rows, right=header)
-    name, value = _final(board)
+    name, value = final(board)
     typer.echo(f"final {name} {shown.measure(value)}")
 
 
@@ -68,7 +68,7 @@ def _start_coordinator(children: Children) -> tuple[str, Path]:
     state = children.folder / "coordinator"
     typer.echo(f"starting a coordinator in {children.folder}", err=True)
     arguments = ["--host", "127.0.0.1", "--port", "0", "--state-dir", str(state)]
-    child = children.start("coordinator", python_module("server", arguments), _environment())
+    child = children.start("coordinator", python_module("server", arguments), clean_environment())
     return wait_for_line(child, "ready ", timeout_s=READY_S), state
 
 
@@ -79,7 +79,7 @@ def _start_workers(children: Children, number: int, url: str, join_token: str, *
         arguments = [url, "--name", f"demo-{at}", "--state-dir", state, "--threads", "1"]
         if trust_any:  # the file is the user's own, and so is the machine
             arguments += ["--trust", "any"]
-        environment = _environment() | {"LYDIAN_TOKEN": join_token}  # not in argv, which everyone on the machine sees
+        environment = clean_environment() | {"LYDIAN_TOKEN": join_token}  # not in argv, which all can see
         children.start(f"worker-{at}", python_module("worker", arguments), environment)
 
 
@@ -112,7 +112,7 @@ def _checked(events: Iterable[Event], check: Callable[[], None]) -> Iterator[Eve
         check()
 
 
-def _final(board: Board) -> tuple[str, float | None]:
+def final(board: Board) -> tuple[str, float | None]:
     """The measure of the last evaluated model: its accuracy, or what the task has instead."""
     metrics = next((row.evaluation.metrics for row in reversed(board.rows.values()) if row.evaluation), {})
     name = next((name for name in ("accuracy", board.job.spec.target_metric) if name in metrics), None)
@@ -120,19 +120,20 @@ def _final(board: Board) -> tuple[str, float | None]:
     return name, metrics.get(name)
 
 
-def _environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
     """This environment without the settings of other coordinators and workers."""
     return {name: value for name, value in os.environ.items() if not name.startswith("LYDIAN_")}
 
 
-def _show_log(child: Child) -> None:
+def show_log(child: Child) -> None:
+    """The last lines of a child's log, on stderr."""
     tail = child.tail()
     if tail:
         typer.echo(f"--- {child.log.name}\n{shown.printable(tail)}", err=True)
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
     """SIGTERM and SIGHUP end the block as Ctrl-C does, so that the children are ended too."""
 
     def end(number: int, _: FrameType | None) -> None:

@@ -35,6 +35,7 @@ HELP = """Train one PyTorch model on all the machines you have.
 \b
 Examples:
   lydian demo                                        train on this machine, in a minute
+  lydian simulate digits --clients 1000              the same with very many virtual clients
   lydian serve                                       start the coordinator
   lydian work http://gpu-box:8470 --token TOKEN      train for it, on every machine
   lydian submit fashion-mnist --rounds 20 --watch    send a job and watch it
@@ -109,6 +110,77 @@ def demo(
     from client.demo import run_demo
 
     run_demo(rounds=rounds, workers=workers, task=task, keep=keep)
+
+
+@app.command()
+def simulate(
+    what: Annotated[
+        str, typer.Argument(metavar="TASK", help="A built-in task, a job file (TOML), or your own FILE.py.")
+    ],
+    clients: Annotated[int, typer.Option(min=1, max=1_000_000, help="Virtual clients: shards of the data.")] = 100,
+    fraction: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of the clients that trains in a round (default: 0.1).")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds to train (default: the job's).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the whole job (default: the job's).")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the job; repeatable.")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, max=64, help="Processes that train.")] = 2,
+    at_once: Annotated[
+        int, typer.Option("--at-once", min=1, max=512, help="Clients that a process trains together, at most.")
+    ] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, mps, xpu or auto.")] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+    stack: Annotated[
+        str, typer.Option(metavar="auto|off", help="Train clients as one computation if faster.")
+    ] = "auto",
+    data: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="A data folder; repeatable.")] = None,
+    lease: Annotated[float, typer.Option(min=1, help="Seconds after which a dead process's clients move on.")] = 20,
+    state_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep everything in this folder, which is new or empty.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the last model here (safetensors).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try a federated setting with very many clients on this machine, before real machines join.
+
+    A coordinator and a few processes are started here; the clients are shards of one data set, and everything goes over
+    the real protocol. With --json every fact is one JSON object on a line, and the last line has type "summary".
+
+    \b
+    Examples:
+      lydian simulate digits --clients 100 --rounds 5
+      lydian simulate fashion-mnist --clients 1000 --fraction 0.01 --rounds 50 \\
+        --set data.partition=dirichlet --set data.alpha=0.3
+      lydian simulate my_task.py --clients 200 --processes 1 --device cuda -o model.safetensors
+    """
+    from client.simulate import Wish, run_simulation
+
+    if stack not in ("auto", "off"):
+        raise typer.BadParameter(f"--stack is auto or off, not {stack!r}")
+    if fraction == 0:
+        raise typer.BadParameter("--fraction is above 0")
+    wish = Wish(
+        what=what,
+        clients=clients,
+        fraction=fraction,
+        rounds=rounds,
+        seed=seed,
+        settings=tuple(settings or ()),
+        processes=processes,
+        at_once=at_once,
+        device=device,
+        threads=threads,
+        stack=stack,
+        data=tuple(data or ()),
+        lease_s=lease,
+        state_dir=state_dir,
+        output=output,
+    )
+    run_simulation(wish, as_json=as_json)
 
 
 @app.command()

@@ -23,11 +23,17 @@ GRACE_S = 8.0  # for a child to end by itself after SIGTERM
 LOOK_S = 0.05  # between two looks at a file that another process writes
 TAIL_LINES = 15
 
-_NEEDS = {"server": ("fastapi", "uvicorn"), "worker": ("psutil",), "bench": ("fastapi", "uvicorn", "psutil", "torch")}
+_NEEDS = {
+    "server": ("fastapi", "uvicorn"),
+    "worker": ("psutil",),
+    "worker.simulation": ("psutil",),
+    "bench": ("fastapi", "uvicorn", "psutil", "torch"),
+}
 _REQUIREMENTS = {
     "server": "requirements_server.txt",
     "worker": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
     "bench": "requirements_server.txt -r requirements_new_gpu.txt",
+    "worker.simulation": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
 }
 _ROOT = Path(__file__).resolve().parent.parent
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -60,7 +66,7 @@ def python_module(module: str, arguments: Sequence[str]) -> list[str]:
             code="missing_packages",
             advice=f"In a clone: pip install -r {_REQUIREMENTS[module]}.",
         )
-    if not (_ROOT / module / "__main__.py").is_file():
+    if not _ROOT.joinpath(*module.split("."), "__main__.py").is_file():
         raise LydianError(
             f"`python -m {module}` is not part of what was installed: it needs a clone of the repository",
             code="needs_clone",

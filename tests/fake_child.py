@@ -84,6 +84,21 @@ def train(command: dict[str, Any]) -> None:
     send("done", samples=samples, steps=STEPS, seconds=0.01, metrics=metrics, resumed_at=begun_at)
 
 
+def train_many(command: dict[str, Any]) -> None:
+    """All shards at once; the file fail-shard holds the number of one that fails."""
+    failing = (CONTROL / "fail-shard").read_text() if (CONTROL / "fail-shard").exists() else ""
+    results: list[dict[str, Any]] = []
+    for number, shard in enumerate(command["shards"]):
+        if str(number) == failing:
+            results.append({"error": {"code": "task_failed", "sentence": "it fell over", "detail": "where"}})
+            continue
+        write(Path(shard["out"]), Path(command["base"]).read_bytes())
+        samples = shard_size(Path(shard["indices"]))
+        results.append({"samples": samples, "steps": STEPS, "seconds": 0.01, "metrics": {}, "resumed_at": 0})
+    note(f"train_many {len(results)} {command['stack']}")
+    send("done", results=results, stacked=0, why="it is a fake")
+
+
 def answer(command: dict[str, Any]) -> None:
     do = command["do"]
     failing = CONTROL / f"fail-{do}"
@@ -100,6 +115,8 @@ def answer(command: dict[str, Any]) -> None:
         send("done", train_samples=SAMPLES)
     elif do == "train":
         train(command)
+    elif do == "train_many":
+        train_many(command)
     else:
         send("done", samples=SAMPLES, seconds=0.01, metrics={"accuracy": [5.0, SAMPLES]})
 

@@ -4,7 +4,7 @@ A script, run as `python -P -u …/task_host.py --device D --threads N`. It impo
 safetensors, and must never import this repository, or let the task file reach it by accident: the task's own `common`
 or `server` is the task's. Nothing is pickled. One command at a time; the model and the data stay loaded between them.
 
-    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "evaluate", …}; {"do": "stop"} ends any of them
+    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "train_many" | "evaluate", …}; "stop" ends it
     agent ◀──stdout── {"event": "hello"}, then for each command any number of {"event": "progress"}
                       and exactly one {"event": "done" | "stopped" | "error"}
     log   ◀──stderr── prints and warnings of the task, stacks on SIGUSR1 and on a crash
@@ -61,6 +61,7 @@ def beside(name: str) -> ModuleType:
 
 
 task_checkpoint = beside("task_checkpoint")
+task_stacked = beside("task_stacked")
 
 PROGRESS_EVERY_S = 0.2  # a person's eye and a heartbeat need no more
 SENTENCE_LIMIT = 1_000  # characters
@@ -960,12 +961,14 @@ class Host:
         self._model: nn.Module | None = None
         self._splits: dict[str, Any] = {}
         self._said: str | None = None  # why this task's training cannot be resumed: said once, not once a round
+        self._many = task_stacked.Many(self, sys.modules[__name__])
         self._commands: dict[str, Callable[..., dict[str, Any]]] = {
             "open": self.open,
             "init": self.init,
             "describe": self.describe,
             "train": self.train,
             "evaluate": self.evaluate,
+            "train_many": self.train_many,
         }
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -987,6 +990,7 @@ class Host:
         """Import the task file; forget the one before, its model and its data."""
         self._events.progress("loading")
         self._task, self._model, self._splits, self._said = None, None, {}, None
+        self._many = task_stacked.Many(self, sys.modules[__name__])
         self._task = import_task(Path(task).resolve(), config)
         return {}
 
@@ -1122,6 +1126,11 @@ class Host:
             kept.give_up(str(error))
             return
         kept.write(state_of(model)[0], optimizer, context.position())
+
+    def train_many(self, **command: Any) -> dict[str, Any]:  # noqa: ANN401 - as task_stacked.Many takes them
+        """Train the base model on many shards."""
+        answer: dict[str, Any] = self._many.train(**command)
+        return answer
 
     def evaluate(self, base: str, batch_size: int) -> dict[str, Any]:
         """Measure the base model on the whole test split. Sums that are not finite are left out."""

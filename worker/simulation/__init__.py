@@ -1,0 +1,1 @@
+"""Many virtual workers in one process, with one child that trains for all of them: what `lydian simulate` starts."""
