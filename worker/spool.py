@@ -286,8 +286,7 @@ class Spool:
         """The result was accepted: keep it until it is settled, without what only training needed. Twice is once."""
         place = held.place
         kept = Kept(place, held.submission)
-        if place.pending.exists():  # before the update is called accepted: that may be repeated, and this then is done
-            place.pending.replace(self.error(place))
+        self.commit(held)  # before the update is called accepted: that may be repeated, and this then is done
         self._attempts[place.folder] = kept
         if not isinstance(held, Kept):
             (place.folder / TRAINED).rename(place.folder / ACCEPTED)
@@ -295,6 +294,11 @@ class Spool:
             if path.name not in (ASKED, ACCEPTED, UPDATE):
                 _remove(path)
         return kept
+
+    def commit(self, held: Trained) -> None:
+        """The result was accepted: what it left out is added to the next one. Twice is once."""
+        if held.place.pending.exists():
+            held.place.pending.replace(self.error(held.place))
 
     def drop(self, held: Attempt) -> None:
         """The attempt counts no more, or is needed no more. It is known no more even where its files cannot go."""

@@ -32,6 +32,16 @@ Fetch = Callable[[Callable[[], int], Heart], int]
 """Make a call that downloads until it has, and return the bytes it brought."""
 
 
+def encodes(assignment: Assignment) -> bool:
+    """Whether the update travels encoded, and not as the whole model that the child writes."""
+    return assignment.spec.aggregation.update != "fp32"
+
+
+def written_to(begun: Untrained) -> Path:
+    """Where the child writes what it has trained."""
+    return begun.place.trained if encodes(begun.assignment) else begun.place.update
+
+
 class NoRoom(Exception):  # noqa: N818 - the work goes back, and the worker waits for room
     """The disk has no room for the work."""
 
@@ -138,11 +148,12 @@ class Trainer:
         done = self._ask(child, self._command(child, begun, base, heart), heart)
         digest = None
         if assignment.kind == "train":
-            digest = self._encoded(begun, base)
-            durability.begin()  # beside the hashing
+            if not encodes(assignment):
+                durability.begin()  # beside the hashing
+            digest = self._digest(begun, base)
         submission = Submission(
             attempt=assignment.attempt,
-            digest=digest or (file_digest(begun.place.update) if assignment.kind == "train" else None),
+            digest=digest,
             samples=done["samples"],
             steps=done.get("steps", 0),
             seconds=done["seconds"],
@@ -212,11 +223,11 @@ class Trainer:
             self._spool.took_model(step.model)
         return received
 
-    def _encoded(self, begun: Untrained, base: str) -> str | None:
-        """Encode what was trained, where the job wants that. Returns the digest of the update; None: it stays whole."""
+    def _digest(self, begun: Untrained, base: str) -> str:
+        """Encode what was trained, where the job wants that. Returns the digest of the update."""
         aggregation, place = begun.assignment.spec.aggregation, begun.place
-        if aggregation.update == "fp32":
-            return None
+        if not encodes(begun.assignment):
+            return file_digest(place.update)
         chosen = codec(aggregation.update)
         feedback = chosen.feedback if aggregation.feedback is None else aggregation.feedback
         error = self._spool.error(place) if feedback else None
@@ -236,7 +247,7 @@ class Trainer:
             assignment,
             base=base,
             indices=self._indices(child, begun, heart),
-            out=str(place.update if assignment.spec.aggregation.update == "fp32" else place.trained),
+            out=str(written_to(begun)),
             checkpoint=str(place.checkpoint),
             checkpoint_every_s=self._options.checkpoint_every_s,
         )

@@ -268,6 +268,8 @@ class Simulator:
             if plan.after(error).action == "stop":
                 raise
             log.info("%s is not used: %s", assignment.id, error)
+        else:
+            self._spool.commit(trained)
 
     def _abandon(self, held: Held, failure: TaskFailure) -> None:
         reason = Abandon.model_validate(

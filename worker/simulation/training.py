@@ -1,12 +1,11 @@
 """Having many shards of one round trained by one command of the child."""
 
 from common.messages import Submission
-from common.weights import file_digest
 from worker import plan
 from worker.child import TaskFailure
 from worker.heart import Heart
 from worker.spool import Trained, Untrained
-from worker.training import Trainer
+from worker.training import Trainer, written_to
 
 COMMON = ("base", "round", "epochs", "steps", "seconds")  # of the commands of one round
 OWN = ("indices", "out", "seed")  # of each shard
@@ -42,7 +41,7 @@ class ManyTrainer(Trainer):
                 held.assignment,
                 base=base,
                 indices=self._indices(child, held, heart),
-                out=str(held.place.update),
+                out=str(written_to(held)),
             )
             for held in begun
         ]
@@ -65,7 +64,7 @@ class ManyTrainer(Trainer):
                 continue
             submission = Submission(
                 attempt=held.assignment.attempt,
-                digest=file_digest(held.place.update),
+                digest=self._digest(held, base),
                 samples=result["samples"],
                 steps=result["steps"],
                 seconds=result["seconds"],
