@@ -65,6 +65,7 @@ class Initialised(Message):
     digest: Digest
     size: Count
     facts: ModelFacts
+    update: str | None = Field(None, description="how updates travel from now on, where the job left that open")
 
 
 class Shard(Message):

@@ -87,8 +87,10 @@ class AggregationSection(Message):
     outer_lr: float | None = Field(None, gt=0, description="diloco: learning rate of the outer step (default 0.7)")
     outer_momentum: float | None = Field(None, ge=0, lt=1, description="diloco: momentum of it (default 0.9)")
     robust: Literal["none"] = Field("none", description="the robust rule before the mean")
-    update: Literal["fp32", "bf16", "int8", "int4", "topk"] = Field(
-        "fp32", description="how updates travel: fp32 (whole, in the model's own dtypes) or their changes in fewer bits"
+    update: Literal["fp32", "bf16", "int8", "int4", "topk", "auto"] = Field(
+        "fp32",
+        description="how updates travel: fp32 (whole, in the model's own dtypes), their changes in fewer bits, or auto "
+        "(fp32 to int4, by the link that the first model came over)",
     )
     download: Literal["same", "fp32"] = Field(
         "same",

@@ -98,6 +98,9 @@ class Coordinator:
         self._kept: dict[str, deque[int]] = {}  # job id -> rounds whose models are kept, oldest first
         self._round_began: dict[str, float] = {}  # job id -> wall clock of the open round, for its displayed seconds
         self._uploads = Uploads(self.blobs)
+        self._spans: dict[
+            Key, tuple[float, float]
+        ] = {}  # of first models: monotonic seconds of the first and last byte
         self._arriving: set[str] = set()  # digests of updates that have their name and no fact yet
         self._dropped: set[str] = set()  # digests of models that are kept no more, not yet deleted
         self._averaging: dict[str, asyncio.Task[None]] = {}
@@ -303,6 +306,8 @@ class Coordinator:
         for lease in [lease for lease in self.fleet.leases.values() if lease.job == job_id]:
             self.fleet.release(lease.worker, job_id, lease.task)
         self._uploads.drop_job(job_id)
+        for key in [key for key in self._spans if key[0].startswith(f"{job_id}.")]:
+            del self._spans[key]
         self.hub.touch(job_id)
 
     def _wake(self) -> None:
@@ -316,7 +321,10 @@ class Coordinator:
         """Take a job. The same key again gives the job that was made for it."""
         if (known := self._by_key.get(request.key)) is not None:
             job = self.jobs[known]
-            if job.spec != request.spec:
+            asked = request.spec
+            if asked.aggregation.update == "auto":
+                asked = rounds.with_update(asked, job.spec.aggregation.update)
+            if job.spec != asked:
                 raise ConflictError(f"the key {request.key!r} was used for another job, {known}", code="key_reused")
             return job
         spec, digest = request.spec, None
@@ -694,11 +702,14 @@ class Coordinator:
         def seen() -> None:
             self.fleet.seen(worker_id, self.clock())
 
+        began, key = self.clock(), (name, attempt)
         try:
-            await self._uploads.receive((name, attempt), total, start, stop, body, seen)
+            await self._uploads.receive(key, total, start, stop, body, seen)
         except OSError as error:
             _die_if_broken(error)
             raise
+        if parse_assignment(name)[1].kind == "init":
+            self._spans[key] = (self._spans.get(key, (began, 0.0))[0], self.clock())
 
     def _let_upload(self, worker_id: str, name: str, attempt: int, total: int) -> None:
         """Make sure that this worker may upload so many bytes for this, and that there is room for them."""
@@ -810,7 +821,7 @@ class Coordinator:
         bound = job.spec.aggregation.norm_bound
         durable = task.kind == "init" or job.spec.round.fsync
         try:
-            codec = versions.rules_of(job.spec.aggregation).update
+            codec = versions.rules_of(job.spec.aggregation).update if task.kind == "train" else None
             await asyncio.to_thread(inspect, staging.path, base, digest=digest, norm_bound=bound, codec=codec)
             await asyncio.to_thread(self.blobs.adopt, staging.path, digest, durable=durable)
         except OSError as error:
@@ -832,7 +843,12 @@ class Coordinator:
                     "the model came without its facts (parameters, samples, bounds)", code="bad_update"
                 )
             made = Initialised(
-                attempt=submission.attempt, worker=worker_id, digest=digest, size=size, facts=submission.facts
+                attempt=submission.attempt,
+                worker=worker_id,
+                digest=digest,
+                size=size,
+                facts=submission.facts,
+                update=self._encoding(job, (assignment_id(job_id, task), submission.attempt), size),
             )
             step = rounds.take_init(job, made, self.fleet.places(job, now), now)
         else:
@@ -857,6 +873,17 @@ class Coordinator:
         after = self._apply(job_id, step)
         reach("accepted-after")
         return Receipt(repeat=False, reason=after.reason)
+
+    def _encoding(self, job: Job, key: Key, size: int) -> str | None:
+        """How updates travel, where the job leaves that to the link that the first model came over."""
+        if job.spec.aggregation.update != "auto":
+            return None
+        span = self._spans.get(key)
+        rate = size / max(span[1] - span[0], 1e-3) if span is not None else None
+        update = rounds.encoding_for(size, rate)
+        log.info("%s: updates travel as %s, since the model came at %s bytes a second",
+                 job.id, update, "unknown" if rate is None else f"{rate:.0f}")  # fmt: skip
+        return update
 
     def _refuse(self, job_id: str, task: Task, attempt: int, worker_id: str, error: LydianError) -> None:
         """A result that must not count: the task is handed out again, and the worker gets a strike."""

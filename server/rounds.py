@@ -45,6 +45,8 @@ from common.sharding import cohort, cut
 V = TypeVar("V")
 
 GRACE = 0.1  # once the quorum is in, stragglers get this share of the time that it took
+ENCODINGS = {"fp32": 1.0, "bf16": 0.5, "int8": 0.25, "int4": 0.133}  # share of a float32 model, the finest first
+QUICK_S = 2.0  # seconds for an update that need not be made smaller
 LONGEST_WAY = 50  # steps from one model to another, before the whole model is fetched instead
 NOT_THE_TASKS_FAULT = frozenset({"released", "expired", "lost", "disk_full"})
 NOT_FOR_THIS_WORKER = frozenset({"no_data", "not_trusted", "unknown_task"})
@@ -439,6 +441,26 @@ def outstanding(job: Job) -> list[tuple[Task, int, str, str]]:
 # ---------------------------------------------------------------- results
 
 
+def encoding_for(size: int, bytes_per_s: float | None) -> str:
+    """What `update = "auto"` comes to: the least coarse encoding with which an update takes no longer than QUICK_S.
+
+    Never topk: what it leaves out is a choice to be made by a person.
+
+    Args:
+        size: bytes of the model.
+        bytes_per_s: of the slowest link that was measured; None: none was.
+    """
+    if bytes_per_s is None:
+        return "fp32"
+    fitting = (name for name, share in ENCODINGS.items() if size * share <= QUICK_S * bytes_per_s)
+    return next(fitting, "int4")
+
+
+def with_update(spec: JobSpec, update: str) -> JobSpec:
+    """The job with its choice of encoding made."""
+    return spec.model_copy(update={"aggregation": spec.aggregation.model_copy(update={"update": update})})
+
+
 def take_init(job: Job, made: Initialised, places: Sequence[str], now: float) -> Step:
     """The model was built. Opens the first round."""
     _refuse_if_over(job)
@@ -787,7 +809,8 @@ def evolve(job: Job, fact: Fact, now: float) -> Job:
             return _evolve_back(job, fact)
         case Initialised():
             model = ModelRef(digest=fact.digest, size=fact.size)
-            return replace(job, facts=fact.facts, model=model, reason="the model was built")
+            spec = job.spec if fact.update is None else with_update(job.spec, fact.update)
+            return replace(job, spec=spec, facts=fact.facts, model=model, reason="the model was built")
         case Opened():
             return _evolve_opened(job, fact, now)
         case Accepted():

@@ -303,3 +303,28 @@ def test_a_worker_begins_with_the_newest_model_that_it_has() -> None:
     assert plan.way(way, {digest(0)}.__contains__) == way
     assert plan.way(way, {digest(3)}.__contains__) == ()
     assert plan.way((), {digest(0)}.__contains__) == ()
+
+
+# ---------------------------------------------------------------- which encoding a link is given
+
+
+@pytest.mark.parametrize(
+    ("size", "rate", "update"),
+    [
+        (1_000_000, None, "fp32"),
+        (1_000_000, 500_000, "fp32"),
+        (1_000_000, 499_999, "bf16"),
+        (1_000_000, 249_999, "int8"),
+        (1_000_000, 124_999, "int4"),
+        (100_000_000, 1.0, "int4"),
+    ],
+)
+def test_the_least_coarse_encoding_that_is_quick_enough_is_taken(size: int, rate: float | None, update: str) -> None:
+    assert rounds.encoding_for(size, rate) == update
+
+
+@given(st.integers(0, 10**12), st.floats(1, 1e12), st.floats(1, 1e12))
+def test_a_faster_link_never_gets_a_coarser_encoding(size: int, one: float, other: float) -> None:
+    order = list(rounds.ENCODINGS)
+    slow, fast = sorted((one, other))
+    assert order.index(rounds.encoding_for(size, fast)) <= order.index(rounds.encoding_for(size, slow))

@@ -173,7 +173,10 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
         ('task = "d"\n[training]\nlr = 1', "unknown section [training] in job.toml: did you mean [train]?"),
         (
             'task = "d"\n[aggregation]\nxyz = 1',
-            "unknown key aggregation.xyz in job.toml: there are algorithm, robust, update, norm_bound",
+            (
+                "unknown key aggregation.xyz in job.toml: there are algorithm, outer_lr, outer_momentum, robust, update, "
+                "download, feedback, norm_bound"
+            ),
         ),
         (
             'task = "d"\nrounds = "5"',

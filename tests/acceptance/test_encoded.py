@@ -89,3 +89,13 @@ def test_diloco_without_momentum_and_rate_one_is_fedavg(tmp_path: Path) -> None:
         first, second = load(fleet.pull(plain)), load(fleet.pull(outer))
         assert all(np.allclose(first[name], second[name], atol=1e-5) for name in first)
         assert not list(of_type(fleet.facts(outer), "handed_back"))
+
+
+def test_auto_is_decided_once_by_the_link_of_the_first_model_and_is_the_same_job_for_its_key(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(2)
+        job = run(fleet, update="auto")
+        view = fleet.finish(job)
+        (built,) = of_type(fleet.facts(job), "initialised")
+        assert built["update"] == "fp32"  # loopback
+        assert view.spec.aggregation.update == "fp32"
