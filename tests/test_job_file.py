@@ -174,8 +174,8 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
         (
             'task = "d"\n[aggregation]\nxyz = 1',
             (
-                "unknown key aggregation.xyz in job.toml: there are algorithm, outer_lr, outer_momentum, robust, update, "
-                "download, feedback, norm_bound"
+                "unknown key aggregation.xyz in job.toml: there are algorithm, outer_lr, outer_momentum, robust, "
+                "update, download, feedback, norm_bound"
             ),
         ),
         (
