@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.messages import Progress, Registration
+from common.messages import NEW_IN_TRAIN, Progress, Registration, TrainSection
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
@@ -238,6 +238,10 @@ def why_not(worker: Worker, job: Job) -> str | None:
         return f"{worker.name} runs built-in tasks only (--trust none)"
     if job.task_digest is not None and registration.trust == "listed" and job.task_digest not in registration.trusted:
         return f"{worker.name} has not listed task {job.task_digest[:12]}…"
+    keys = TrainSection.model_fields
+    unknown = [name for name in NEW_IN_TRAIN if getattr(job.spec.train, name) != keys[name].default]
+    if registration.protocol < 2 and unknown:
+        return f"{worker.name} speaks protocol {registration.protocol}, which has no train.{unknown[0]}: upgrade it"
     wanted = job.spec.data.name or job.spec.task
     if job.spec.data.partition == "local" and wanted not in registration.data:
         return f"{worker.name} offers no data named {wanted} (--data {wanted}=PATH)"

@@ -53,10 +53,15 @@ def dataset(config, split):
 
 OPTIMIZERS = {
     "default": "",  # SGD from the configuration, with momentum
+    "scheduled": "",
     "nesterov": "torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)",
     "adam": "torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.99), amsgrad=True)",
     "groups": "torch.optim.Adam([{'params': list(model.parameters())[:2], 'lr': 0.1}, "
     "{'params': list(model.parameters())[2:], 'lr': 0.001, 'betas': (0.7, 0.9)}])",
+}
+
+CONFIGURED = {
+    "scheduled": {"optimizer": "adamw", "lr": 0.01, "clip": 0.5, "schedule": "cosine", "warmup_steps": 5},
 }
 
 OWN_LOOP = """
@@ -153,7 +158,7 @@ def counts(done: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- the same bytes
 
 Cases = dict[tuple[str, str], tuple[Bench, dict[str, Any], bytes]]
-LENGTHS: dict[str, dict[str, Any]] = {"epochs": {"epochs": 2}, "steps": {"steps": 16}}
+LENGTHS: dict[str, dict[str, Any]] = {"epochs": {"epochs": 2}, "steps": {"steps": 16, "total_steps": 20}}
 STEPS = 16
 
 
@@ -162,7 +167,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """(optimiser, length) -> what trains it, and what comes of it undisturbed."""
     found: Cases = {}
     for kind in OPTIMIZERS:
-        bench = Bench(tmp_path_factory.mktemp(kind), with_optimizer(kind))
+        bench = Bench(tmp_path_factory.mktemp(kind), with_optimizer(kind), **CONFIGURED.get(kind, {}))
         for name, length in LENGTHS.items():
             done, update = bench.undisturbed(**length)
             assert (done["steps"], done["resumed_at"]) == (STEPS, 0)
@@ -280,6 +285,7 @@ CHANGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "length": lambda _: {"epochs": 3},
     "kind of length": lambda _: {"epochs": None, "steps": 2},
     "base": lambda _: {"base_digest": "c"},
+    "length of the job": lambda _: {"total_steps": 9},
     "shard": lambda bench: {"indices": saved_rows(bench.folder / "rows.npy")},
     "config": changed_config,
     "task": changed_task,

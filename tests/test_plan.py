@@ -19,6 +19,7 @@ from common.messages import (
     Range,
     Registration,
     TaskRef,
+    TrainSection,
     Trust,
     VersionView,
 )
@@ -123,6 +124,12 @@ def test_a_checkpoint_is_asked_for_unless_there_is_to_be_none(every_s: float) ->
         assert asked == {"checkpoint": "c", "checkpoint_every_s": 30.0, "base_digest": DIGEST}
     else:
         assert not asked.keys() & command.keys()
+
+
+def test_the_steps_of_the_whole_job_are_known_where_a_round_has_steps() -> None:
+    counted = assignment(spec=JobSpec(task="digits", rounds=6, train=TrainSection(local_steps=50)))
+    assert plan.train_command(counted, base="b", indices="i", out="o")["total_steps"] == 300
+    assert plan.train_command(assignment(), base="b", indices="i", out="o")["total_steps"] is None
 
 
 def test_the_seed_differs_between_rounds_shards_and_jobs() -> None:

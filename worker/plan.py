@@ -125,6 +125,7 @@ def train_command(
         "epochs": epochs,
         "steps": train.local_steps,
         "seconds": train.local_seconds,
+        "total_steps": None if train.local_steps is None else assignment.spec.rounds * train.local_steps,
         **keeping,
     }
 

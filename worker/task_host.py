@@ -423,15 +423,34 @@ def metrics_of(task: Task, model: nn.Module, batch: Any, samples: int) -> dict[s
 
 
 def optimizer_of(task: Task, model: nn.Module) -> Any:  # noqa: ANN401 - a task may bring its own kind of optimiser
-    """The task's optimiser, or SGD by the job's lr, momentum and weight_decay. Fresh in every round."""
+    """The task's optimiser, or AdamW or SGD by the job's [train], as it is before its first step."""
+    config = task.config
     if task.has("optimizer"):
-        return task.call("optimizer", model, task.config)
-    return torch.optim.SGD(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=task.config.get("lr", 0.1),
-        momentum=task.config.get("momentum", 0.0),
-        weight_decay=task.config.get("weight_decay", 0.0),
-    )
+        return task.call("optimizer", model, config)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    lr, decay = config.get("lr", 0.1), config.get("weight_decay", 0.0)
+    if config.get("optimizer") == "adamw":
+        betas = config.get("beta1", 0.9), config.get("beta2", 0.95)
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=lr, momentum=config.get("momentum", 0.0), weight_decay=decay)
+
+
+def lr_factor(step: int, *, warmup: int, cosine: bool, total: int) -> float:
+    """What the learning rate is multiplied with in one step: a straight line up to 1, then 1, or a cosine down to 0.
+
+    Args:
+        step: of the whole job, from 0.
+        warmup: steps of the line; the first has 1 / warmup, the last 1.
+        cosine: whether it falls after that.
+        total: steps of the whole job.
+
+    Source: Loshchilov, Hutter 2016, arXiv 1608.03983, equation 5, without restarts.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if not cosine:
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
 
 
 # ---------------------------------------------------------------- samples in their order
@@ -700,6 +719,12 @@ class Context:
     remembers from one batch to the next is in the model's state_dict, in context.optimizer, and in what the loader and
     this context count; a batch is done with before the next one is asked for. Then it goes on from a checkpoint:
     train() is called again, and its loader begins in the middle.
+
+    The default loop clips gradients (`clip`) and follows the job's schedule. A loop of a task's own does what it wants
+    to: `global_step` is the number of the step under way in the whole job, `lr_factor` what the schedule makes of it.
+
+                    for group in context.optimizer.param_groups:
+                        group["lr"] = context.config["lr"] * context.lr_factor
     """
 
     device: torch.device
@@ -724,7 +749,37 @@ class Context:
     _pass: int = 0  # number of the pass under way
     _at: int = 0  # batches given in that pass
     _resumed_at: int = 0  # the step of the checkpoint that this went on from
+    total_steps: int | None = None  # of the whole job; None: not known
+    _rates: list[Any] = field(default_factory=list)  # learning rate of each group of the optimiser, before any step
     _keep: Callable[["Context"], None] | None = None  # keeps a checkpoint if one is due; holds no context: no cycle
+
+    @property
+    def global_step(self) -> int | None:
+        """Optimiser steps of the whole job before this one, in this shard's place; None unless the job counts steps."""
+        return None if self.steps is None else (self.round - 1) * self.steps + self._taken
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the learning rate changes from step to step."""
+        cosine, warmup = self.config.get("schedule") == "cosine", self.config.get("warmup_steps", 0)
+        return self.total_steps is not None and self.steps is not None and (cosine or warmup > 0)
+
+    @property
+    def lr_factor(self) -> float:
+        """What the job's schedule multiplies the learning rate with in the step under way; 1.0 without a schedule."""
+        step = self.global_step
+        if not self.scheduled or step is None or self.total_steps is None:
+            return 1.0
+        cosine, warmup = self.config.get("schedule") == "cosine", self.config.get("warmup_steps", 0)
+        return lr_factor(step, warmup=warmup, cosine=cosine, total=self.total_steps)
+
+    def follow_schedule(self) -> None:
+        """Set the learning rate of the step under way; without a schedule, leave it as it is."""
+        if not self.scheduled:
+            return
+        factor = self.lr_factor
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
 
     @property
     def done(self) -> bool:
@@ -894,11 +949,15 @@ class ShardLoader:
 
 def default_train(task: Task, model: nn.Module, loader: ShardLoader, context: Context) -> None:
     """Forward, backward, step, until the round is over."""
+    clip = context.config.get("clip")
     while not context.done:
         for batch in loader:
             context.optimizer.zero_grad(set_to_none=True)
             loss = loss_of(task, model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            context.follow_schedule()
             context.optimizer.step()
             context.step(loss)
 
@@ -1021,6 +1080,7 @@ class Host:
         epochs: int | None = None,
         steps: int | None = None,
         seconds: float | None = None,
+        total_steps: int | None = None,
         checkpoint: str | None = None,
         checkpoint_every_s: float = 0.0,
         base_digest: str = "",
@@ -1036,6 +1096,7 @@ class Host:
             epochs: length in passes; one of the three lengths is set, at most.
             steps: length in optimiser steps.
             seconds: length in seconds of training, those before a kill counted in.
+            total_steps: optimiser steps of the whole job, for the schedule; None: not known.
             checkpoint: path of a file: this command goes on from what it left there when it was killed, leaves others
                 there from time to time, and removes them when `out` is written. None: it does nothing of the kind.
             checkpoint_every_s: seconds between two checkpoints, and before the first.
@@ -1059,10 +1120,13 @@ class Host:
             _events=self._events,
             _stopping=self._stopping,
             _batches=len(ends),
+            total_steps=total_steps,
         )
+        context._rates = [group.get("lr") for group in getattr(context.optimizer, "param_groups", [])]
         kept = None
         if checkpoint is not None and self._resumable(context.optimizer):
-            facts = [base_digest or digest_of_file(Path(base)), seed, round, context.epochs, steps, seconds]
+            base_digest = base_digest or digest_of_file(Path(base))
+            facts = [base_digest, seed, round, context.epochs, steps, seconds, total_steps]
             command = identity(task, self._device, facts, shard)
             kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
             self._go_on(kept, model, Path(base), context)
