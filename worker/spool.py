@@ -2,12 +2,14 @@
 
     FOLDER/models/DIGEST.safetensors     base models, the newest few; .part: half-fetched, gone on with
     FOLDER/tasks/DIGEST/NAME.py          task files
+    FOLDER/optimizers/COORDINATOR/JOB.SHARD   the optimiser's state after the newest update of a shard that was accepted
     FOLDER/work/JOB.labels.npy           labels of the training set, for one life
     FOLDER/work/ASSIGNMENT.ATTEMPT/      one attempt
         assignment.json                  what was asked for, by which coordinator, and how often it was started
         indices.npy                      the samples of the shard
         checkpoint                       the child's, while it trains
         update.safetensors               what came out
+        optimizer                        the optimiser's state then: takes the place of the last one when accepted
         submission.json                  written last: the update is whole, and this is how it is handed in
         accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
 
@@ -22,6 +24,7 @@ Names are digests, ids and numbers that we checked; nothing that was received be
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -47,8 +50,10 @@ JSON_LIMIT = 16 << 20  # bytes; a job's whole configuration is in an assignment
 PROBE_BYTES = 4096  # what a disk must take to count as well again
 
 _PLACE = re.compile(r"([A-Za-z0-9._-]{1,63})\.([1-9][0-9]{0,8})")
+_STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}")
 
 ASKED, TRAINED, ACCEPTED, UPDATE = "assignment.json", "submission.json", "accepted.json", "update.safetensors"
+OPTIMIZER = "optimizer"
 
 M = TypeVar("M", bound=Message)
 
@@ -68,6 +73,7 @@ class _Done(Message):
     assignment: Name
     job: Name
     kind: Kind
+    shard: Count = 0
     size: Count = Field(description="bytes of the update; 0: there is none")
     submission: Submission
 
@@ -85,6 +91,7 @@ class Place:
     kind: Kind
     assignment: str  # its id
     attempt: int
+    shard: int = 0
 
     @property
     def update(self) -> Path:
@@ -100,6 +107,11 @@ class Place:
     def checkpoint(self) -> Path:
         """Where the child writes how far it came."""
         return self.folder / "checkpoint"
+
+    @property
+    def optimizer(self) -> Path:
+        """Where the child writes what became of the optimiser's state."""
+        return self.folder / OPTIMIZER
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,7 @@ class Spool:
         self.folder = folder
         self._attempts: dict[Path, Attempt] = {}  # oldest first
         self._verified: set[str] = set()  # models that were hashed in this life
+        self._over: set[str] = set()  # jobs that nothing more is said of, even where their files cannot go
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
 
     @classmethod
@@ -179,7 +192,7 @@ class Spool:
             LydianError: it cannot be written (code folder_unusable).
         """
         with usable(folder):
-            for name in ("models", "tasks", "work"):
+            for name in ("models", "optimizers", "tasks", "work"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             self = cls(folder)
             self._probe()
@@ -219,7 +232,7 @@ class Spool:
         _remove(folder)
         self._attempts.pop(folder, None)
         folder.mkdir()
-        place = Place(folder, coordinator, assignment.job, assignment.kind, assignment.id, assignment.attempt)
+        place = _place(folder, coordinator, assignment)
         begun = Untrained(place, assignment, starts=1)
         _write(folder / ASKED, _Asked(coordinator=coordinator, starts=1, assignment=assignment))
         self._attempts[folder] = begun
@@ -250,6 +263,7 @@ class Spool:
             assignment=place.assignment,
             job=place.job,
             kind=place.kind,
+            shard=place.shard,
             size=size,
             submission=submission,
         )
@@ -265,8 +279,16 @@ class Spool:
         return trained
 
     def keep(self, held: Trained) -> Kept:
-        """The result was accepted: keep it until it is settled, without what only training needed. Twice is once."""
+        """The result was accepted: keep it until it is settled, without what only training needed. Twice is once.
+
+        The optimiser's state goes first: killed after that, the next life hears once more that the result was accepted.
+        """
         place = held.place
+        if _is_file(place.optimizer):
+            with _reading(place.optimizer):
+                current = self.optimizer(place)
+                current.parent.mkdir(exist_ok=True)
+                place.optimizer.replace(current)
         kept = Kept(place, held.submission)
         self._attempts[place.folder] = kept
         if not isinstance(held, Kept):
@@ -287,9 +309,13 @@ class Spool:
 
     def drop_job(self, job: str, coordinator: str) -> None:
         """The job is over, and takes nothing more."""
+        self._over.add(job)
         for held in self._of(coordinator):
             if held.place.job == job:
                 self.drop(held)
+        for path in self._optimizers(coordinator):
+            if path.stem == job:
+                _remove(path)
 
     def find_kept(self, told: Holding, coordinator: str) -> Kept | None:
         """The kept update that the coordinator speaks of; None: there is none like it."""
@@ -307,6 +333,23 @@ class Spool:
     def labels(self, job: str) -> Path:
         """Where the child writes the labels of the training set."""
         return self.folder / "work" / f"{job}.labels.npy"
+
+    # ------------------------------------------------------------ optimisers
+
+    def optimizer(self, place: Place) -> Path:
+        """Where the optimiser's state after the newest accepted update of this shard is, or would be."""
+        return self._of_coordinator(place.coordinator) / f"{place.job}.{place.shard}"
+
+    def jobs_with_optimizers(self, coordinator: str) -> list[str]:
+        """The jobs of a coordinator that an optimiser's state is kept for."""
+        return sorted({path.stem for path in self._optimizers(coordinator)} - self._over)
+
+    def _optimizers(self, coordinator: str) -> list[Path]:
+        folder = self._of_coordinator(coordinator)
+        return [path for path in folder.iterdir() if _STATE.fullmatch(path.name)] if folder.is_dir() else []
+
+    def _of_coordinator(self, coordinator: str) -> Path:
+        return self.folder / "optimizers" / hashlib.sha256(coordinator.encode()).hexdigest()[:16]
 
     # ------------------------------------------------------------ models and task files
 
@@ -397,7 +440,7 @@ class Spool:
         Raises:
             OSError: one of them does not take it.
         """
-        for name in ("models", "tasks", "work"):
+        for name in ("models", "optimizers", "tasks", "work"):
             probe = self.folder / name / "probe"
             try:
                 with probe.open("wb") as file:
@@ -440,7 +483,8 @@ def _attempt_in(folder: Path) -> Attempt | None:
         done = _parse(folder / name, _Done)
         if done is None or (done.assignment, done.submission.attempt) != (assignment, attempt):
             continue
-        held = state(Place(folder, done.coordinator, done.job, done.kind, assignment, attempt), done.submission)
+        place = Place(folder, done.coordinator, done.job, done.kind, assignment, attempt, done.shard)
+        held = state(place, done.submission)
         if _is_whole(held, done.size):
             return held
         log.warning("%r: the result is damaged on this disk", folder.name)
@@ -449,8 +493,13 @@ def _attempt_in(folder: Path) -> Attempt | None:
         return None
     for name in (ACCEPTED, TRAINED, UPDATE):
         _remove(folder / name)
-    place = Place(folder, asked.coordinator, asked.assignment.job, asked.assignment.kind, assignment, attempt)
-    return Untrained(place, asked.assignment, asked.starts)
+    return Untrained(_place(folder, asked.coordinator, asked.assignment), asked.assignment, asked.starts)
+
+
+def _place(folder: Path, coordinator: str, assignment: Assignment) -> Place:
+    return Place(
+        folder, coordinator, assignment.job, assignment.kind, assignment.id, assignment.attempt, assignment.shard
+    )
 
 
 def _is_whole(held: Trained, size: int) -> bool:
@@ -508,7 +557,7 @@ def _put_onto_disk(folder: Path) -> None:
     Raises:
         OSError: the disk did not take them.
     """
-    for name in (UPDATE, ASKED, TRAINED, ACCEPTED):
+    for name in (UPDATE, OPTIMIZER, ASKED, TRAINED, ACCEPTED):
         with contextlib.suppress(FileNotFoundError):
             _sync(folder / name)
     with contextlib.suppress(FileNotFoundError):  # dropped meanwhile

@@ -187,6 +187,8 @@ class Trainer:
             out=str(place.update),
             checkpoint=str(place.checkpoint),
             checkpoint_every_s=self._options.checkpoint_every_s,
+            optimizer=str(place.optimizer),
+            optimizer_from=str(self._spool.optimizer(place)),
         )
 
     def _init(self, child: Child, begun: Untrained, heart: Heart) -> Submission:
