@@ -2,7 +2,7 @@
 
     FOLDER/models/DIGEST.safetensors     base models, the newest few; .part: half-fetched, gone on with
     FOLDER/tasks/DIGEST/NAME.py          task files
-    FOLDER/optimizers/COORDINATOR/JOB.SHARD   the optimiser's state after the newest update of a shard that was accepted
+    FOLDER/optimizers/COORDINATOR/JOB.SHARD.ROUND   the optimiser's state after the newest accepted update of a shard
     FOLDER/work/JOB.labels.npy           labels of the training set, for one life
     FOLDER/work/ASSIGNMENT.ATTEMPT/      one attempt
         assignment.json                  what was asked for, by which coordinator, and how often it was started
@@ -50,7 +50,7 @@ JSON_LIMIT = 16 << 20  # bytes; a job's whole configuration is in an assignment
 PROBE_BYTES = 4096  # what a disk must take to count as well again
 
 _PLACE = re.compile(r"([A-Za-z0-9._-]{1,63})\.([1-9][0-9]{0,8})")
-_STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}")
+_STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}\.[0-9]{1,16}")
 
 ASKED, TRAINED, ACCEPTED, UPDATE = "assignment.json", "submission.json", "accepted.json", "update.safetensors"
 OPTIMIZER = "optimizer"
@@ -74,6 +74,7 @@ class _Done(Message):
     job: Name
     kind: Kind
     shard: Count = 0
+    round: Count = 0
     size: Count = Field(description="bytes of the update; 0: there is none")
     submission: Submission
 
@@ -92,6 +93,7 @@ class Place:
     assignment: str  # its id
     attempt: int
     shard: int = 0
+    round: int = 0
 
     @property
     def update(self) -> Path:
@@ -264,6 +266,7 @@ class Spool:
             job=place.job,
             kind=place.kind,
             shard=place.shard,
+            round=place.round,
             size=size,
             submission=submission,
         )
@@ -284,11 +287,10 @@ class Spool:
         The optimiser's state goes first: killed after that, the next life hears once more that the result was accepted.
         """
         place = held.place
-        if _is_file(place.optimizer):
-            with _reading(place.optimizer):
-                current = self.optimizer(place)
-                current.parent.mkdir(exist_ok=True)
-                place.optimizer.replace(current)
+        if self._keep_optimizer(place):
+            for path in self._optimizers(place.coordinator):
+                if path.stem == f"{place.job}.{place.shard}" and path != self.optimizer(place, place.round):
+                    _remove(path)
         kept = Kept(place, held.submission)
         self._attempts[place.folder] = kept
         if not isinstance(held, Kept):
@@ -298,9 +300,17 @@ class Spool:
                 _remove(path)
         return kept
 
-    def drop(self, held: Attempt) -> None:
-        """The attempt counts no more, or is needed no more. It is known no more even where its files cannot go."""
+    def drop(self, held: Attempt, *, may_count: bool = False) -> None:
+        """The attempt is needed no more. It is known no more even where its files cannot go.
+
+        Args:
+            held: the attempt.
+            may_count: its result may have been accepted, and the answer was lost: the optimiser's state stays, beside
+                the one before; the coordinator knows which of them counts.
+        """
         self._attempts.pop(held.place.folder, None)
+        if may_count and isinstance(held, Trained):
+            self._keep_optimizer(held.place)
         _remove(held.place.folder)
 
     def find(self, assignment: str, attempt: int) -> Attempt | None:
@@ -314,7 +324,7 @@ class Spool:
             if held.place.job == job:
                 self.drop(held)
         for path in self._optimizers(coordinator):
-            if path.stem == job:
+            if _job_of(path) == job:
                 _remove(path)
 
     def find_kept(self, told: Holding, coordinator: str) -> Kept | None:
@@ -336,13 +346,24 @@ class Spool:
 
     # ------------------------------------------------------------ optimisers
 
-    def optimizer(self, place: Place) -> Path:
-        """Where the optimiser's state after the newest accepted update of this shard is, or would be."""
-        return self._of_coordinator(place.coordinator) / f"{place.job}.{place.shard}"
+    def optimizer(self, place: Place, round_index: int) -> Path:
+        """Where the optimiser's state after an accepted update of this shard is, or would be."""
+        return self._of_coordinator(place.coordinator) / f"{place.job}.{place.shard}.{round_index}"
 
     def jobs_with_optimizers(self, coordinator: str) -> list[str]:
         """The jobs of a coordinator that an optimiser's state is kept for."""
-        return sorted({path.stem for path in self._optimizers(coordinator)} - self._over)
+        return sorted({_job_of(path) for path in self._optimizers(coordinator)} - self._over)
+
+    def _keep_optimizer(self, place: Place) -> bool:
+        """Give the state that an attempt left its place among those to go on from. Whether there was one."""
+        kept = False
+        if _is_file(place.optimizer):
+            with _reading(place.optimizer):
+                path = self.optimizer(place, place.round)
+                path.parent.mkdir(exist_ok=True)
+                place.optimizer.replace(path)
+                kept = True
+        return kept
 
     def _optimizers(self, coordinator: str) -> list[Path]:
         folder = self._of_coordinator(coordinator)
@@ -483,7 +504,7 @@ def _attempt_in(folder: Path) -> Attempt | None:
         done = _parse(folder / name, _Done)
         if done is None or (done.assignment, done.submission.attempt) != (assignment, attempt):
             continue
-        place = Place(folder, done.coordinator, done.job, done.kind, assignment, attempt, done.shard)
+        place = Place(folder, done.coordinator, done.job, done.kind, assignment, attempt, done.shard, done.round)
         held = state(place, done.submission)
         if _is_whole(held, done.size):
             return held
@@ -496,10 +517,12 @@ def _attempt_in(folder: Path) -> Attempt | None:
     return Untrained(_place(folder, asked.coordinator, asked.assignment), asked.assignment, asked.starts)
 
 
-def _place(folder: Path, coordinator: str, assignment: Assignment) -> Place:
-    return Place(
-        folder, coordinator, assignment.job, assignment.kind, assignment.id, assignment.attempt, assignment.shard
-    )
+def _place(folder: Path, coordinator: str, of: Assignment) -> Place:
+    return Place(folder, coordinator, of.job, of.kind, of.id, of.attempt, of.shard, of.round)
+
+
+def _job_of(state: Path) -> str:
+    return state.name.rsplit(".", 2)[0]
 
 
 def _is_whole(held: Trained, size: int) -> bool:
