@@ -22,6 +22,8 @@ from common.messages import JobSpec
 from common.tasks import BUILTIN
 
 TASK: KeyPath = ("task",)
+OPTIMIZER: KeyPath = ("train", "optimizer")
+RATES: tuple[KeyPath, ...] = (("train", "lr"), ("train", "momentum"), ("train", "weight_decay"))
 LENGTHS: tuple[KeyPath, ...] = (("train", "local_epochs"), ("train", "local_steps"), ("train", "local_seconds"))
 """The lengths of a round, of which a job has one: a layer that sets one of them drops what lower layers said."""
 
@@ -63,7 +65,7 @@ def read_job(file: Path | None, flags: Layer, sets: Layer) -> Job:
     if task is None or not isinstance(task.value, str):
         return Job(build_spec(given), None)
     if not is_task_file(task.value):
-        return Job(build_spec(merge(builtin_layer(task.value), given)), None)
+        return Job(build_spec(merge(_suiting(builtin_layer(task.value), given), given)), None)
     said_in_file = file is not None and task is written.get(TASK)
     path = (file.parent if file and said_in_file else Path()) / Path(task.value).expanduser()
     source = read_task(path)
@@ -134,6 +136,13 @@ def builtin_layer(task: str) -> Layer:
     defaults = {tuple(dotted.split(".", 1)): value for dotted, value in BUILTIN[task].defaults.items()}
     config = {("config", name): value for name, value in BUILTIN[task].config.items()}
     return {path: Setting(value, origin) for path, value in (defaults | config).items()}
+
+
+def _suiting(defaults: Layer, given: Layer) -> Layer:
+    """A task's defaults, without its learning rate where the job trains with another optimiser than SGD."""
+    if OPTIMIZER not in given or given[OPTIMIZER].value == "sgd":
+        return defaults
+    return {path: setting for path, setting in defaults.items() if path not in RATES}
 
 
 def merge(*layers: Layer) -> Layer:

@@ -28,7 +28,6 @@ _SYNONYMS = {
     "learning_rate": "lr",
     "metric": "target_metric",
     "num_rounds": "rounds",
-    "optimizer": "algorithm",
     "seconds": "local_seconds",
     "steps": "local_steps",
     "timeout": "deadline",

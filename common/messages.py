@@ -3,7 +3,7 @@
 Unknown fields are refused, bounds sit on the fields, and no torch is imported. docs/protocol.md tells the calls.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -30,6 +30,10 @@ class Message(BaseModel):
 # ---------------------------------------------------------------- the job
 
 
+ADAMW = {"lr": 4e-4, "weight_decay": 0.1}
+"""What `optimizer = "adamw"` begins with. Source: OpenDiLoCo, arXiv 2407.07852, with betas 0.9 and 0.95."""
+
+
 class TrainSection(Message):
     """`[train]`: what a worker does with its shard."""
 
@@ -37,9 +41,36 @@ class TrainSection(Message):
     local_steps: int | None = Field(None, ge=1, description="optimiser steps in a round, instead of epochs")
     local_seconds: float | None = Field(None, gt=0, description="seconds of training in a round, instead of epochs")
     batch_size: int = Field(32, ge=1, description="samples a step")
-    lr: float = Field(0.1, gt=0, description="learning rate of the default optimiser, SGD")
-    momentum: float = Field(0.0, ge=0, lt=1, description="momentum of the default optimiser")
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of the default optimiser")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="the default optimiser, unless the task has its own")
+    lr: float = Field(0.1, gt=0, description="learning rate of the default optimiser (adamw: 0.0004 unless set)")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the mean of gradients")
+    beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the mean of squared gradients")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of the default optimiser (adamw: 0.1 unless set)")
+    clip: float | None = Field(None, gt=0, description="greatest norm of a step's gradient; a longer one is cut to it")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="learning rate over the whole job's steps: constant, or falling to 0; needs local_steps"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of the whole job in which lr rises to its value")
+
+    keep_optimizer: bool = Field(
+        False, description="a shard's optimiser state stays on its worker from round to round; false: fresh in each"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_adamw(cls, given: Any) -> Any:  # noqa: ANN401 - whatever is to be validated
+        """A learning rate that suits SGD would ruin AdamW: it has defaults of its own."""
+        if isinstance(given, dict) and given.get("optimizer") == "adamw":
+            return {**ADAMW, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _known_steps(self) -> Self:
+        if self.local_steps is None and (self.warmup_steps > 0 or self.schedule != "constant"):
+            key = "warmup_steps" if self.warmup_steps > 0 else "schedule"
+            raise ValueError(f"{key} counts the steps of the whole job, and they are not known: set local_steps")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -47,6 +78,10 @@ class TrainSection(Message):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are both set; a round has one length: keep one of them")
         return self
+
+
+NEW_IN_TRAIN = ("optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer")
+"""Keys of [train] that protocol 2 brought."""
 
 
 class DataSection(Message):
@@ -246,6 +281,9 @@ class Assignment(Message):
     task: TaskRef
     spec: JobSpec
     base: ModelRef | None = Field(None, description="the model to train or evaluate; None for init")
+    optimizer_of: Count = Field(
+        0, description="keep_optimizer: the round whose state of this shard the worker has and goes on from; 0: none"
+    )
     ttl_s: float
     max_bytes: Count = Field(description="the most an upload for this may have")
     steps: tuple[StepRef, ...] = Field((), description="the last steps to `base`, oldest first, as far as they pay")
@@ -257,7 +295,7 @@ class PollRequest(Message):
     start_id: str = Field(min_length=1, max_length=64)
     claim_key: str = Field(min_length=1, max_length=64)
     wait_s: float = Field(25.0, ge=0, le=60)
-    loaded: tuple[Name, ...] = Field((), description="jobs whose data and model the worker keeps in memory")
+    loaded: tuple[Name, ...] = Field((), description="jobs of which it keeps data in memory, or an optimiser's state")
     holding: tuple[Holding, ...] = Field((), max_length=10_000, description="updates handed in and kept until settled")
     degraded: str = Field("", max_length=500, description="why the worker can take no work now; empty: it can")
 

@@ -593,6 +593,7 @@ class Coordinator:
             task=TaskRef(name=job.spec.task, digest=job.task_digest),
             spec=job.spec,
             base=base,
+            optimizer_of=rounds.state_to_go_on_from(job, task.shard, lease.worker) if task.kind == "train" else 0,
             ttl_s=self.settings.ttl_s,
             max_bytes=base.size + HEADER_ROOM if base else self.settings.max_model_bytes,
             steps=self._way_to(job.id, base),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.messages import Progress, Registration
+from common.messages import NEW_IN_TRAIN, Progress, Registration, TrainSection
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
 ENCODING_SINCE = 2  # protocol
@@ -241,6 +241,10 @@ def why_not(worker: Worker, job: Job) -> str | None:
         return f"{worker.name} has not listed task {job.task_digest[:12]}…"
     if job.spec.aggregation.update != "fp32" and registration.protocol < ENCODING_SINCE:
         return f"{worker.name} cannot encode updates as {job.spec.aggregation.update}: upgrade it"
+    keys = TrainSection.model_fields
+    unknown = [name for name in NEW_IN_TRAIN if getattr(job.spec.train, name) != keys[name].default]
+    if registration.protocol < 2 and unknown:
+        return f"{worker.name} speaks protocol {registration.protocol}, which has no train.{unknown[0]}: upgrade it"
     wanted = job.spec.data.name or job.spec.task
     if job.spec.data.partition == "local" and wanted not in registration.data:
         return f"{worker.name} offers no data named {wanted} (--data {wanted}=PATH)"

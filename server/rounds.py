@@ -193,6 +193,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class StateOf:
+    """The newest optimiser state of a shard: which round counted an update of it, and whose."""
+
+    round: int
+    worker: str
+
+
+@dataclass(frozen=True)
 class Job:
     """All that decisions need to know of one job."""
 
@@ -211,6 +219,7 @@ class Job:
     best_round: int | None = None
     best_value: float | None = None
     excluded: Mapping[str, str] = field(default_factory=dict)  # worker id -> why it cannot do this job
+    states: Mapping[int, "StateOf"] = field(default_factory=dict)  # keep_optimizer: shard -> where its newest state is
 
     @property
     def over(self) -> bool:
@@ -331,20 +340,34 @@ def next_task(job: Job, worker: str, held: frozenset[Task]) -> Task | None:
             waiting = _evaluations(job, held)
             if waiting and waiting[0].round <= phase.round - 2:
                 return waiting[0]
-            return next(iter([*_open_shards(phase, worker, held), *waiting]), None)
+            return next(iter([*_open_shards(job, phase, worker, held), *waiting]), None)
         case Aggregating() | Evaluating():
             return next(iter(_evaluations(job, held)), None)
         case _:
             return None
 
 
-def _open_shards(phase: Training, worker: str, held: frozenset[Task]) -> list[Task]:
+def _open_shards(job: Job, phase: Training, worker: str, held: frozenset[Task]) -> list[Task]:
+    """The shards that this worker may train: those whose optimiser state it has first, those with another's last."""
     tasks = (
         Task("train", phase.round, number)
         for number, shard in phase.shards.items()
         if number not in phase.accepted and shard.worker in (None, worker)
     )
-    return [task for task in tasks if task not in held]
+    return sorted((task for task in tasks if task not in held), key=lambda task: _distance(job, task.shard, worker))
+
+
+def _distance(job: Job, shard: int, worker: str) -> int:
+    state = job.states.get(shard)
+    if state is None:
+        return 1
+    return 0 if state.worker == worker else 2
+
+
+def state_to_go_on_from(job: Job, shard: int, worker: str) -> int:
+    """The round whose optimiser state of this shard the worker has; 0: it has none that is the newest."""
+    state = job.states.get(shard)
+    return state.round if state is not None and state.worker == worker else 0
 
 
 def _evaluations(job: Job, held: frozenset[Task]) -> list[Task]:
@@ -927,7 +950,10 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
     pending = job.evaluations
     if evaluates(job, fact.round):
         pending = {**pending, fact.round: Evaluation(model)}
-    return replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending)
+    states = job.states
+    if job.spec.train.keep_optimizer and isinstance(job.inner, Aggregating):
+        states = {**states, **{u.shard: StateOf(u.round, u.worker) for u in job.inner.accepted}}
+    return replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
 
 
 def _evolve_evaluated(job: Job, fact: Evaluated) -> Job:

@@ -66,6 +66,9 @@ def train(command: dict[str, Any]) -> None:
     if checkpoint is not None and checkpoint.exists():
         begun_at = int(checkpoint.read_text())
     note(f"train begin {begun_at}")
+    if command.get("optimizer_of"):
+        state = Path(command["optimizer_from"])
+        note(f"optimizer of {command['optimizer_of']}: {state.read_text() if state.exists() else 'missing'}")
     base = Path(command["base"]).read_bytes()
     if checkpoint is not None:
         assert hashlib.sha256(base).hexdigest() == command["base_digest"]
@@ -78,6 +81,8 @@ def train(command: dict[str, Any]) -> None:
             write(checkpoint, str(step + 1).encode())
     last = struct.unpack("<f", base[-4:])[0] + (command["seed"] % 1000) / 1000
     write(Path(command["out"]), base[:-4] + struct.pack("<f", last))
+    if command.get("optimizer"):
+        write(Path(command["optimizer"]), f"after round {command['round']}".encode())
     note("train end")
     samples = shard_size(Path(command["indices"])) if command["indices"] else SAMPLES
     metrics = {"train_loss": [1.0, samples]}

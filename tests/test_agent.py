@@ -30,6 +30,7 @@ from common.errors import (
     UnavailableError,
     VersionSkewError,
 )
+from common.messages import Assignment, JobSpec
 from tests.acceptance.kit import LocalFleet, of_type
 from tests.privileges import needs_mounts
 from tests.scripted_coordinator import MODEL, Garble, Hold, Lose, ScriptedCoordinator, assignment
@@ -413,6 +414,81 @@ def test_updates_of_a_job_that_is_over_are_dropped(plays: ScriptedCoordinator, w
     plays.answer_poll(forget=["job-1"])
     plays.wait_for("a poll without it", lambda: plays.of("poll")[-1].body["holding"] == [])
     assert worker.attempts() == set()
+
+
+# ---------------------------------------------------------------- the optimiser's state
+
+
+def keeping(number: int = 1, **fields: Any) -> Assignment:
+    return assignment(
+        number, spec=JobSpec.model_validate({"task": "digits", "train": {"keep_optimizer": True}}), **fields
+    )
+
+
+def states(worker: Worker) -> dict[str, str]:
+    """Name -> content of what is kept."""
+    folder = worker.state / "optimizers"
+    return {path.name: path.read_text() for path in folder.glob("*/*")}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_state_of_an_accepted_update_is_gone_on_from_whenever_the_agent_was_killed(
+    stage: str, plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    kill = prepare(stage, plays, worker)
+    plays.hand_out(keeping())
+    worker.start()
+    kill(plays, worker)
+    assert states(worker) == {}  # not before the receipt
+    plays.script["submit"].clear()
+    worker.start()
+    plays.wait_for("the update to be kept", lambda: bool(plays.of("poll")) and _kept_is_told(plays))
+    assert states(worker) == {"job-1.0.1": "after round 1"}
+    assert "optimizer" not in {path.name for path in (worker.state / "work" / f"{WORK}.1").iterdir()}
+    plays.hand_out(keeping(2, optimizer_of=1))
+    plays.wait_for("the second update", lambda: keeping(2).id in plays.accepted)
+    assert "optimizer of 1: after round 1" in worker.asked()
+    wait_until("its state alone", lambda: states(worker) == {"job-1.0.2": "after round 2"})
+
+
+@pytest.mark.parametrize("error", [SupersededError("other"), JobOverError("over")])
+def test_the_state_of_an_update_that_does_not_count_is_dropped_and_the_one_before_stays(
+    error: LydianError, plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.hand_out(keeping())
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    plays.script["submit"].append(error)
+    plays.hand_out(keeping(2, optimizer_of=1))
+    plays.wait_for("the poll after it", lambda: plays.names.count("submit") >= 2 and plays.names[-1] == "poll")
+    assert states(worker) == {"job-1.0.1": "after round 1"}
+
+
+def test_a_late_update_may_have_counted_so_the_coordinator_says_which_state_does(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.hand_out(keeping())
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    plays.script["submit"].append(LateError("round 2 is closed"))
+    plays.hand_out(keeping(2, optimizer_of=1), keeping(3, optimizer_of=2))
+    plays.wait_for("the third update", lambda: keeping(3).id in plays.accepted)
+    assert "optimizer of 2: after round 2" in worker.asked()
+    wait_until("one state", lambda: states(worker) == {"job-1.0.3": "after round 3"})
+
+
+def test_states_are_named_until_their_job_is_over_and_then_deleted(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.hand_out(keeping())
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    worker.kill()
+    worker.start()  # which has nothing loaded
+    plays.wait_for("the second life's poll", lambda: plays.names.count("register") == 2 and plays.names[-1] == "poll")
+    assert plays.of("poll")[-1].body["loaded"] == ["job-1"]
+    for _ in range(2):  # the poll of the killed life may take one
+        plays.answer_poll(forget=["job-1"])
+    plays.wait_for("a poll without it", lambda: plays.of("poll")[-1].body["loaded"] == [])
+    assert states(worker) == {}
 
 
 def test_an_evaluation_is_not_kept(plays: ScriptedCoordinator, worker: Worker) -> None:

@@ -53,10 +53,15 @@ def dataset(config, split):
 
 OPTIMIZERS = {
     "default": "",  # SGD from the configuration, with momentum
+    "scheduled": "",
     "nesterov": "torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)",
     "adam": "torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.99), amsgrad=True)",
     "groups": "torch.optim.Adam([{'params': list(model.parameters())[:2], 'lr': 0.1}, "
     "{'params': list(model.parameters())[2:], 'lr': 0.001, 'betas': (0.7, 0.9)}])",
+}
+
+CONFIGURED = {
+    "scheduled": {"optimizer": "adamw", "lr": 0.01, "clip": 0.5, "schedule": "cosine", "warmup_steps": 5},
 }
 
 OWN_LOOP = """
@@ -153,7 +158,7 @@ def counts(done: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- the same bytes
 
 Cases = dict[tuple[str, str], tuple[Bench, dict[str, Any], bytes]]
-LENGTHS: dict[str, dict[str, Any]] = {"epochs": {"epochs": 2}, "steps": {"steps": 16}}
+LENGTHS: dict[str, dict[str, Any]] = {"epochs": {"epochs": 2}, "steps": {"steps": 16, "total_steps": 20}}
 STEPS = 16
 
 
@@ -162,7 +167,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Cases:
     """(optimiser, length) -> what trains it, and what comes of it undisturbed."""
     found: Cases = {}
     for kind in OPTIMIZERS:
-        bench = Bench(tmp_path_factory.mktemp(kind), with_optimizer(kind))
+        bench = Bench(tmp_path_factory.mktemp(kind), with_optimizer(kind), **CONFIGURED.get(kind, {}))
         for name, length in LENGTHS.items():
             done, update = bench.undisturbed(**length)
             assert (done["steps"], done["resumed_at"]) == (STEPS, 0)
@@ -193,6 +198,112 @@ def test_a_command_killed_at_any_steps_always_ends_with_the_bytes_of_one_that_wa
     assert resumed == update
     assert counts(done) == counts(truth)
     assert not bench.kept.exists(), "a checkpoint outlived its command"
+
+
+# ---------------------------------------------------------------- the optimiser's state of the round before
+
+
+def going_on(bench: Bench) -> dict[str, Any]:
+    """Round 2, which begins with the state that round 1 left."""
+    first, second = str(bench.folder / "after 1"), str(bench.folder / "after 2")
+    return {"round": 2, "optimizer": second, "optimizer_from": first, "optimizer_of": 1}
+
+
+@pytest.fixture(scope="module")
+def rounds_of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Bench, bytes, bytes]]:
+    """optimiser -> what trains it, and the update and the state that come of the second round undisturbed."""
+    found = {}
+    for kind in OPTIMIZERS:
+        bench = Bench(tmp_path_factory.mktemp(kind), with_optimizer(kind), **CONFIGURED.get(kind, {}))
+        command = going_on(bench)
+        done, _ = bench.undisturbed(**LENGTHS["steps"], optimizer=command["optimizer_from"])
+        assert done["metrics"]["fresh_optimizer"] == [1, 1]
+        done, update = bench.undisturbed(**LENGTHS["steps"], **command)
+        assert done["metrics"]["fresh_optimizer"] == [0, 1]
+        assert update != bench.undisturbed(**LENGTHS["steps"], round=2)[1], "the state changed nothing"
+        found[kind] = bench, update, Path(command["optimizer"]).read_bytes()
+    return found
+
+
+@given(
+    kind=st.sampled_from(sorted(OPTIMIZERS)),
+    lives=st.lists(st.tuples(st.integers(1, STEPS - 1), st.integers(0, STEPS - 1)), min_size=1, max_size=3),
+)
+@settings(deadline=None, max_examples=15)
+def test_a_round_that_begins_with_a_kept_state_and_is_killed_at_any_steps_always_ends_with_the_same_bytes(
+    rounds_of_two: dict[str, tuple[Bench, bytes, bytes]], kind: str, lives: list[tuple[int, int]]
+) -> None:
+    bench, update, state = rounds_of_two[kind]
+    command = going_on(bench)
+    for path in (bench.kept, Path(command["optimizer"])):
+        path.unlink(missing_ok=True)
+    for kept, at in lives:
+        bench.killed(at, kept=kept, **LENGTHS["steps"], **command)
+    done, resumed = bench.train(**LENGTHS["steps"], **command)
+    assert (resumed, Path(command["optimizer"]).read_bytes()) == (update, state)
+    assert done["metrics"]["fresh_optimizer"] == [0, 1]
+
+
+def damaged(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+UNUSABLE: dict[str, tuple[Callable[[Bench, Path], object], dict[str, Any], str]] = {
+    "missing": (lambda _, path: path.unlink(), {}, "No such file"),
+    "damaged": (lambda _, path: damaged(path), {}, "damaged"),
+    "empty": (lambda _, path: path.write_bytes(b""), {}, "damaged"),
+    "of another round": (lambda *_: None, {"optimizer_of": 3}, "of round 1, not of round 3"),
+    "of another optimiser": (
+        lambda bench, _: bench.task.write_text(with_optimizer("adam")), {}, "of another optimiser or model",
+    ),
+    "of another model": (
+        lambda bench, _: bench.task.write_text(TASK.replace("nn.Linear(8, 3)", "nn.Linear(8, 3, bias=False)")),
+        {}, "of another optimiser or model",
+    ),
+    "of other groups": (
+        lambda bench, _: bench.task.write_text(
+            TASK + "\ndef optimizer(model, config):\n    return torch.optim.SGD(list(model.parameters())[:2], lr=0.1)"
+        ),
+        {}, "cannot be put back: ValueError",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", UNUSABLE)
+def test_without_the_state_of_the_round_before_training_begins_fresh_and_says_so(
+    tmp_path: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = Bench(tmp_path)
+    command = going_on(bench)
+    bench.undisturbed(optimizer=command["optimizer_from"])
+    spoil, changed, why = UNUSABLE[harm]
+    spoil(bench, Path(command["optimizer_from"]))
+    bench.host().init(seed=7, out=str(bench.base), labels=None)
+    done, update = bench.train(**{**command, **changed})
+    assert done["metrics"]["fresh_optimizer"] == [1, 1]
+    assert update == bench.undisturbed(round=2)[1]
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("optimizer: ")]
+    assert why in said
+    assert Path(command["optimizer"]).exists()
+
+
+def test_a_state_that_cannot_be_written_costs_one_line_and_no_old_one_is_taken_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = Bench(tmp_path)
+    state = tmp_path / "state"
+    truth = bench.undisturbed(optimizer=str(state))[1]
+    state.with_name("state.part").symlink_to("/dev/full")
+    done, update = bench.undisturbed(optimizer=str(state))
+    assert (update, done["metrics"]["fresh_optimizer"]) == (truth, [1, 1])
+    assert "its state is not kept" in capsys.readouterr().err
+    assert not state.exists()
+
+
+def test_a_job_that_keeps_no_optimizers_says_nothing_of_them(tmp_path: Path) -> None:
+    assert Bench(tmp_path).undisturbed()[0]["metrics"].keys() == {"train_loss"}
 
 
 def test_checkpoints_change_nothing_of_what_is_trained(cases: Cases) -> None:
@@ -280,6 +391,7 @@ CHANGES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "length": lambda _: {"epochs": 3},
     "kind of length": lambda _: {"epochs": None, "steps": 2},
     "base": lambda _: {"base_digest": "c"},
+    "length of the job": lambda _: {"total_steps": 9},
     "shard": lambda bench: {"indices": saved_rows(bench.folder / "rows.npy")},
     "config": changed_config,
     "task": changed_task,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.messages import Progress
+from common.messages import NEW_IN_TRAIN, Progress, TrainSection
 from server import fleet as fleets
 from server import rounds
 from server.fleet import Fleet, Lease, Timing, standing
@@ -32,6 +32,18 @@ def queued(job_id: str = "q", **keys: Any) -> Job:
 
 
 # ---------------------------------------------------------------- who is there
+
+
+@pytest.mark.parametrize("train", [{}, {"optimizer": "adamw"}, {"clip": 1.0}, {"keep_optimizer": True}])
+def test_a_worker_of_protocol_1_is_given_no_job_that_it_would_train_in_another_way(train: dict[str, Any]) -> None:
+    some = fleet("old", protocol=1)
+    why = fleets.why_not(some.workers["old"], running("j", train=train))
+    assert (
+        why is None
+        if not train
+        else why == f"old speaks protocol 1, which has no train.{next(iter(train))}: " + ("upgrade it")
+    )
+    assert set(NEW_IN_TRAIN) <= TrainSection.model_fields.keys()
 
 
 def test_a_worker_is_live_for_one_lease_time_after_its_last_call() -> None:

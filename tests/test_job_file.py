@@ -76,6 +76,9 @@ def specs(draw: st.DrawFn) -> JobSpec:
             continue
         section = document if len(path) == 1 else document.setdefault(path[0], {})
         section[path[-1]] = draw(values_of(key))
+    if "local_steps" not in (train := document.get("train", {})):
+        for name in ("schedule", "warmup_steps"):
+            train.pop(name, None)
     return JobSpec.model_validate(document)
 
 
@@ -147,6 +150,8 @@ def test_a_name_in_a_section_does_not_take_the_flag_of_one_at_the_top() -> None:
         (("epochs",), "train.local_epochs"),
         (("round", "quorun"), "round.quorum"),
         (("rouds",), "rounds"),
+        (("optimizer",), "train.optimizer"),
+        (("warmup",), "train.warmup_steps"),
         (("train", "xyzzy"), None),
     ],
 )
@@ -206,6 +211,14 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
         (
             'task = "d"\n[train]\nlocal_epochs = 1\nlocal_steps = 2',
             "[train]: local_epochs and local_steps are both set; a round has one length: keep one of them",
+        ),
+        (
+            'task = "d"\n[train]\nschedule = "cosine"',
+            "[train]: schedule counts the steps of the whole job, and they are not known: set local_steps",
+        ),
+        (
+            'task = "d"\n[train]\nwarmup_steps = 5\nlocal_epochs = 1',
+            "[train]: warmup_steps counts the steps of the whole job, and they are not known: set local_steps",
         ),
         ("rounds = 5", "the job names no task: give a built-in one or --task FILE.py"),
     ],
@@ -300,6 +313,15 @@ def test_set_counts_more_than_a_flag_than_the_file_than_the_task(tmp_path: Path)
     spec = read_job(tmp_path / "job.toml", flags, set_layer(["train.lr=4"])).spec
     default = BUILTIN["digits"].defaults["train.momentum"]
     assert (spec.train.lr, spec.train.batch_size, spec.rounds, spec.train.momentum) == (4, 3, 2, default)
+
+
+def test_another_optimizer_than_a_task_was_made_for_gets_its_own_learning_rate() -> None:
+    train = read_job(None, flag_layer({("task",): "digits", ("train", "optimizer"): "adamw"}), {}).spec.train
+    assert (train.lr, train.momentum, train.weight_decay, train.beta2) == (4e-4, 0.0, 0.1, 0.95)
+    named = flag_layer({("task",): "digits", ("train", "optimizer"): "adamw", ("train", "lr"): "0.01"})
+    assert read_job(None, named, {}).spec.train.lr == 0.01
+    train = read_job(None, flag_layer({("task",): "digits", ("train", "optimizer"): "sgd"}), {}).spec.train
+    assert (train.lr, train.momentum) == (0.05, 0.9)
 
 
 @pytest.mark.parametrize("length", ["local_steps", "local_seconds"])

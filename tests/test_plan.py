@@ -19,6 +19,7 @@ from common.messages import (
     Range,
     Registration,
     TaskRef,
+    TrainSection,
     Trust,
     VersionView,
 )
@@ -123,6 +124,21 @@ def test_a_checkpoint_is_asked_for_unless_there_is_to_be_none(every_s: float) ->
         assert asked == {"checkpoint": "c", "checkpoint_every_s": 30.0, "base_digest": DIGEST}
     else:
         assert not asked.keys() & command.keys()
+
+
+def test_an_optimisers_state_is_asked_for_where_the_job_keeps_it_and_needs_room() -> None:
+    kept = assignment(optimizer_of=2, spec=JobSpec(task="digits", train=TrainSection(keep_optimizer=True)))
+    given = {"base": "b", "indices": "i", "out": "o", "optimizer": "after", "optimizer_from": "before"}
+    command = plan.train_command(kept, **given)
+    assert [command[k] for k in ("optimizer", "optimizer_from", "optimizer_of")] == ["after", "before", 2]
+    assert not {"optimizer", "optimizer_of"} & plan.train_command(assignment(), **given).keys()
+    assert plan.room_needed(kept, fetched=9) == 27
+
+
+def test_the_steps_of_the_whole_job_are_known_where_a_round_has_steps() -> None:
+    counted = assignment(spec=JobSpec(task="digits", rounds=6, train=TrainSection(local_steps=50)))
+    assert plan.train_command(counted, base="b", indices="i", out="o")["total_steps"] == 300
+    assert plan.train_command(assignment(), base="b", indices="i", out="o")["total_steps"] is None
 
 
 def test_the_seed_differs_between_rounds_shards_and_jobs() -> None:

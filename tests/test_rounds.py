@@ -994,3 +994,53 @@ FULL = os.environ.get("LYDIAN_FAULTS") == "full"
 TestAnyHistory.settings = settings(
     deadline=None, max_examples=1000 if FULL else 60, stateful_step_count=100 if FULL else 60
 )
+
+
+# ---------------------------------------------------------------- optimiser state
+
+
+KEPT = {"keep_optimizer": True}
+
+
+def test_a_shard_goes_to_the_worker_that_has_its_state_and_one_with_anothers_goes_last() -> None:
+    play = training(data={"shards": 3}, train=KEPT, rounds=3)
+    for shard, worker in enumerate("abc"):
+        play.train(shard, worker, samples=5)
+    play.close_if_due("a", "b", "c")
+    play.close()
+    chosen = [rounds.next_task(play.job, worker, frozenset()) for worker in ("a", "b", "c", "d")]
+    assert [task and task.shard for task in chosen] == [0, 1, 2, 0]
+    assert rounds.next_task(play.job, "a", frozenset({Task("train", 2, 0)})) == Task("train", 2, 1)
+    assert play.replayed() == play.job
+
+
+def test_a_worker_is_told_to_go_on_from_the_newest_state_of_a_shard_and_from_no_older_one() -> None:
+    play = training(train=KEPT, rounds=4)
+    told = lambda shard, worker: rounds.state_to_go_on_from(play.job, shard, worker)  # noqa: E731
+    assert told(0, "a") == 0
+    play.train(0, "a")
+    assert told(0, "a") == 0  # the round may still lose it
+    play.train(1, "b")
+    play.close_if_due("a", "b")
+    play.close(77)
+    assert (told(0, "a"), told(1, "b"), told(0, "b")) == (1, 1, 0)
+    play.whole_round("b", "b", number=78)
+    assert (told(0, "a"), told(0, "b"), told(1, "b")) == (0, 2, 2)
+
+
+def test_a_shard_that_a_round_left_out_goes_on_from_the_round_before() -> None:
+    play = training(train=KEPT, rounds=4, round={"quorum": 1})
+    play.whole_round("a", "b")
+    play.train(0, "a")
+    play.now = 1e9
+    play.close_if_due("a", "b")
+    play.close(78)
+    assert rounds.state_to_go_on_from(play.job, 1, "b") == 1
+    assert rounds.state_to_go_on_from(play.job, 0, "a") == 2
+
+
+def test_without_keep_optimizer_nobody_is_preferred() -> None:
+    play = training(rounds=3)
+    play.whole_round("a", "b")
+    assert play.job.states == {}
+    assert rounds.next_task(play.job, "b", frozenset()) == Task("train", 2, 0)

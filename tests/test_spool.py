@@ -307,6 +307,58 @@ def test_a_pipe_in_the_place_of_a_file_does_not_stop_the_worker(tmp_path: Path, 
         assert len(found.trained(URL)) == (cut == "assignment.json")
 
 
+def with_state(spool: Spool, number: int = 1, content: str = "state", **fields: Any) -> Trained:
+    held = train(spool, assignment(number, **fields))
+    held.place.optimizer.write_text(content)
+    return held
+
+
+def test_an_optimisers_state_counts_once_its_update_does_and_takes_the_place_of_the_one_before(spool: Spool) -> None:
+    first = with_state(spool)
+    assert spool.jobs_with_optimizers(URL) == []
+    spool.keep(first)
+    assert spool.optimizer(first.place, 1).read_text() == "state"
+    other = with_state(spool, 1, "other", id="job-1.train.1.7", shard=7)
+    spool.keep(other)
+    second = with_state(spool, 2, "second")
+    spool.keep(spool.keep(second))
+    assert not spool.optimizer(second.place, 1).exists()
+    assert spool.optimizer(second.place, 2).read_text() == "second"
+    assert spool.optimizer(other.place, 1).read_text() == "other"
+    spool.drop(with_state(spool, 3, "refused"))
+    assert spool.optimizer(second.place, 2).read_text() == "second"
+    assert not spool.optimizer(second.place, 3).exists()
+
+
+def test_a_kill_between_the_state_and_the_record_of_its_acceptance_loses_neither(tmp_path: Path, spool: Spool) -> None:
+    held = with_state(spool)
+    spool._keep_optimizer(held.place)
+    with next_life(tmp_path) as found:
+        (again,) = found.trained(URL)
+        assert again == held
+        found.keep(again)  # the coordinator says once more that it was accepted
+        assert found.optimizer(again.place, 1).read_text() == "state"
+
+
+def test_a_job_that_is_over_takes_its_states_with_it_and_no_others(tmp_path: Path, spool: Spool) -> None:
+    for job in ("job-1", "job-1.0", "job-10"):
+        spool.keep(with_state(spool, job=job, id=f"{job}.train.1.0"))
+    with next_life(tmp_path) as found:
+        assert found.jobs_with_optimizers(URL) == ["job-1", "job-1.0", "job-10"]
+        assert found.jobs_with_optimizers("http://other:1") == []
+        found.drop_job("job-1", "http://other:1")
+        assert len(list(found.folder.glob("optimizers/*/*"))) == 3
+        found.drop_job("job-1", URL)
+        assert found.jobs_with_optimizers(URL) == ["job-1.0", "job-10"]
+
+
+def test_what_is_in_the_way_of_a_state_costs_the_state_alone(spool: Spool) -> None:
+    held = with_state(spool)
+    (spool.optimizer(held.place, 1) / "in the way").mkdir(parents=True)
+    assert isinstance(spool.keep(held), Kept)
+    assert spool.kept(URL) == [spool.find(held.place.assignment, 1)]
+
+
 class Lives(RuleBasedStateMachine):
     """Any order of steps, with a kill (and a next life) between any two: what was trained is handed in or settled."""
 

@@ -472,6 +472,80 @@ def test_an_own_loop_written_like_the_default_one_gives_the_same_bytes(desk: Des
     assert (got["steps"], got["metrics"]) == (wanted["steps"], wanted["metrics"])
 
 
+# ---------------------------------------------------------------- the default optimiser and its schedule
+
+BY_HAND = (
+    SMALL_TASK
+    + """
+def optimizer(model, config):
+    return torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.9), weight_decay=0.3)
+
+def train(model, loader, context):
+    while not context.done:
+        for x, y in loader:
+            loss = nn.functional.cross_entropy(model(x), y)
+            context.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.2)
+            for group in context.optimizer.param_groups:
+                group["lr"] = 0.01 * context.lr_factor
+            context.optimizer.step()
+            print("at", context.global_step, flush=True)
+            context.step(loss)
+"""
+)
+ADAMW = {"optimizer": "adamw", "lr": 0.01, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.3, "clip": 0.2}
+
+
+@pytest.mark.parametrize("schedule", [{}, {"warmup_steps": 13}, {"schedule": "cosine"}])
+def test_adamw_clip_and_schedule_give_the_bytes_of_a_loop_that_does_the_same_by_hand(
+    desk: Desk, schedule: dict[str, Any]
+) -> None:
+    length = {"steps": 9, "total_steps": 36, "round": 2}
+    desk.open(SMALL_TASK, **ADAMW, **schedule)
+    desk.init()
+    desk.train("default", **length)
+    desk.open(BY_HAND, **schedule)
+    desk.train("by_hand", **length)
+    assert digest(desk.path("by_hand")) == digest(desk.path("default"))
+    desk.open(SMALL_TASK, **{**ADAMW, "clip": 1e9}, **schedule)
+    desk.train("unclipped", **length)
+    assert digest(desk.path("unclipped")) != digest(desk.path("default"))
+
+
+@pytest.mark.parametrize("schedule", [{"warmup_steps": 13}, {"schedule": "cosine"}])
+def test_a_schedule_follows_the_step_of_the_whole_job_and_not_that_of_the_round(
+    desk: Desk, schedule: dict[str, Any]
+) -> None:
+    desk.open(SMALL_TASK, **schedule)
+    desk.init()
+    outs = []
+    for round_index in (1, 2):
+        desk.train("out", steps=9, total_steps=18, round=round_index)
+        outs.append(digest(desk.path("out")))
+    assert outs[0] != outs[1]  # the same base, seed and samples
+
+
+@given(st.integers(0, 500), st.integers(0, 300), st.booleans(), st.integers(1, 400))
+def test_a_learning_rate_rises_then_never_rises_again(step: int, warmup: int, cosine: bool, total: int) -> None:
+    now, then = (task_host.lr_factor(s, warmup=warmup, cosine=cosine, total=total) for s in (step, step + 1))
+    assert 0 <= now <= 1
+    assert (then > now) if step + 1 < warmup else (then <= now or step < warmup)
+    assert not cosine or task_host.lr_factor(max(total, warmup + 1), warmup=warmup, cosine=True, total=total) == 0
+    assert cosine or step < warmup or now == 1
+
+
+def test_a_cosine_is_halfway_down_in_the_middle() -> None:
+    factors = [task_host.lr_factor(step, warmup=20, cosine=True, total=120) for step in (0, 9, 19, 20, 70, 119)]
+    assert factors == pytest.approx([0.05, 0.5, 1.0, 1.0, 0.5, 0.000247], abs=1e-6)
+
+
+def test_without_a_schedule_a_loop_learns_that_the_factor_is_one(desk: Desk) -> None:
+    desk.open(OWN_LOOP.replace("seen += 1", "assert context.lr_factor == 1 and context.global_step is None; seen += 1"))
+    desk.init()
+    desk.train("own")
+
+
 def test_own_loss_metrics_and_optimizer_are_used(desk: Desk) -> None:
     desk.open(
         SMALL_TASK

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from common import PROTOCOL, __version__
 from common.api import CoordinatorApi
-from common.errors import ConflictError, LydianError, UnauthenticatedError
+from common.errors import ConflictError, LateError, LydianError, UnauthenticatedError
 from common.messages import (
     Abandon,
     Assignment,
@@ -344,7 +344,7 @@ class Agent:
         request = PollRequest(
             start_id=self.identity.start_id,
             claim_key=secrets.token_hex(8),
-            loaded=self._trainer.loaded,
+            loaded=tuple(dict.fromkeys([*self._trainer.loaded, *self.spool.jobs_with_optimizers(self.identity.url)])),
             holding=plan.told([], kept),
             degraded=degraded.why[:WHY_LIMIT] if degraded else "",
         )
@@ -465,7 +465,8 @@ class Agent:
             self._release(heart)
             raise Leaving from ended
         log.info("%s: dropped: %s", label, heart.order_reason or ended)
-        self._drop(self.spool.find(heart.assignment, heart.attempt))
+        late = isinstance(ended.__cause__, LateError)  # also said of what counted in a round that is closed
+        self._drop(self.spool.find(heart.assignment, heart.attempt), may_count=late)
 
     def _give_back(
         self, heart: Heart, number: int | None, room: int, code: str, sentence: str, detail: str = ""
@@ -648,7 +649,7 @@ class Agent:
             advice="Look into the system's log; start the worker on another disk with --state-dir.",
         )
 
-    def _drop(self, held: Attempt | None) -> None:
+    def _drop(self, held: Attempt | None, *, may_count: bool = False) -> None:
         if held is not None:
             with self._disk_trouble():
-                self.spool.drop(held)
+                self.spool.drop(held, may_count=may_count)

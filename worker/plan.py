@@ -93,6 +93,8 @@ def train_command(
     out: str,
     checkpoint: str | None = None,
     checkpoint_every_s: float = 0.0,
+    optimizer: str = "",
+    optimizer_from: str = "",
 ) -> dict[str, Any]:
     """What the child is asked to train.
 
@@ -106,15 +108,20 @@ def train_command(
         out: path of the update.
         checkpoint: path of the checkpoint.
         checkpoint_every_s: seconds between two checkpoints; 0: none is written, nor gone on from.
+        optimizer: path of the optimiser's state at the end, where the job keeps it.
+        optimizer_from: path of the state that the newest round of this shard that counted here left.
     """
     train = assignment.spec.train
     epochs = train.local_epochs
     if epochs is None and train.local_steps is None and train.local_seconds is None:
         epochs = 1
-    keeping = {}
+    keeping: dict[str, Any] = {}
+    if train.keep_optimizer:
+        of = assignment.optimizer_of
+        keeping = {"optimizer": optimizer, "optimizer_from": optimizer_from, "optimizer_of": of}
     if checkpoint is not None and checkpoint_every_s > 0:
         digest = assignment.base.digest if assignment.base else ""
-        keeping = {"checkpoint": checkpoint, "checkpoint_every_s": checkpoint_every_s, "base_digest": digest}
+        keeping |= {"checkpoint": checkpoint, "checkpoint_every_s": checkpoint_every_s, "base_digest": digest}
     return {
         "do": "train",
         "base": base,
@@ -125,6 +132,7 @@ def train_command(
         "epochs": epochs,
         "steps": train.local_steps,
         "seconds": train.local_seconds,
+        "total_steps": None if train.local_steps is None else assignment.spec.rounds * train.local_steps,
         **keeping,
     }
 
@@ -305,6 +313,8 @@ def way(steps: Sequence[StepRef], has: Callable[[str], bool]) -> tuple[StepRef, 
 def room_needed(assignment: Assignment, *, fetched: int) -> int:
     """Bytes that must be free before an assignment is begun: for what is left to download, and for what comes out.
 
+    A job that keeps optimisers leaves two numbers a parameter beside the update, as AdamW has.
+
     Args:
         assignment: with the size of the base, which an update has as well; that of a first model is not known.
         fetched: bytes of the base that are here already.
@@ -312,4 +322,5 @@ def room_needed(assignment: Assignment, *, fetched: int) -> int:
     if assignment.base is None:
         return 0
     size = assignment.base.size
-    return max(size - fetched, 0) + (size if assignment.kind == "train" else 0)
+    made = 0 if assignment.kind != "train" else 3 * size if assignment.spec.train.keep_optimizer else size
+    return max(size - fetched, 0) + made

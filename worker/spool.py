@@ -2,6 +2,7 @@
 
     FOLDER/models/DIGEST.safetensors     base models, the newest few; .part: half-fetched, gone on with
     FOLDER/tasks/DIGEST/NAME.py          task files
+    FOLDER/optimizers/COORDINATOR/JOB.SHARD.ROUND   the optimiser's state after the newest accepted update of a shard
     FOLDER/work/JOB.labels.npy           labels of the training set, for one life
     FOLDER/work/ASSIGNMENT.ATTEMPT/      one attempt
         assignment.json                  what was asked for, by which coordinator, and how often it was started
@@ -10,6 +11,7 @@
         trained.safetensors              what the child made, where the update is still to be encoded
         update.safetensors               what came out, and is sent
         pending                          what the encoded update leaves out
+        optimizer                        the optimiser's state then: takes the place of the last one when accepted
         submission.json                  written last: the update is whole, and this is how it is handed in
         accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
     FOLDER/errors/JOB.SHARD              what accepted updates have left out, added to the next one
@@ -25,6 +27,7 @@ Names are digests, ids and numbers that we checked; nothing that was received be
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import re
@@ -50,8 +53,10 @@ JSON_LIMIT = 16 << 20  # bytes; a job's whole configuration is in an assignment
 PROBE_BYTES = 4096  # what a disk must take to count as well again
 
 _PLACE = re.compile(r"([A-Za-z0-9._-]{1,63})\.([1-9][0-9]{0,8})")
+_STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}\.[0-9]{1,16}")
 
 ASKED, TRAINED, ACCEPTED, UPDATE = "assignment.json", "submission.json", "accepted.json", "update.safetensors"
+OPTIMIZER = "optimizer"
 
 M = TypeVar("M", bound=Message)
 
@@ -71,6 +76,8 @@ class _Done(Message):
     assignment: Name
     job: Name
     kind: Kind
+    shard: Count = 0
+    round: Count = 0
     size: Count = Field(description="bytes of the update; 0: there is none")
     submission: Submission
 
@@ -88,16 +95,13 @@ class Place:
     kind: Kind
     assignment: str  # its id
     attempt: int
+    shard: int = 0
+    round: int = 0
 
     @property
     def update(self) -> Path:
         """Where the result is written."""
         return self.folder / UPDATE
-
-    @property
-    def shard(self) -> str:
-        """The shard's number: what the name of an assignment ends with."""
-        return self.assignment.rpartition(".")[2]
 
     @property
     def trained(self) -> Path:
@@ -118,6 +122,11 @@ class Place:
     def checkpoint(self) -> Path:
         """Where the child writes how far it came."""
         return self.folder / "checkpoint"
+
+    @property
+    def optimizer(self) -> Path:
+        """Where the child writes what became of the optimiser's state."""
+        return self.folder / OPTIMIZER
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,7 @@ class Spool:
         self.folder = folder
         self._attempts: dict[Path, Attempt] = {}  # oldest first
         self._verified: set[str] = set()  # models that were hashed in this life
+        self._over: set[str] = set()  # jobs that nothing more is said of, even where their files cannot go
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="disk")
 
     @classmethod
@@ -197,7 +207,7 @@ class Spool:
             LydianError: it cannot be written (code folder_unusable).
         """
         with usable(folder):
-            for name in ("models", "tasks", "work", "errors"):
+            for name in ("models", "optimizers", "tasks", "work", "errors"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             self = cls(folder)
             self._probe()
@@ -237,7 +247,7 @@ class Spool:
         _remove(folder)
         self._attempts.pop(folder, None)
         folder.mkdir()
-        place = Place(folder, coordinator, assignment.job, assignment.kind, assignment.id, assignment.attempt)
+        place = _place(folder, coordinator, assignment)
         begun = Untrained(place, assignment, starts=1)
         _write(folder / ASKED, _Asked(coordinator=coordinator, starts=1, assignment=assignment))
         self._attempts[folder] = begun
@@ -268,6 +278,8 @@ class Spool:
             assignment=place.assignment,
             job=place.job,
             kind=place.kind,
+            shard=place.shard,
+            round=place.round,
             size=size,
             submission=submission,
         )
@@ -283,8 +295,15 @@ class Spool:
         return trained
 
     def keep(self, held: Trained) -> Kept:
-        """The result was accepted: keep it until it is settled, without what only training needed. Twice is once."""
+        """The result was accepted: keep it until it is settled, without what only training needed. Twice is once.
+
+        The optimiser's state goes first: killed after that, the next life hears once more that the result was accepted.
+        """
         place = held.place
+        if self._keep_optimizer(place):
+            for path in self._optimizers(place.coordinator):
+                if path.stem == f"{place.job}.{place.shard}" and path != self.optimizer(place, place.round):
+                    _remove(path)
         kept = Kept(place, held.submission)
         self.commit(held)  # before the update is called accepted: that may be repeated, and this then is done
         self._attempts[place.folder] = kept
@@ -300,9 +319,17 @@ class Spool:
         if held.place.pending.exists():
             held.place.pending.replace(self.error(held.place))
 
-    def drop(self, held: Attempt) -> None:
-        """The attempt counts no more, or is needed no more. It is known no more even where its files cannot go."""
+    def drop(self, held: Attempt, *, may_count: bool = False) -> None:
+        """The attempt is needed no more. It is known no more even where its files cannot go.
+
+        Args:
+            held: the attempt.
+            may_count: its result may have been accepted, and the answer was lost: the optimiser's state stays, beside
+                the one before; the coordinator knows which of them counts.
+        """
         self._attempts.pop(held.place.folder, None)
+        if may_count and isinstance(held, Trained):
+            self._keep_optimizer(held.place)
         _remove(held.place.folder)
 
     def find(self, assignment: str, attempt: int) -> Attempt | None:
@@ -311,11 +338,15 @@ class Spool:
 
     def drop_job(self, job: str, coordinator: str) -> None:
         """The job is over, and takes nothing more."""
+        self._over.add(job)
         for held in self._of(coordinator):
             if held.place.job == job:
                 self.drop(held)
         for path in (self.folder / "errors").glob(f"{job}.*"):
             _remove(path)
+        for path in self._optimizers(coordinator):
+            if _job_of(path) == job:
+                _remove(path)
 
     def find_kept(self, told: Holding, coordinator: str) -> Kept | None:
         """The kept update that the coordinator speaks of; None: there is none like it."""
@@ -333,6 +364,34 @@ class Spool:
     def labels(self, job: str) -> Path:
         """Where the child writes the labels of the training set."""
         return self.folder / "work" / f"{job}.labels.npy"
+
+    # ------------------------------------------------------------ optimisers
+
+    def optimizer(self, place: Place, round_index: int) -> Path:
+        """Where the optimiser's state after an accepted update of this shard is, or would be."""
+        return self._of_coordinator(place.coordinator) / f"{place.job}.{place.shard}.{round_index}"
+
+    def jobs_with_optimizers(self, coordinator: str) -> list[str]:
+        """The jobs of a coordinator that an optimiser's state is kept for."""
+        return sorted({_job_of(path) for path in self._optimizers(coordinator)} - self._over)
+
+    def _keep_optimizer(self, place: Place) -> bool:
+        """Give the state that an attempt left its place among those to go on from. Whether there was one."""
+        kept = False
+        if _is_file(place.optimizer):
+            with _reading(place.optimizer):
+                path = self.optimizer(place, place.round)
+                path.parent.mkdir(exist_ok=True)
+                place.optimizer.replace(path)
+                kept = True
+        return kept
+
+    def _optimizers(self, coordinator: str) -> list[Path]:
+        folder = self._of_coordinator(coordinator)
+        return [path for path in folder.iterdir() if _STATE.fullmatch(path.name)] if folder.is_dir() else []
+
+    def _of_coordinator(self, coordinator: str) -> Path:
+        return self.folder / "optimizers" / hashlib.sha256(coordinator.encode()).hexdigest()[:16]
 
     # ------------------------------------------------------------ models and task files
 
@@ -432,7 +491,7 @@ class Spool:
         Raises:
             OSError: one of them does not take it.
         """
-        for name in ("models", "tasks", "work"):
+        for name in ("models", "optimizers", "tasks", "work"):
             probe = self.folder / name / "probe"
             try:
                 with probe.open("wb") as file:
@@ -475,7 +534,8 @@ def _attempt_in(folder: Path) -> Attempt | None:
         done = _parse(folder / name, _Done)
         if done is None or (done.assignment, done.submission.attempt) != (assignment, attempt):
             continue
-        held = state(Place(folder, done.coordinator, done.job, done.kind, assignment, attempt), done.submission)
+        place = Place(folder, done.coordinator, done.job, done.kind, assignment, attempt, done.shard, done.round)
+        held = state(place, done.submission)
         if _is_whole(held, done.size):
             return held
         log.warning("%r: the result is damaged on this disk", folder.name)
@@ -484,8 +544,15 @@ def _attempt_in(folder: Path) -> Attempt | None:
         return None
     for name in (ACCEPTED, TRAINED, UPDATE):
         _remove(folder / name)
-    place = Place(folder, asked.coordinator, asked.assignment.job, asked.assignment.kind, assignment, attempt)
-    return Untrained(place, asked.assignment, asked.starts)
+    return Untrained(_place(folder, asked.coordinator, asked.assignment), asked.assignment, asked.starts)
+
+
+def _place(folder: Path, coordinator: str, of: Assignment) -> Place:
+    return Place(folder, coordinator, of.job, of.kind, of.id, of.attempt, of.shard, of.round)
+
+
+def _job_of(state: Path) -> str:
+    return state.name.rsplit(".", 2)[0]
 
 
 def _is_whole(held: Trained, size: int) -> bool:
@@ -543,7 +610,7 @@ def _put_onto_disk(folder: Path) -> None:
     Raises:
         OSError: the disk did not take them.
     """
-    for name in (UPDATE, ASKED, TRAINED, ACCEPTED):
+    for name in (UPDATE, OPTIMIZER, ASKED, TRAINED, ACCEPTED):
         with contextlib.suppress(FileNotFoundError):
             _sync(folder / name)
     with contextlib.suppress(FileNotFoundError):  # dropped meanwhile

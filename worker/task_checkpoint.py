@@ -1,5 +1,7 @@
 """Checkpoints of one train command: how far it came, so that a killed worker's shard is not trained again.
 
+An optimiser's state at the end of a round, for the next round of the same shard, is a file of the same kind.
+
 Part of the child (worker/task_host.py), which loads it by its path: torch, numpy and safetensors, none of our packages.
 
     NAME, a safetensors file: header, with all that is no tensor as JSON in its metadata, floats to the bit
@@ -49,6 +51,10 @@ class UnkeepableError(Exception):
     """A value that is none of those that a checkpoint can hold."""
 
 
+class UnusableError(Exception):
+    """A file that is damaged, or of something else."""
+
+
 @dataclass(frozen=True)
 class Saved:
     """What a checkpoint held: model by name on the CPU, the optimiser's state, generators and position as they were."""
@@ -81,7 +87,7 @@ class Checkpoint:
         """
         self.path = path
         self.every_s = every_s
-        self._part = path.with_name(path.name + ".part")
+        self._part = part_of(path)
         self._command = command
         self._device = device
         self._clock = clock
@@ -120,47 +126,22 @@ class Checkpoint:
         unlink(self._part)
 
     def _save(self, model: dict[str, Tensor], content: dict[str, Any]) -> None:
-        tensors = {f"model.{name}": tensor for name, tensor in model.items()}
-        packed = json.dumps(pack(content, tensors), allow_nan=False)
-        # Large items first: with them, every tensor lies at a multiple of its own item size.
-        order = sorted(tensors, key=lambda name: -tensors[name].element_size())
-        seen = hashlib.sha256()
-        with self._part.open("wb") as file:
-
-            def put(piece: Any) -> None:  # noqa: ANN401 - bytes, or a view of a tensor's
-                seen.update(piece)
-                file.write(piece)
-
-            put(header(order, tensors, {"command": self._command, "content": packed}))
-            for name in order:
-                if tensors[name].numel():
-                    put(tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            file.write(seen.digest())
-        self._part.replace(self.path)
+        save(self.path, self._command, content, {f"model.{name}": tensor for name, tensor in model.items()})
 
     def read(self) -> Saved | None:
         """The checkpoint of this very command, if there is one and it is whole. Any other is deleted."""
         try:
             if not self.path.is_file():
                 return None
-            if is_whole(self.path):
-                return self._read()
-            say("it is damaged, training starts from the base")
-        except (OSError, SafetensorError) as error:
+            content, tensors = load(self.path, self._command)
+        except UnusableError as error:
+            say(f"it is {error}, training starts from the base")
+            self.remove()
+            return None
+        except OSError as error:
             say(f"it cannot be read, training starts from the base: {error}")
-        self.remove()
-        return None
-
-    def _read(self) -> Saved | None:
-        with safe_open(self.path, framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("command") != self._command:
-                say("it is of another command, training starts from the base")
-                self.remove()
-                return None
-            # Copies: what is given back is a view of the file, and the file goes away while the training goes on.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no dictionary
-        content = unpack(json.loads(about["content"]), tensors)
+            self.remove()
+            return None
         model = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         return Saved(model, content["optimizer"], content["generators"], content["position"])
 
@@ -170,9 +151,9 @@ class Checkpoint:
         unlink(self.path)
 
 
-def say(sentence: str) -> None:
+def say(sentence: str, *, about: str = "checkpoint") -> None:
     """One line in the child's log."""
-    sys.stderr.write(f"checkpoint: {sentence}\n")
+    sys.stderr.write(f"{about}: {sentence}\n")
 
 
 def unlink(path: Path) -> None:
@@ -183,7 +164,106 @@ def unlink(path: Path) -> None:
         say(f"{path.name} cannot be removed: {error}")
 
 
+# ---------------------------------------------------------------- an optimiser's state
+
+
+def write_optimizer(path: Path, optimizer: str, round_index: int, state: Any) -> None:  # noqa: ANN401
+    """Keep an optimiser's state under this name, whole or not at all; one tensor at a time comes over from the device.
+
+    Args:
+        path: where it goes.
+        optimizer: digest of the kind of optimiser and of the parameters it is for.
+        round_index: the round at the end of which this is the state.
+        state: its state_dict().
+
+    Raises:
+        OSError: the disk does not take it.
+        UnkeepableError: there is something in it that cannot be kept.
+    """
+    save(path, optimizer, {"round": round_index, "optimizer": state}, {})
+
+
+def read_optimizer(path: Path, optimizer: str, round_index: int) -> Any:  # noqa: ANN401
+    """The state that `write_optimizer` was given, on the CPU.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        UnusableError: it is damaged, of another optimiser or model, or of another round.
+    """
+    content, _ = load(path, optimizer, of="optimiser or model")
+    if content["round"] != round_index:
+        raise UnusableError(f"of round {content['round']}, not of round {round_index}")
+    return content["optimizer"]
+
+
 # ---------------------------------------------------------------- the file
+
+
+def save(path: Path, owner: str, content: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write a file of this module's kind, so that a kill leaves the one before or this one.
+
+    Args:
+        path: its name.
+        owner: what it belongs to: who reads it must say the same.
+        content: any nesting that `pack` takes; its tensors go into the file as well.
+        tensors: more tensors, by name.
+
+    Raises:
+        OSError: the disk does not take it.
+        UnkeepableError: there is something in it that cannot be kept.
+    """
+    tensors = dict(tensors)
+    packed = json.dumps(pack(content, tensors), allow_nan=False)
+    # Large items first: with them, every tensor lies at a multiple of its own item size.
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    seen = hashlib.sha256()
+    part = part_of(path)
+    with part.open("wb") as file:
+
+        def put(piece: Any) -> None:  # noqa: ANN401 - bytes, or a view of a tensor's
+            seen.update(piece)
+            file.write(piece)
+
+        put(header(order, tensors, {"command": owner, "content": packed}))
+        for name in order:
+            if tensors[name].numel():
+                put(tensors[name].detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        file.write(seen.digest())
+    part.replace(path)
+
+
+def load(path: Path, owner: str, *, of: str = "command") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `save` was given.
+
+    Args:
+        path: the file.
+        owner: what it must belong to.
+        of: what that is called.
+
+    Returns:
+        the content, and every tensor by its name in the file.
+
+    Raises:
+        OSError: it cannot be read.
+        UnusableError: it is damaged, or of another owner.
+    """
+    if not is_whole(path):
+        raise UnusableError("damaged")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("command") != owner:
+                raise UnusableError(f"of another {of}")
+            # Copies: what is given back is a view of the file, and the file goes away while the training goes on.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no dictionary
+    except SafetensorError as error:
+        raise UnusableError(f"no file of ours ({error})") from error
+    return unpack(json.loads(about["content"]), tensors), tensors
+
+
+def part_of(path: Path) -> Path:
+    """Where a file is while it is written."""
+    return path.with_name(path.name + ".part")
 
 
 def header(order: list[str], tensors: dict[str, Tensor], about: dict[str, str]) -> bytes:

@@ -9,10 +9,11 @@ or `server` is the task's. Nothing is pickled. One command at a time; the model 
                       and exactly one {"event": "done" | "stopped" | "error"}
     log   ◀──stderr── prints and warnings of the task, stacks on SIGUSR1 and on a crash
 
-What a train command leaves behind is a function of the command and the base model: it seeds every generator, and torch
-is asked for deterministic kernels where it has them (a task file that wants speed instead may call
-`torch.use_deterministic_algorithms(False)`). A train command that was killed in the middle and is given again goes on
-from the checkpoint that it wrote (worker/task_checkpoint.py), and leaves the same bytes.
+What a train command leaves behind is a function of the command, the base model and, where the command names one, the
+optimiser's state that an earlier round left: it seeds every generator, and torch is asked for deterministic kernels
+where it has them (a task file that wants speed instead may call `torch.use_deterministic_algorithms(False)`). A train
+command that was killed in the middle and is given again goes on from the checkpoint that it wrote
+(worker/task_checkpoint.py), and leaves the same bytes.
 """
 
 import argparse
@@ -424,15 +425,34 @@ def metrics_of(task: Task, model: nn.Module, batch: Any, samples: int) -> dict[s
 
 
 def optimizer_of(task: Task, model: nn.Module) -> Any:  # noqa: ANN401 - a task may bring its own kind of optimiser
-    """The task's optimiser, or SGD by the job's lr, momentum and weight_decay. Fresh in every round."""
+    """The task's optimiser, or AdamW or SGD by the job's [train], as it is before its first step."""
+    config = task.config
     if task.has("optimizer"):
-        return task.call("optimizer", model, task.config)
-    return torch.optim.SGD(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=task.config.get("lr", 0.1),
-        momentum=task.config.get("momentum", 0.0),
-        weight_decay=task.config.get("weight_decay", 0.0),
-    )
+        return task.call("optimizer", model, config)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    lr, decay = config.get("lr", 0.1), config.get("weight_decay", 0.0)
+    if config.get("optimizer") == "adamw":
+        betas = config.get("beta1", 0.9), config.get("beta2", 0.95)
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay)
+    return torch.optim.SGD(parameters, lr=lr, momentum=config.get("momentum", 0.0), weight_decay=decay)
+
+
+def lr_factor(step: int, *, warmup: int, cosine: bool, total: int) -> float:
+    """What the learning rate is multiplied with in one step: a straight line up to 1, then 1, or a cosine down to 0.
+
+    Args:
+        step: of the whole job, from 0.
+        warmup: steps of the line; the first has 1 / warmup, the last 1.
+        cosine: whether it falls after that.
+        total: steps of the whole job.
+
+    Source: Loshchilov, Hutter 2016, arXiv 1608.03983, equation 5, without restarts.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    if not cosine:
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
 
 
 # ---------------------------------------------------------------- samples in their order
@@ -701,6 +721,12 @@ class Context:
     remembers from one batch to the next is in the model's state_dict, in context.optimizer, and in what the loader and
     this context count; a batch is done with before the next one is asked for. Then it goes on from a checkpoint:
     train() is called again, and its loader begins in the middle.
+
+    The default loop clips gradients (`clip`) and follows the job's schedule. A loop of a task's own does what it wants
+    to: `global_step` is the number of the step under way in the whole job, `lr_factor` what the schedule makes of it.
+
+                    for group in context.optimizer.param_groups:
+                        group["lr"] = context.config["lr"] * context.lr_factor
     """
 
     device: torch.device
@@ -725,7 +751,38 @@ class Context:
     _pass: int = 0  # number of the pass under way
     _at: int = 0  # batches given in that pass
     _resumed_at: int = 0  # the step of the checkpoint that this went on from
+    total_steps: int | None = None  # of the whole job; None: not known
+    _fresh: bool | None = None  # whether the optimiser began without the state of an earlier round; None: nobody asked
+    _rates: list[Any] = field(default_factory=list)  # learning rate of each group of the optimiser, before any step
     _keep: Callable[["Context"], None] | None = None  # keeps a checkpoint if one is due; holds no context: no cycle
+
+    @property
+    def global_step(self) -> int | None:
+        """Optimiser steps of the whole job before this one, in this shard's place; None unless the job counts steps."""
+        return None if self.steps is None else (self.round - 1) * self.steps + self._taken
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the learning rate changes from step to step."""
+        cosine, warmup = self.config.get("schedule") == "cosine", self.config.get("warmup_steps", 0)
+        return self.total_steps is not None and self.steps is not None and (cosine or warmup > 0)
+
+    @property
+    def lr_factor(self) -> float:
+        """What the job's schedule multiplies the learning rate with in the step under way; 1.0 without a schedule."""
+        step = self.global_step
+        if not self.scheduled or step is None or self.total_steps is None:
+            return 1.0
+        cosine, warmup = self.config.get("schedule") == "cosine", self.config.get("warmup_steps", 0)
+        return lr_factor(step, warmup=warmup, cosine=cosine, total=self.total_steps)
+
+    def follow_schedule(self) -> None:
+        """Set the learning rate of the step under way; without a schedule, leave it as it is."""
+        if not self.scheduled:
+            return
+        factor = self.lr_factor
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
 
     @property
     def done(self) -> bool:
@@ -796,6 +853,8 @@ class Context:
         loss: Metrics = {"train_loss": [self._loss_sum, self._samples]}
         has_loss = self._samples > 0 and math.isfinite(self._loss_sum)
         metrics = loss if has_loss else {}
+        if self._fresh is not None:
+            metrics["fresh_optimizer"] = [float(self._fresh), 1.0]
         return {"steps": self._taken, "seconds": seconds, "metrics": metrics, "resumed_at": self._resumed_at}
 
     # What follows is between the loader and the context; a task has no use for it.
@@ -843,6 +902,7 @@ class Context:
             "samples": self._samples,
             "loss_sum": self._loss_sum,
             "elapsed_s": time.monotonic() - self._began,
+            "fresh": self._fresh,
         }
 
     def go_on_from(self, position: dict[str, Any]) -> None:
@@ -853,6 +913,7 @@ class Context:
         self._loss_sum = position["loss_sum"]
         self._began = time.monotonic() - position["elapsed_s"]
         self._resumed_at = self._taken
+        self._fresh = position.get("fresh", self._fresh)
 
 
 class ShardLoader:
@@ -895,11 +956,15 @@ class ShardLoader:
 
 def default_train(task: Task, model: nn.Module, loader: ShardLoader, context: Context) -> None:
     """Forward, backward, step, until the round is over."""
+    clip = context.config.get("clip")
     while not context.done:
         for batch in loader:
             context.optimizer.zero_grad(set_to_none=True)
             loss = loss_of(task, model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            context.follow_schedule()
             context.optimizer.step()
             context.step(loss)
 
@@ -914,6 +979,13 @@ def fresh_optimizer(task: Task, model: nn.Module, seed: int) -> Any:  # noqa: AN
     model.zero_grad(set_to_none=True)
     with task.watched("optimizer" if task.has("optimizer") else "model"):
         return optimizer_of(task, model)
+
+
+def optimizer_digest(optimizer: Any, model: nn.Module) -> str:  # noqa: ANN401 - a task may bring its own kind
+    """A digest of the kind of optimiser and of the model's parameters: only with the same one does a state fit."""
+    kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    parameters = [[name, list(p.shape), str(p.dtype), p.requires_grad] for name, p in model.named_parameters()]
+    return hashlib.sha256(json.dumps([kind, parameters]).encode()).hexdigest()
 
 
 def why_not_resumable(task: Task, optimizer: Any) -> str | None:  # noqa: ANN401 - a task may bring its own kind
@@ -1025,6 +1097,10 @@ class Host:
         epochs: int | None = None,
         steps: int | None = None,
         seconds: float | None = None,
+        total_steps: int | None = None,
+        optimizer: str | None = None,
+        optimizer_from: str = "",
+        optimizer_of: int = 0,
         checkpoint: str | None = None,
         checkpoint_every_s: float = 0.0,
         base_digest: str = "",
@@ -1040,6 +1116,10 @@ class Host:
             epochs: length in passes; one of the three lengths is set, at most.
             steps: length in optimiser steps.
             seconds: length in seconds of training, those before a kill counted in.
+            total_steps: optimiser steps of the whole job, for the schedule; None: not known.
+            optimizer: path of what becomes of the optimiser's state in the end; None: it is not kept.
+            optimizer_from: path of the state that an earlier round of this shard left.
+            optimizer_of: the round that must have left it; 0: none did. Without it, the optimiser begins fresh.
             checkpoint: path of a file: this command goes on from what it left there when it was killed, leaves others
                 there from time to time, and removes them when `out` is written. None: it does nothing of the kind.
             checkpoint_every_s: seconds between two checkpoints, and before the first.
@@ -1063,14 +1143,21 @@ class Host:
             _events=self._events,
             _stopping=self._stopping,
             _batches=len(ends),
+            total_steps=total_steps,
         )
-        kept = None
+        context._rates = [group.get("lr") for group in getattr(context.optimizer, "param_groups", [])]
+        if optimizer is not None:
+            context._fresh = True
+        kept, began = None, False
         if checkpoint is not None and self._resumable(context.optimizer):
-            facts = [base_digest or digest_of_file(Path(base)), seed, round, context.epochs, steps, seconds]
+            base_digest = base_digest or digest_of_file(Path(base))
+            facts = [base_digest, seed, round, context.epochs, steps, seconds, total_steps, optimizer_of]
             command = identity(task, self._device, facts, shard)
             kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
-            self._go_on(kept, model, Path(base), context)
+            began = self._go_on(kept, model, Path(base), context)
             context._keep = partial(self._keep, kept, model)
+        if optimizer_of and not began:  # one state at a time is in memory: a checkpoint has its own
+            self._take_up(Path(optimizer_from), optimizer_of, model, context)
         context.report()
         loader = ShardLoader(dataset, shard, ends, context)
         with task.watched("train"):
@@ -1083,6 +1170,8 @@ class Host:
             raise TaskError("task_failed", "train() returned and never called context.step(loss) after a step")
         model.zero_grad(set_to_none=True)
         save_state(model, Path(out))
+        if optimizer is not None:
+            self._leave(Path(optimizer), model, context)
         if kept is not None:
             kept.remove()
         return {"samples": len(shard), **result}
@@ -1095,11 +1184,43 @@ class Host:
             self._said = why_not
         return why_not is None
 
-    def _go_on(self, kept: Any, model: nn.Module, base: Path, context: Context) -> None:  # noqa: ANN401 - a Checkpoint
-        """Put everything where the checkpoint has it; without one that can be put back, leave it as it began."""
+    def _take_up(self, path: Path, round_index: int, model: nn.Module, context: Context) -> None:
+        """Give the optimiser the state that an earlier round of this shard left; without it, leave it fresh."""
+        task = self._opened()
+        try:
+            state = task_checkpoint.read_optimizer(path, optimizer_digest(context.optimizer, model), round_index)
+        except (OSError, task_checkpoint.UnusableError) as error:
+            task_checkpoint.say(f"begins fresh: what was kept is {error}", about="optimizer")
+            return
+        try:
+            with task.watched("optimizer"):
+                context.optimizer.load_state_dict(state)
+        except TaskError as error:
+            task_checkpoint.say(f"begins fresh: what was kept cannot be put back: {error}", about="optimizer")
+            context.optimizer = fresh_optimizer(task, model, context.seed)
+            return
+        context._fresh = False
+
+    def _leave(self, path: Path, model: nn.Module, context: Context) -> None:
+        """Keep the optimiser's state for the next round. Where it cannot be kept, that round begins fresh."""
+        try:
+            with self._opened().watched("optimizer"):
+                state = context.optimizer.state_dict()
+            task_checkpoint.write_optimizer(path, optimizer_digest(context.optimizer, model), context.round, state)
+        except (OSError, TaskError, task_checkpoint.UnkeepableError) as error:
+            task_checkpoint.say(f"its state is not kept, the next round begins fresh: {error}", about="optimizer")
+            task_checkpoint.unlink(task_checkpoint.part_of(path))
+            task_checkpoint.unlink(path)
+
+    def _go_on(self, kept: Any, model: nn.Module, base: Path, context: Context) -> bool:  # noqa: ANN401 - a Checkpoint
+        """Put everything where the checkpoint has it; without one that can be put back, leave it as it began.
+
+        Returns:
+            whether there was one.
+        """
         saved = kept.read()
         if saved is None:
-            return
+            return False
         task = self._opened()
         try:
             put_state(model, saved.model)
@@ -1110,10 +1231,11 @@ class Host:
             kept.remove()
             load_state(model, base)
             context.optimizer = fresh_optimizer(task, model, context.seed)
-            return
+            return False
         context.go_on_from(saved.position)
         task_checkpoint.set_generators(saved.generators, self._device)  # last: what was put back may have drawn
         task_checkpoint.say(f"going on at step {saved.position['taken']}")
+        return True
 
     def _keep(self, kept: Any, model: nn.Module, context: Context) -> None:  # noqa: ANN401 - a Checkpoint
         """Keep a checkpoint, if one is due."""

@@ -250,6 +250,8 @@ class Trainer:
             out=str(written_to(begun)),
             checkpoint=str(place.checkpoint),
             checkpoint_every_s=self._options.checkpoint_every_s,
+            optimizer=str(place.optimizer),
+            optimizer_from=str(self._spool.optimizer(place, assignment.optimizer_of)),
         )
 
     def _init(self, child: Child, begun: Untrained, heart: Heart) -> Submission:

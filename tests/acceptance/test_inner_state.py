@@ -1,0 +1,47 @@
+"""The optimiser's state stays with the worker from round to round, also when that worker is killed on the way."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acceptance.kit import LocalFleet, of_type, wait_for
+
+pytestmark = pytest.mark.acceptance
+
+TASK = Path(__file__).with_name("drill_task.py")
+JOB: dict[str, Any] = {
+    "rounds": 3,
+    "seed": 9,
+    "data": {"shards": 2},
+    "train": {
+        "local_steps": 1000, "batch_size": 8, "optimizer": "adamw", "lr": 0.003, "clip": 1.0, "schedule": "cosine",
+        "warmup_steps": 50, "keep_optimizer": True,
+    },
+    "round": {"min_workers": 2, "evaluate_every": 0},
+}  # fmt: skip
+
+
+def test_shards_keep_their_worker_and_a_killed_one_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet:
+        options = ("--trust", "any", "--checkpoint-every", "0.1")
+        fleet.start_workers(2, *options)
+        truth = fleet.finish(fleet.submit(TASK, **JOB)).model
+        job = fleet.submit(TASK, **JOB)
+        victim = wait_for("a worker in its second round", lambda: in_second_round(fleet, job))
+        fleet.workers[victim].kill()
+        assert fleet.api.job(job).round < 3
+        fleet.start_worker(victim, *options)
+        assert fleet.finish(job).model == truth
+        facts = fleet.facts(job)
+        fresh = [closed["metrics"]["fresh_optimizer"] for closed in of_type(facts, "round")]
+        assert fresh == [1.0, 0.0, 0.0]
+        assert len({(a["shard"], a["worker"]) for a in of_type(facts, "accepted")}) == 2
+        states = list(tmp_path.rglob("optimizers/*/*"))
+        assert {path.name.rsplit(".", 2)[0] for path in states} <= {job}, "a state outlived its job"
+
+
+def in_second_round(fleet: LocalFleet, job: str) -> str | None:
+    """The worker that has a checkpoint of a shard of round 2."""
+    found = next(iter(fleet.folder.glob(f"*/work/{job}.train.2.*/checkpoint")), None)
+    return found.relative_to(fleet.folder).parts[0] if found else None
