@@ -237,6 +237,14 @@ class PollRequest(Message):
     degraded: str = Field("", max_length=500, description="why the worker can take no work now; empty: it can")
 
 
+class Preparation(Message):
+    """A job that a worker without work is to load: import the task, read the data. No lease; nothing is answered."""
+
+    job: Name
+    task: TaskRef
+    spec: JobSpec
+
+
 class PollAnswer(Message):
     """Work, jobs that are over and may be forgotten, and what became of the updates that the worker keeps."""
 
@@ -244,6 +252,7 @@ class PollAnswer(Message):
     forget: tuple[Name, ...] = ()
     settled: tuple[Holding, ...] = Field((), description="kept updates that are needed no more: delete them")
     wanted: tuple[Holding, ...] = Field((), description="kept updates whose bytes are lost here: hand them in again")
+    prepare: Preparation | None = Field(None, description="a job to load before there is work of it; never with work")
 
 
 class Progress(Message):

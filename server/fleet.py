@@ -16,6 +16,8 @@ from common.messages import Progress, Registration
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
+PREPARING_S = 120.0  # a worker that loads a job, and so has no reason to call, is not taken for gone
+PREPARES_SINCE = 2  # the protocol that has preparations
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Worker:
     set_aside: str | None = None
     strikes: int = 0
     degraded: str = ""  # why it can take no work now, as it says itself
+    preparing: str | None = None  # the job that it was asked to load by the answer to its last call
     rival_at: float | None = None  # monotonic seconds at which an older process of the same name last called
 
     @property
@@ -67,6 +70,7 @@ class Fleet:
     timing: Timing = Timing()
     workers: dict[str, Worker] = field(default_factory=dict)
     leases: dict[str, Lease] = field(default_factory=dict)  # worker id -> its lease
+    asked: dict[str, dict[str, str]] = field(default_factory=dict)  # job -> worker id -> the claim key it asked with
 
     # ------------------------------------------------------------ who is there
 
@@ -79,6 +83,8 @@ class Fleet:
             worker.set_aside, worker.strikes, worker.polling = known.set_aside, known.strikes, known.polling
             worker.rival_at = known.rival_at
         self.workers[worker_id] = worker
+        if reborn:
+            self.unask(worker_id)
         void = self.leases.pop(worker_id, None) if reborn else None
         return [void] if void else []
 
@@ -100,14 +106,15 @@ class Fleet:
     def seen(self, worker_id: str, now: float) -> Worker:
         """A worker called."""
         worker = self.workers[worker_id]
-        worker.seen_at, worker.left = now, False
+        worker.seen_at, worker.left, worker.preparing = now, False, None
         return worker
 
     def is_live(self, worker: Worker, now: float) -> bool:
         """Whether the worker has called within one lease time, or waits in a poll."""
         if worker.left or worker.seen_at is None:
             return False
-        return worker.polling > 0 or now - worker.seen_at <= self.timing.ttl_s
+        patience = self.timing.ttl_s if worker.preparing is None else max(PREPARING_S, self.timing.ttl_s)
+        return worker.polling > 0 or now - worker.seen_at <= patience
 
     def live(self, now: float) -> list[str]:
         """Ids of the live workers that may get work, by name."""
@@ -202,6 +209,48 @@ class Fleet:
                 return job, task
         return None
 
+    def to_prepare(self, worker_id: str, claim_key: str, loaded: Sequence[str], jobs: Sequence[Job]) -> Job | None:
+        """The job that a worker without work is to load meanwhile: the oldest that may have work for it.
+
+        Each worker is asked once a job, and as many as the job can keep busy. One that has a job loaded which goes on
+        is not asked: it would have to forget that one.
+
+        Args:
+            worker_id: a live worker without a lease, for which there is no task.
+            claim_key: of its poll; the same one again is asked the same again, since an answer may be lost.
+            loaded: jobs that it has in memory.
+            jobs: all jobs, oldest first.
+        """
+        worker = self.workers[worker_id]
+        if not may_work(worker) or worker.registration.protocol < PREPARES_SINCE:
+            return None
+        active = [job for job in jobs if not job.over]
+        if any(job.id in loaded for job in active):
+            return None
+        for job in active:
+            asked = self.asked.get(job.id, {})
+            if asked.get(worker_id) == claim_key:
+                return job
+            if worker_id in asked or isinstance(job.phase, Paused):
+                continue
+            if worker_id in job.excluded or why_not(worker, job) is not None:
+                continue
+            busy = asked.keys() | {lease.worker for lease in self.leases.values() if lease.job == job.id}
+            if len(busy) < workers_needed(job, len(self.workers)):
+                return job
+        return None
+
+    def ask_to_prepare(self, worker_id: str, claim_key: str, job: str, now: float) -> None:
+        """A worker is asked to load a job, and not expected to call before it has."""
+        worker = self.seen(worker_id, now)
+        worker.preparing = job
+        self.asked.setdefault(job, {})[worker_id] = claim_key
+
+    def unask(self, worker_id: str) -> None:
+        """A worker has nothing loaded any more: it left, or is another process now."""
+        for asked in self.asked.values():
+            asked.pop(worker_id, None)
+
     def spare(self, job: Job, older: Sequence[Job], now: float) -> int:
         """How many of the workers that could serve this job no older job needs."""
         serving = set(self.serving(job, now))
@@ -266,7 +315,9 @@ def standing(fleet: Fleet, worker: Worker, now: float, describe: Callable[[Lease
         return Standing("degraded", worker.degraded)
     if worker.draining:
         return Standing("draining", describe(lease) if lease else "takes no more work")
-    return Standing("working", describe(lease)) if lease else Standing("idle", "waiting for work")
+    if lease is None:
+        return Standing("idle", f"loading {worker.preparing}" if worker.preparing else "waiting for work")
+    return Standing("working", describe(lease))
 
 
 def why_nobody(fleet: Fleet, job: Job, now: float) -> str:

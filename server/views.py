@@ -15,7 +15,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
     if protocol >= 2:
         return answer.model_dump_json()
     return answer.model_dump_json(
-        exclude={"settled": True, "wanted": True, "assignment": {"spec": {"round": {"fsync"}}}}
+        exclude={"settled": True, "wanted": True, "prepare": True, "assignment": {"spec": {"round": {"fsync"}}}}
     )
 
 

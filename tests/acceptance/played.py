@@ -66,6 +66,8 @@ class Played:
     def poll(self, wait_s: float = 5.0, **fields: object) -> Assignment:
         """One poll that must bring work."""
         answer = self.ask(wait_s, **fields)
+        while answer is not None and answer.prepare is not None:  # a played worker has nothing to load
+            answer = self.ask(wait_s, **fields)
         assert answer is not None
         assert answer.assignment is not None
         return answer.assignment
