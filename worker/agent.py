@@ -369,7 +369,7 @@ class Agent:
             for job in answer.forget:
                 self.spool.drop_job(job, url)
             if set(self._trainer.loaded) & set(answer.forget):
-                self._trainer.close()
+                self._trainer.forget()
                 self._trainer.ready()  # torch is loaded before the next job needs it
         for held in [self.spool.find_kept(told, url) for told in answer.settled]:
             if held is not None:

@@ -4,7 +4,7 @@ A script, run as `python -P -u …/task_host.py --device D --threads N`. It impo
 safetensors, and must never import this repository, or let the task file reach it by accident: the task's own `common`
 or `server` is the task's. Nothing is pickled. One command at a time; the model and the data stay loaded between them.
 
-    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "evaluate", …}; {"do": "stop"} ends any of them
+    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "evaluate" | "close", …}; {"do": "stop"} ends each
     agent ◀──stdout── {"event": "hello"}, then for each command any number of {"event": "progress"}
                       and exactly one {"event": "done" | "stopped" | "error"}
     log   ◀──stderr── prints and warnings of the task, stacks on SIGUSR1 and on a crash
@@ -966,6 +966,7 @@ class Host:
             "describe": self.describe,
             "train": self.train,
             "evaluate": self.evaluate,
+            "close": self.close,
         }
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -988,6 +989,12 @@ class Host:
         self._events.progress("loading")
         self._task, self._model, self._splits, self._said = None, None, {}, None
         self._task = import_task(Path(task).resolve(), config)
+        return {}
+
+    def close(self) -> dict[str, Any]:
+        """Forget the task, its model and its data."""
+        self._task, self._model, self._splits, self._said = None, None, {}, None
+        give_back_memory(self._device)
         return {}
 
     def init(self, seed: int, out: str, labels: str | None) -> dict[str, Any]:
@@ -1274,6 +1281,13 @@ def show_stacks_when_asked() -> None:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
+def give_back_memory(device: torch.device) -> None:
+    """Give back to the device what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any]]", events: Events) -> int:
     """Carry out commands one by one; only a device that is lost ends this. Returns the exit code."""
     while True:
@@ -1281,9 +1295,7 @@ def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any
         events.send(answer)
         if answer["event"] == "done" or device.type == "cpu":
             continue
-        gc.collect()  # what the failed command held goes back to the device
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory(device)
         try:
             run_kernel(device)
         except RuntimeError as error:  # an error inside a kernel spoils the device for this process, and only for it

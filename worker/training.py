@@ -18,7 +18,7 @@ from common.sharding import Partition, order_of
 from common.tasks import BUILTIN
 from common.weights import file_digest
 from worker import plan
-from worker.child import Child, TaskFailure
+from worker.child import Child, TaskFailure, TaskStopped
 from worker.heart import Heart, Watch
 from worker.options import Options
 from worker.spool import Durability, Spool, Trained, Untrained
@@ -49,6 +49,7 @@ class Trainer:
         self._log_path = log_folder / "child.log"
         self._child: Child | None = None
         self._opened: str | None = None  # the job whose task the child has loaded
+        self._ran: set[str] = set()  # digests of the tasks, other than built-in ones, whose code has run in the child
         self._samples: dict[str, int] = {}  # job -> samples in its training set, for the job in the child
         self._cuts: dict[str, Partition] = {}  # job -> its training set in order, likewise
 
@@ -76,7 +77,23 @@ class Trainer:
         """End the child, and forget the job that it had loaded."""
         if self._child is not None:
             self._child.kill()
-        self._child, self._opened = None, None
+        self._child = None
+        self._ran.clear()
+        self._forget_job()
+
+    def forget(self) -> None:
+        """Forget the job that is loaded. The child is kept, with its torch, if it has run only built-in tasks."""
+        if self._child is None or self._ran:
+            self.close()
+            return
+        try:
+            self._ask(self._child, {"do": "close"}, Watch())
+        except (TaskFailure, TaskStopped):
+            self.close()
+        self._forget_job()
+
+    def _forget_job(self) -> None:
+        self._opened = None
         self._samples.clear()
         self._cuts.clear()
 
@@ -96,12 +113,14 @@ class Trainer:
         if self._opened == work.job and self._child is not None and self._child.alive:
             watch.use(self._child)
             return self._child
-        if self._opened is not None:
-            self.close()
+        if self._opened is not None or self._ran - {work.task.digest}:
+            self.forget()
         child = self.ready()
         watch.use(child)
         watch.progress = Progress(doing="loading")
         path, defaults = self._task_of(work.task, watch)
+        if work.task.digest is not None:
+            self._ran.add(work.task.digest)
         config = plan.child_config(work.spec, defaults, self._options.data)
         self._ask(child, {"do": "open", "task": str(path), "config": config}, watch)
         self._opened = work.job
