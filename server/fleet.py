@@ -113,12 +113,17 @@ class Fleet:
         """Whether the worker has called within one lease time, or waits in a poll."""
         if worker.left or worker.seen_at is None:
             return False
-        patience = self.timing.ttl_s if worker.preparing is None else max(PREPARING_S, self.timing.ttl_s)
-        return worker.polling > 0 or now - worker.seen_at <= patience
+        return worker.polling > 0 or now - worker.seen_at <= self.timing.ttl_s
+
+    def is_loading(self, worker: Worker, now: float) -> bool:
+        """Whether the worker was asked to load a job, and so has had no reason to call since."""
+        asked = worker.preparing is not None and worker.seen_at is not None and not worker.left
+        return asked and now - (worker.seen_at or 0.0) <= PREPARING_S
 
     def live(self, now: float) -> list[str]:
         """Ids of the live workers that may get work, by name."""
-        able = [w for w in self.workers.values() if self.is_live(w, now) and may_work(w)]
+        there = [w for w in self.workers.values() if self.is_live(w, now) or self.is_loading(w, now)]
+        able = [w for w in there if may_work(w)]
         return [w.id for w in sorted(able, key=lambda w: (w.name, w.id))]
 
     def serving(self, job: Job, now: float) -> list[str]:
@@ -308,7 +313,7 @@ def standing(fleet: Fleet, worker: Worker, now: float, describe: Callable[[Lease
         return Standing("set aside", worker.set_aside)
     if worker.left:
         return Standing("gone", "it said goodbye")
-    if not fleet.is_live(worker, now):
+    if not (fleet.is_live(worker, now) or fleet.is_loading(worker, now)):
         away = "not seen since the coordinator started" if worker.seen_at is None else "no call for a lease time"
         return Standing("gone", away)
     if worker.degraded and lease is None:
