@@ -79,6 +79,11 @@ class TrainSection(Message):
             raise ValueError(f"{' and '.join(given)} are both set; a round has one length: keep one of them")
         return self
 
+    @property
+    def new_keys(self) -> tuple[str, ...]:
+        """Which of NEW_IN_TRAIN this job needs."""
+        return tuple(name for name in NEW_IN_TRAIN if getattr(self, name) != type(self).model_fields[name].default)
+
 
 NEW_IN_TRAIN = ("optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer")
 """Keys of [train] that protocol 2 brought."""
@@ -300,6 +305,14 @@ class PollRequest(Message):
     degraded: str = Field("", max_length=500, description="why the worker can take no work now; empty: it can")
 
 
+class Preparation(Message):
+    """A job that a worker without work is to load: import the task, read the data. No lease; nothing is answered."""
+
+    job: Name
+    task: TaskRef
+    spec: JobSpec
+
+
 class PollAnswer(Message):
     """Work, jobs that are over and may be forgotten, and what became of the updates that the worker keeps."""
 
@@ -307,6 +320,7 @@ class PollAnswer(Message):
     forget: tuple[Name, ...] = ()
     settled: tuple[Holding, ...] = Field((), description="kept updates that are needed no more: delete them")
     wanted: tuple[Holding, ...] = Field((), description="kept updates whose bytes are lost here: hand them in again")
+    prepare: Preparation | None = Field(None, description="a job to load before there is work of it; never with work")
 
 
 class Progress(Message):

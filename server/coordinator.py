@@ -42,6 +42,7 @@ from common.messages import (
     ModelRef,
     PollAnswer,
     PollRequest,
+    Preparation,
     Range,
     Receipt,
     Registration,
@@ -305,6 +306,7 @@ class Coordinator:
         """Drop what an ended job held: leases, half uploads, updates that were not averaged."""
         for lease in [lease for lease in self.fleet.leases.values() if lease.job == job_id]:
             self.fleet.release(lease.worker, job_id, lease.task)
+        self.fleet.asked.pop(job_id, None)
         self._uploads.drop_job(job_id)
         for key in [key for key in self._spans if key[0].startswith(f"{job_id}.")]:
             del self._spans[key]
@@ -344,6 +346,7 @@ class Coordinator:
             self.hub.publish(stored)
         log.info("%s: submitted", job_id)
         self._run_queue()
+        self._wake()  # while it waits in the queue it can be prepared
         return self.jobs[job_id]
 
     def job(self, job_id: str) -> Job:
@@ -466,6 +469,7 @@ class Coordinator:
         """A worker says goodbye: nobody waits for it."""
         worker = self._called(worker_id, start_id)
         worker.left = True
+        self.fleet.unask(worker_id)
         lease = self.fleet.leases.get(worker_id)
         if lease is not None:
             self._give_back(lease, "released", f"{worker.name} said goodbye")
@@ -532,13 +536,23 @@ class Coordinator:
             return PollAnswer(forget=forget, settled=settled, wanted=wanted)
         choice = self.fleet.choose(worker.id, list(self.jobs.values()))
         if choice is None:
-            return PollAnswer(forget=forget, settled=settled) if forget or settled else None
+            prepare = self._preparation(worker, request)
+            something = forget or settled or prepare
+            return PollAnswer(forget=forget, settled=settled, prepare=prepare) if something else None
         job, task = choice
         step = rounds.hand_out(job, task, worker.id, request.claim_key)
         attempt = rounds.tries_of(job, task).attempt + 1
         lease = self.fleet.grant(job.id, task, attempt, worker.id, self.clock(), request.claim_key)
         self._apply(job.id, step)
         return PollAnswer(assignment=self._assignment(lease), forget=forget, settled=settled)
+
+    def _preparation(self, worker: Worker, request: PollRequest) -> Preparation | None:
+        """What a worker without work is to load meanwhile. Nothing stands on it, so it is not journalled."""
+        job = self.fleet.to_prepare(worker.id, request.claim_key, request.loaded, list(self.jobs.values()))
+        if job is None:
+            return None
+        self.fleet.ask_to_prepare(worker.id, request.claim_key, job.id, self.clock())
+        return Preparation(job=job.id, task=TaskRef(name=job.spec.task, digest=job.task_digest), spec=job.spec)
 
     def _stands_on(self, held: Holding) -> bool:
         """Whether the round that is open or being averaged has this very update: its worker must keep its copy."""

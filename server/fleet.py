@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.messages import NEW_IN_TRAIN, Progress, Registration, TrainSection
+from common.messages import Progress, Registration
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
 ENCODING_SINCE = 2  # protocol
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
+PREPARING_S = 120.0  # a worker that loads a job, and so has no reason to call, is not taken for gone
+PREPARES_SINCE = 2  # the protocol that has preparations
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Worker:
     set_aside: str | None = None
     strikes: int = 0
     degraded: str = ""  # why it can take no work now, as it says itself
+    preparing: str | None = None  # the job that it was asked to load by the answer to its last call
     rival_at: float | None = None  # monotonic seconds at which an older process of the same name last called
 
     @property
@@ -68,6 +71,7 @@ class Fleet:
     timing: Timing = Timing()
     workers: dict[str, Worker] = field(default_factory=dict)
     leases: dict[str, Lease] = field(default_factory=dict)  # worker id -> its lease
+    asked: dict[str, dict[str, str]] = field(default_factory=dict)  # job -> worker id -> the claim key it asked with
 
     # ------------------------------------------------------------ who is there
 
@@ -80,6 +84,8 @@ class Fleet:
             worker.set_aside, worker.strikes, worker.polling = known.set_aside, known.strikes, known.polling
             worker.rival_at = known.rival_at
         self.workers[worker_id] = worker
+        if reborn:
+            self.unask(worker_id)
         void = self.leases.pop(worker_id, None) if reborn else None
         return [void] if void else []
 
@@ -101,7 +107,7 @@ class Fleet:
     def seen(self, worker_id: str, now: float) -> Worker:
         """A worker called."""
         worker = self.workers[worker_id]
-        worker.seen_at, worker.left = now, False
+        worker.seen_at, worker.left, worker.preparing = now, False, None
         return worker
 
     def is_live(self, worker: Worker, now: float) -> bool:
@@ -110,9 +116,15 @@ class Fleet:
             return False
         return worker.polling > 0 or now - worker.seen_at <= self.timing.ttl_s
 
+    def is_loading(self, worker: Worker, now: float) -> bool:
+        """Whether the worker was asked to load a job, and so has had no reason to call since."""
+        asked = worker.preparing is not None and worker.seen_at is not None and not worker.left
+        return asked and now - (worker.seen_at or 0.0) <= PREPARING_S
+
     def live(self, now: float) -> list[str]:
         """Ids of the live workers that may get work, by name."""
-        able = [w for w in self.workers.values() if self.is_live(w, now) and may_work(w)]
+        there = [w for w in self.workers.values() if self.is_live(w, now) or self.is_loading(w, now)]
+        able = [w for w in there if may_work(w)]
         return [w.id for w in sorted(able, key=lambda w: (w.name, w.id))]
 
     def serving(self, job: Job, now: float) -> list[str]:
@@ -203,6 +215,48 @@ class Fleet:
                 return job, task
         return None
 
+    def to_prepare(self, worker_id: str, claim_key: str, loaded: Sequence[str], jobs: Sequence[Job]) -> Job | None:
+        """The job that a worker without work is to load meanwhile: the oldest that may have work for it.
+
+        Each worker is asked once a job, and as many as the job can keep busy. One that has a job loaded which goes on
+        is not asked: it would have to forget that one.
+
+        Args:
+            worker_id: a live worker without a lease, for which there is no task.
+            claim_key: of its poll; the same one again is asked the same again, since an answer may be lost.
+            loaded: jobs that it has in memory.
+            jobs: all jobs, oldest first.
+        """
+        worker = self.workers[worker_id]
+        if not may_work(worker) or worker.registration.protocol < PREPARES_SINCE:
+            return None
+        active = [job for job in jobs if not job.over]
+        if any(job.id in loaded for job in active):
+            return None
+        for job in active:
+            asked = self.asked.get(job.id, {})
+            if asked.get(worker_id) == claim_key:
+                return job
+            if worker_id in asked or isinstance(job.phase, Paused):
+                continue
+            if worker_id in job.excluded or why_not(worker, job) is not None:
+                continue
+            busy = asked.keys() | {lease.worker for lease in self.leases.values() if lease.job == job.id}
+            if len(busy) < workers_needed(job, len(self.workers)):
+                return job
+        return None
+
+    def ask_to_prepare(self, worker_id: str, claim_key: str, job: str, now: float) -> None:
+        """A worker is asked to load a job, and not expected to call before it has."""
+        worker = self.seen(worker_id, now)
+        worker.preparing = job
+        self.asked.setdefault(job, {})[worker_id] = claim_key
+
+    def unask(self, worker_id: str) -> None:
+        """A worker has nothing loaded any more: it left, or is another process now."""
+        for asked in self.asked.values():
+            asked.pop(worker_id, None)
+
     def spare(self, job: Job, older: Sequence[Job], now: float) -> int:
         """How many of the workers that could serve this job no older job needs."""
         serving = set(self.serving(job, now))
@@ -241,10 +295,9 @@ def why_not(worker: Worker, job: Job) -> str | None:
         return f"{worker.name} has not listed task {job.task_digest[:12]}…"
     if job.spec.aggregation.update != "fp32" and registration.protocol < ENCODING_SINCE:
         return f"{worker.name} cannot encode updates as {job.spec.aggregation.update}: upgrade it"
-    keys = TrainSection.model_fields
-    unknown = [name for name in NEW_IN_TRAIN if getattr(job.spec.train, name) != keys[name].default]
-    if registration.protocol < 2 and unknown:
-        return f"{worker.name} speaks protocol {registration.protocol}, which has no train.{unknown[0]}: upgrade it"
+    if registration.protocol < 2 and job.spec.train.new_keys:
+        key = job.spec.train.new_keys[0]
+        return f"{worker.name} speaks protocol {registration.protocol}, which has no train.{key}: upgrade it"
     wanted = job.spec.data.name or job.spec.task
     if job.spec.data.partition == "local" and wanted not in registration.data:
         return f"{worker.name} offers no data named {wanted} (--data {wanted}=PATH)"
@@ -266,14 +319,16 @@ def standing(fleet: Fleet, worker: Worker, now: float, describe: Callable[[Lease
         return Standing("set aside", worker.set_aside)
     if worker.left:
         return Standing("gone", "it said goodbye")
-    if not fleet.is_live(worker, now):
+    if not (fleet.is_live(worker, now) or fleet.is_loading(worker, now)):
         away = "not seen since the coordinator started" if worker.seen_at is None else "no call for a lease time"
         return Standing("gone", away)
     if worker.degraded and lease is None:
         return Standing("degraded", worker.degraded)
     if worker.draining:
         return Standing("draining", describe(lease) if lease else "takes no more work")
-    return Standing("working", describe(lease)) if lease else Standing("idle", "waiting for work")
+    if lease is None:
+        return Standing("idle", f"loading {worker.preparing}" if worker.preparing else "waiting for work")
+    return Standing("working", describe(lease))
 
 
 def why_nobody(fleet: Fleet, job: Job, now: float) -> str:

@@ -20,6 +20,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
         exclude={
             "settled": True,
             "wanted": True,
+            "prepare": True,
             "assignment": {"steps": True, "optimizer_of": True, "spec": spec},
         }
     )

@@ -868,6 +868,79 @@ def test_a_broken_disk_stops_the_agent_with_a_sentence(plays: ScriptedCoordinato
     assert plays.names[-1] == "leave"
 
 
+# ---------------------------------------------------------------- loaded before there is work
+
+
+def preparation(**fields: Any) -> dict[str, Any]:
+    """What a poll is answered with to have the job of assignment() loaded."""
+    given = assignment().model_dump(mode="json")
+    return {"job": given["job"], "task": given["task"], "spec": given["spec"], **fields}
+
+
+def test_a_job_that_was_loaded_before_there_was_work_is_not_opened_again(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.answer_poll(prepare=preparation())
+    worker.start()
+    assert plays.wait_call("poll", 2).body["loaded"] == ["job-1"]
+    assert worker.asked() == ["open", "describe"]
+    assert "heartbeat" not in plays.names
+    plays.hand_out(assignment())
+    plays.wait_for("the update", lambda: WORK in plays.accepted)
+    assert worker.asked() == ["open", "describe", "train", "train begin 0", "train end"]
+    plays.answer_poll(forget=["job-1"])
+    plays.wait_for("it to be forgotten", lambda: plays.of("poll")[-1].body["loaded"] == [])
+
+
+@pytest.mark.parametrize("do", ["open", "describe"])
+def test_a_job_that_could_not_be_loaded_costs_nothing_and_may_still_be_trained(
+    do: str, plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    fails = worker.control / f"fail-{do}"
+    fails.write_text(json.dumps({"code": "no_data", "sentence": "the data is elsewhere", "detail": ""}))
+    plays.answer_poll(prepare=preparation())
+    worker.start()
+    plays.wait_call("poll", 2)
+    assert "job-1 is not loaded: the data is elsewhere" in worker.said
+    fails.unlink()
+    plays.hand_out(assignment())
+    plays.wait_for("the update", lambda: WORK in plays.accepted)
+    assert "abandon" not in plays.names
+
+
+def test_a_task_that_is_not_trusted_is_not_loaded(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.answer_poll(prepare=preparation(task={"name": "theirs", "digest": "a" * 64}))
+    worker.start()
+    assert plays.wait_call("poll", 2).body["loaded"] == []
+    assert worker.asked() == []
+    assert "--trust" in worker.said
+
+
+def test_a_signal_ends_the_loading_of_a_job_at_once(plays: ScriptedCoordinator, worker: Worker) -> None:
+    worker.hold("describe")
+    plays.answer_poll(prepare=preparation())
+    worker.start()
+    wait_until("the child to be asked", lambda: "describe" in worker.asked())
+    assert worker.terminate() == 0
+    assert plays.names[-1] == "leave"
+    assert "Traceback" not in worker.said
+
+
+def test_a_child_that_ran_a_built_in_task_serves_the_next_job_and_no_other_child_does(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    source = b"def model(config): ..."
+    theirs = {"name": "theirs", "digest": hashlib.sha256(source).hexdigest()}
+    file = worker.state / "tasks" / theirs["digest"] / "theirs.py"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(source)
+    for number, task in enumerate([{"name": "digits"}, theirs, {"name": "digits"}], start=1):
+        plays.answer_poll(prepare=preparation(job=f"job-{number}", task=task))
+    worker.start("--trust", "any")
+    assert [plays.wait_call("poll", n).body["loaded"] for n in (2, 3, 4)] == [["job-1"], ["job-2"], ["job-3"]]
+    assert worker.asked() == ["open", "describe", "close", "open", "describe", "open", "describe"]
+
+
 # ---------------------------------------------------------------- a real coordinator
 
 

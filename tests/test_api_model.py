@@ -70,6 +70,7 @@ class Player:
     kept: list[Holding] = field(default_factory=list)
     strikes: int = 0
     degraded: str = ""
+    asked: dict[str, str] = field(default_factory=dict)  # job that it was asked to load -> the claim key it asked with
     suspected: bool = False  # an older process of it has called: a new one may be refused
 
 
@@ -260,6 +261,7 @@ class ApiMachine(RuleBasedStateMachine):
             if start_id == player.start_id:
                 return
             player.stale_id, player.start_id, player.degraded = player.start_id, start_id, ""
+            player.asked.clear()
             for name, attempt in ((h.assignment, h.attempt) for h in held):
                 lease = self.book_of(name).tries[name][attempt - 1]
                 if holding and (lease.out or lease.revived):
@@ -290,6 +292,7 @@ class ApiMachine(RuleBasedStateMachine):
                 said = PollAnswer.model_validate_json(response.content)
                 self._check_copies(player, holding, said, exact=wait_s == 0)
                 self._check_work(player, said.assignment, exact=wait_s == 0)
+                self._check_preparation(player, said, key, exact=wait_s == 0)
             if answer == "204":
                 assert wait_s == 0 or self.now >= begun_at + wait_s
 
@@ -331,6 +334,19 @@ class ApiMachine(RuleBasedStateMachine):
             assert player.strikes < STRIKES, "a worker that is set aside was given work"
             assert not player.degraded or not exact
             self.works.append(Work(player, given))
+
+    def _check_preparation(self, player: Player, said: PollAnswer, key: str, *, exact: bool) -> None:
+        """A job is to be loaded once, and only by a worker that has no work and may have some of it."""
+        if said.prepare is None:
+            return
+        job, book = said.prepare.job, self.ledger.books[said.prepare.job]
+        assert said.assignment is None
+        assert player.strikes < STRIKES, "a worker that is set aside was asked to load a job"
+        assert player.asked.setdefault(job, key) == key, "a worker was asked twice to load a job"
+        if exact:
+            assert not any((book.over, book.paused, player.degraded))
+            assert player.id not in book.excluded
+            assert not self.work_for(player), "a worker was asked to load a job, and there was work"
 
     def work_for(self, player: Player) -> set[str]:
         """Tasks that nobody holds and this worker could be given."""
@@ -657,6 +673,8 @@ class ApiMachine(RuleBasedStateMachine):
 
         def then(answer: str, response: httpx2.Response) -> None:
             player.suspected |= answer.startswith("409")
+            if answer == "204":
+                player.asked.clear()
 
         path = f"/v1/workers/{player.id}/leave?start_id={start_id}"
         allowed = {"204"} if start_id == player.start_id else {"409 superseded"}
@@ -733,6 +751,7 @@ class ApiMachine(RuleBasedStateMachine):
         self.uploads = {key: upload for key, upload in self.uploads.items() if self.is_open(key[0])}
         for player in self.players:
             player.degraded, player.suspected = "", False
+            player.asked.clear()
         for book in self.ledger.books.values():
             for tries in book.tries.values():
                 for each in tries:
@@ -824,6 +843,7 @@ class ApiMachine(RuleBasedStateMachine):
             for player in self.players:
                 self.behave(player)
             self.time_passes(1)
+            self.let_all_go()  # what a restart began may be all that is left to do
         assert {book.id: book.state for book in self.ledger.books.values() if not book.over} == {}
         self.what_is_shown_is_what_happened()
         self.what_was_acknowledged_is_there()

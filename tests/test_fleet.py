@@ -358,3 +358,67 @@ def test_no_place_is_kept_for_a_degraded_worker() -> None:
     some = fleet("a", "b")
     some.workers["b"].degraded = "read-only disk"
     assert some.places(running("j"), 0.0) == ["a"]
+
+
+# ---------------------------------------------------------------- what a worker loads before there is work
+
+
+def prepared(some: Fleet, worker: str, *jobs: Job, key: str = "k", loaded: tuple[str, ...] = ()) -> str | None:
+    """The job that a worker is asked to load, as the coordinator asks."""
+    job = some.to_prepare(worker, key, loaded, jobs)
+    if job is not None:
+        some.ask_to_prepare(worker, key, job.id, 0.0)
+    return job.id if job else None
+
+
+def test_a_job_in_the_queue_is_prepared_once_by_each_worker_that_it_can_keep_busy() -> None:
+    some = fleet("a", "b", "c")
+    asked = [prepared(some, worker, queued(data={"shards": 2}), key=worker) for worker in "aabc"]
+    assert asked == ["q", "q", "q", None]  # the same claim key again is the same poll
+    assert prepared(some, "a", queued(data={"shards": 2}), key="another") is None
+
+
+def test_a_worker_is_asked_again_in_its_next_life() -> None:
+    some = fleet("a")
+    assert prepared(some, "a", queued()) == "q"
+    some.register("a", registration("a", start_id="s2"), 1.0)
+    assert prepared(some, "a", queued(), key="another") == "q"
+
+
+def test_who_works_for_the_job_already_is_counted() -> None:
+    some = fleet("a", "b", "c")
+    some.grant("q", Task("init", 0), 1, "a", 0.0)
+    assert [prepared(some, worker, queued(data={"shards": 2})) for worker in "bc"] == ["q", None]
+
+
+def test_a_worker_never_forgets_a_job_that_goes_on_to_load_another() -> None:
+    some = fleet("a")
+    assert prepared(some, "a", running("j"), queued(), loaded=("j",)) is None
+    assert prepared(some, "a", queued(), loaded=("ended",)) == "q"
+
+
+def test_only_a_worker_that_may_get_work_of_a_job_is_asked_to_load_it() -> None:
+    some = fleet("a", "b", "c", "d", "e")
+    some.workers["a"].degraded = "no room"
+    some.workers["b"].draining = True
+    some.workers["c"].set_aside = "three refusals"
+    some.register("e", registration("e", protocol=1), 0.0)
+    refused_here = rounds.replace(queued(), excluded={"d": "no data"})
+    assert [prepared(some, worker, refused_here) for worker in "abcde"] == [None] * 5
+    untrusted = rounds.replace(queued(), task_digest=digest(1))
+    assert prepared(fleet("a", trust="none"), "a", untrusted) is None
+    assert prepared(fleet("a", trust="listed", trusted=[digest(2)]), "a", untrusted) is None
+    assert prepared(fleet("a", trust="listed", trusted=[digest(1)]), "a", untrusted) == "q"
+    assert prepared(fleet("a"), "a", queued(data={"partition": "local"})) is None
+    over = rounds.replace(queued(), phase=rounds.Cancelled())
+    assert prepared(fleet("a"), "a", over) is None
+
+
+def test_a_worker_that_loads_a_job_is_not_taken_for_gone() -> None:
+    some = fleet("a")
+    prepared(some, "a", queued())
+    assert some.live(fleets.PREPARING_S) == ["a"]
+    assert some.live(fleets.PREPARING_S + 0.1) == []
+    assert standing(some, some.workers["a"], 50.0, str).reason == "loading q"
+    some.seen("a", 60.0)
+    assert some.live(100.1) == []

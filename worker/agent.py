@@ -30,6 +30,7 @@ from common.messages import (
     Holding,
     PollAnswer,
     PollRequest,
+    Preparation,
     Progress,
     Receipt,
     Registration,
@@ -40,7 +41,7 @@ from common.transfers import TransferStopped
 from worker import hardware, plan
 from worker.child import TaskFailure, TaskStopped
 from worker.departure import Departure, Leaving
-from worker.heart import Heart
+from worker.heart import Heart, Watch
 from worker.identity import Identity, usable
 from worker.options import Options
 from worker.spool import Attempt, Durability, Spool, Trained, Untrained
@@ -230,14 +231,14 @@ class Agent:
         except Unfinished as unfinished:
             raise Leaving from unfinished
 
-    def _fetch(self, call: Callable[[], int], heart: Heart) -> int:
+    def _fetch(self, call: Callable[[], int], watch: Watch) -> int:
         """Make a call that downloads until it has. Returns the bytes it brought.
 
         Raises:
             Dropped: there is nothing to download any more.
             Unfinished: the work was to be dropped.
         """
-        return self._carry(heart.ordered, lambda _: call())
+        return self._carry(watch.ordered, lambda _: call())
 
     def _carry(self, ends: threading.Event, call: Callable[[LydianError | None], T]) -> T:
         """Make a call with bytes until it is answered; damaged ones are sent again, a few times.
@@ -362,13 +363,13 @@ class Agent:
         return answer
 
     def _follow(self, answer: PollAnswer) -> None:
-        """Do what the coordinator answered: forget, delete, send again, and then the new work."""
+        """Do what the coordinator answered: forget, delete, send again, then the new work or what may become work."""
         url = self.identity.url
         with self._disk_trouble():
             for job in answer.forget:
                 self.spool.drop_job(job, url)
             if set(self._trainer.loaded) & set(answer.forget):
-                self._trainer.close()
+                self._trainer.forget()
                 self._trainer.ready()  # torch is loaded before the next job needs it
         for held in [self.spool.find_kept(told, url) for told in answer.settled]:
             if held is not None:
@@ -377,6 +378,21 @@ class Agent:
             self._do(answer.assignment, wanted=answer.wanted)
         else:
             self._send_again(answer.wanted)
+            if answer.prepare is not None:
+                self._prepare(answer.prepare)
+
+    def _prepare(self, asked: Preparation) -> None:
+        """Load a job while there is no work. Only time is won by it: what fails here the assignment meets again.
+
+        Raises:
+            Leaving: a signal came.
+        """
+        log.info("%s: loading it before there is work of it", asked.job)
+        try:
+            with self._disk_trouble(), self._departure.may_leave():
+                self._trainer.prepare(asked, Watch())
+        except (TaskFailure, TaskStopped, Dropped, Unfinished) as ended:
+            log.info("%s is not loaded: %s", asked.job, ended)
 
     def _send_again(self, wanted: tuple[Holding, ...]) -> None:
         """Hand in kept updates once more: a power cut took the coordinator's bytes."""
@@ -411,7 +427,7 @@ class Agent:
         room = plan.room_needed(assignment, fetched=0)
         with self._attempt(assignment.id, assignment.attempt, label, room) as heart:
             self._send_again(wanted)
-            self._trainer.check_trust(assignment)
+            self._trainer.check_trust(assignment.task)
             begun = self.spool.start_again(known) if known else self.spool.begin(assignment, self.identity.url)
             durability = self.spool.durability(begun)
             heart.on_first_beat = durability.begin

@@ -21,34 +21,16 @@ log = logging.getLogger("lydian.worker")
 STOP_GRACE_S = 10.0  # for the child to stop at its next step, before it is killed
 
 
-class Heart(threading.Thread):
-    """Beats while an assignment is under way. A context manager: inside, it beats."""
+class Watch:
+    """What is to be known of work under way: where it stands, whether it is to be dropped, and which child does it."""
 
-    def __init__(
-        self, api: CoordinatorApi, worker: str, start_id: str, assignment: str, attempt: int, period_s: float
-    ) -> None:
-        """Beats every `period_s` seconds, the first time after one period."""
-        super().__init__(name="heart", daemon=True)
-        self.assignment, self.attempt = assignment, attempt
+    def __init__(self) -> None:
+        """Nothing is ordered yet."""
         self.progress = Progress(doing="loading")
-        self.on_first_beat: Callable[[], None] = lambda: None  # the work is not that short, so worth being kept
-        self.order = "continue"
         self.order_reason = ""
         self.ordered = threading.Event()  # the work is to be dropped
-        self.fatal: LydianError | None = None  # the coordinator will take nothing from this process any more
-        self._api, self._worker, self._start_id, self._period_s = api, worker, start_id, period_s
         self._child: Child | None = None
-        self._ended = threading.Event()
         self._acting = threading.Lock()  # an answer that comes late must not stop what the child does next
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with self._acting:
-            self._child = None
-        self._ended.set()
 
     def see(self, progress: Progress) -> None:
         """The child reported."""
@@ -64,6 +46,32 @@ class Heart(threading.Thread):
             self._child = child
         if self.ordered.is_set():
             raise TaskStopped(self.order_reason or "the work is to be dropped")
+
+
+class Heart(Watch, threading.Thread):
+    """Beats while an assignment is under way. A context manager: inside, it beats."""
+
+    def __init__(
+        self, api: CoordinatorApi, worker: str, start_id: str, assignment: str, attempt: int, period_s: float
+    ) -> None:
+        """Beats every `period_s` seconds, the first time after one period."""
+        threading.Thread.__init__(self, name="heart", daemon=True)
+        Watch.__init__(self)
+        self.assignment, self.attempt = assignment, attempt
+        self.on_first_beat: Callable[[], None] = lambda: None  # the work is not that short, so worth being kept
+        self.order = "continue"
+        self.fatal: LydianError | None = None  # the coordinator will take nothing from this process any more
+        self._api, self._worker, self._start_id, self._period_s = api, worker, start_id, period_s
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._acting:
+            self._child = None
+        self._ended.set()
 
     def let_go(self) -> None:
         """Stop the work at once: the time to finish it is up. Any thread may call this."""

@@ -4,7 +4,8 @@ A script, run as `python -P -u …/task_host.py --device D --threads N`. It impo
 safetensors, and must never import this repository, or let the task file reach it by accident: the task's own `common`
 or `server` is the task's. Nothing is pickled. One command at a time; the model and the data stay loaded between them.
 
-    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "train_many" | "evaluate", …}; "stop" ends it
+    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "train_many" | "evaluate" | "close", …};
+                      {"do": "stop"} ends each of them
     agent ◀──stdout── {"event": "hello"}, then for each command any number of {"event": "progress"}
                       and exactly one {"event": "done" | "stopped" | "error"}
     log   ◀──stderr── prints and warnings of the task, stacks on SIGUSR1 and on a crash
@@ -1041,6 +1042,7 @@ class Host:
             "train": self.train,
             "evaluate": self.evaluate,
             "train_many": self.train_many,
+            "close": self.close,
         }
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -1064,6 +1066,12 @@ class Host:
         self._task, self._model, self._splits, self._said = None, None, {}, None
         self._many = task_stacked.Many(self, sys.modules[__name__])
         self._task = import_task(Path(task).resolve(), config)
+        return {}
+
+    def close(self) -> dict[str, Any]:
+        """Forget the task, its model and its data."""
+        self._task, self._model, self._splits, self._said = None, None, {}, None
+        give_back_memory(self._device)
         return {}
 
     def init(self, seed: int, out: str, labels: str | None) -> dict[str, Any]:
@@ -1405,6 +1413,13 @@ def show_stacks_when_asked() -> None:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
+def give_back_memory(device: torch.device) -> None:
+    """Give back to the device what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any]]", events: Events) -> int:
     """Carry out commands one by one; only a device that is lost ends this. Returns the exit code."""
     while True:
@@ -1412,9 +1427,7 @@ def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any
         events.send(answer)
         if answer["event"] == "done" or device.type == "cpu":
             continue
-        gc.collect()  # what the failed command held goes back to the device
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back_memory(device)
         try:
             run_kernel(device)
         except RuntimeError as error:  # an error inside a kernel spoils the device for this process, and only for it

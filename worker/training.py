@@ -16,20 +16,23 @@ from common.api import CoordinatorApi
 from common.codecs import codec
 from common.deltas import apply_step, encode_update, kept_size
 from common.errors import BadJobError, BadUpdateError
-from common.messages import Assignment, ModelFacts, Progress, Submission, TaskRef
+from common.messages import Assignment, ModelFacts, Preparation, Progress, Submission, TaskRef
 from common.sharding import Partition, order_of
 from common.tasks import BUILTIN
 from common.weights import file_digest, read_layout
 from worker import plan
-from worker.child import Child, TaskFailure
-from worker.heart import Heart
+from worker.child import Child, TaskFailure, TaskStopped
+from worker.heart import Heart, Watch
 from worker.options import Options
 from worker.spool import Durability, Spool, Trained, Untrained
 
 log = logging.getLogger("lydian.worker")
 
-Fetch = Callable[[Callable[[], int], Heart], int]
+Fetch = Callable[[Callable[[], int], Watch], int]
 """Make a call that downloads until it has, and return the bytes it brought."""
+
+
+BY_LABEL = ("dirichlet", "labels")  # partitions
 
 
 def encodes(assignment: Assignment) -> bool:
@@ -59,7 +62,9 @@ class Trainer:
         self._log_path = log_folder / "child.log"
         self._child: Child | None = None
         self._opened: str | None = None  # the job whose task the child has loaded
-        self._cuts: dict[str, Partition] = {}  # job -> its training set in order, for the job in the child
+        self._ran: set[str] = set()  # digests of the tasks, other than built-in ones, whose code has run in the child
+        self._samples: dict[str, int] = {}  # job -> samples in its training set, for the job in the child
+        self._cuts: dict[str, Partition] = {}  # job -> its training set in order, likewise
 
     # ------------------------------------------------------------ the child
 
@@ -85,48 +90,78 @@ class Trainer:
         """End the child, and forget the job that it had loaded."""
         if self._child is not None:
             self._child.kill()
-        self._child, self._opened = None, None
+        self._child = None
+        self._ran.clear()
+        self._forget_job()
+
+    def forget(self) -> None:
+        """Forget the job that is loaded. The child is kept, with its torch, if it has run only built-in tasks."""
+        if self._child is None or self._ran:
+            self.close()
+            return
+        try:
+            self._ask(self._child, {"do": "close"}, Watch())
+        except (TaskFailure, TaskStopped):
+            self.close()
+        self._forget_job()
+
+    def _forget_job(self) -> None:
+        self._opened = None
+        self._samples.clear()
         self._cuts.clear()
 
-    def _child_for(self, assignment: Assignment, heart: Heart) -> Child:
+    def prepare(self, asked: Preparation, watch: Watch) -> None:
+        """Have the child load a job's task and data, so that the first assignment of the job finds them there.
+
+        Raises:
+            TaskFailure: the worker's owner does not allow the task, or it failed; the assignment will say so again.
+            TaskStopped: the child was stopped or killed.
+            OSError: the disk takes nothing.
+        """
+        self.check_trust(asked.task)
+        self._described(self._child_for(asked, watch), asked, watch)
+
+    def _child_for(self, work: Assignment | Preparation, watch: Watch) -> Child:
         """The child with the task of this job loaded: once a job, not once a round."""
-        if self._opened == assignment.job and self._child is not None and self._child.alive:
-            heart.use(self._child)
+        if self._opened == work.job and self._child is not None and self._child.alive:
+            watch.use(self._child)
             return self._child
-        if self._opened is not None:
-            self.close()
+        if self._opened is not None or self._ran - {work.task.digest}:
+            self.forget()
         child = self.ready()
-        heart.use(child)
-        heart.progress = Progress(doing="loading")
-        path, defaults = self._task_of(assignment.task, heart)
-        config = plan.child_config(assignment.spec, defaults, self._options.data)
-        self._ask(child, {"do": "open", "task": str(path), "config": config}, heart)
-        self._opened = assignment.job
+        watch.use(child)
+        watch.progress = Progress(doing="loading")
+        path, defaults = self._task_of(work.task, watch)
+        if work.task.digest is not None:
+            self._ran.add(work.task.digest)
+        config = plan.child_config(work.spec, defaults, self._options.data)
+        self._ask(child, {"do": "open", "task": str(path), "config": config}, watch)
+        self._opened = work.job
         return child
 
-    def _task_of(self, task: TaskRef, heart: Heart) -> tuple[Path, dict[str, Any]]:
+    def _task_of(self, task: TaskRef, watch: Watch) -> tuple[Path, dict[str, Any]]:
         """The task's file, and the defaults of its configuration."""
         if task.digest is None:
             builtin = BUILTIN[task.name]
             return builtin.file, dict(builtin.config)
         digest, path = task.digest, self._spool.task(task.digest, task.name)
         if not path.exists() or file_digest(path) != digest:
-            self._fetch(lambda: self._api.download_task(digest, path, stop=heart.ordered), heart)
+            self._fetch(lambda: self._api.download_task(digest, path, stop=watch.ordered), watch)
         return path, {}
 
-    def _ask(self, child: Child, command: dict[str, Any], heart: Heart) -> dict[str, Any]:
-        return child.ask(command, on_progress=heart.see, stall_s=self._options.stall_s)
+    def _ask(self, child: Child, command: dict[str, Any], watch: Watch) -> dict[str, Any]:
+        return child.ask(command, on_progress=watch.see, stall_s=self._options.stall_s)
 
     # ------------------------------------------------------------ the work
 
-    def check_trust(self, assignment: Assignment) -> None:
+    def check_trust(self, task: TaskRef) -> None:
         """Make sure that the worker's owner allows this task.
 
         Raises:
             TaskFailure: the owner does not (not_trusted), or this version has no such task (unknown_task).
         """
         options = self._options
-        refused = plan.refusal(assignment.task, builtin=BUILTIN, trust=options.trust, trusted=options.trusted)
+        refused = plan.refusal(task, builtin=BUILTIN, trust=options.trust, trusted=options.trusted)
         if refused is not None:
             raise TaskFailure(refused.code, refused.sentence, "")
 
@@ -292,14 +327,13 @@ class Trainer:
         known = self._cuts.get(assignment.job)
         if known is not None:
             return known
-        data, labels_path = assignment.spec.data, self._spool.labels(assignment.job)
-        by_label = data.partition in ("dirichlet", "labels")
-        done = self._ask(child, {"do": "describe", "labels": str(labels_path) if by_label else None}, heart)
-        labels = np.load(labels_path, allow_pickle=False) if by_label else None
+        data, total = assignment.spec.data, self._described(child, assignment, heart)
+        by_label = data.partition in BY_LABEL
+        labels = np.load(self._spool.labels(assignment.job), allow_pickle=False) if by_label else None
         try:
             cut = order_of(
                 data.partition,
-                total=done["train_samples"],
+                total=total,
                 shards=assignment.shards,
                 seed=assignment.spec.seed,
                 alpha=data.alpha,
@@ -310,3 +344,11 @@ class Trainer:
             raise TaskFailure("bad_task", str(error), "") from error
         self._cuts[assignment.job] = cut
         return cut
+
+    def _described(self, child: Child, work: Assignment | Preparation, watch: Watch) -> int:
+        """The samples in the training set. Where shards are cut by label, the labels are in the spool after it."""
+        if work.job not in self._samples:
+            labels = str(self._spool.labels(work.job)) if work.spec.data.partition in BY_LABEL else None
+            done = self._ask(child, {"do": "describe", "labels": labels}, watch)
+            self._samples[work.job] = done["train_samples"]
+        return self._samples[work.job]

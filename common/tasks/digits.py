@@ -1,15 +1,20 @@
-"""Handwritten digits, 8×8 pixels, from scikit-learn: real data without a download. Plain PyTorch."""
+"""Handwritten digits, 8×8 pixels, from scikit-learn: real data without a download. Plain PyTorch.
+
+scikit-learn is looked for and not imported: that takes longer than everything else here, and this file is all we need.
+"""
 # ruff: noqa: ARG001 - every function of a task gets the config
 
+import gzip
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import TensorDataset
 
-TEST_SHARE = 0.2
+TEST_EVERY = 5  # of the samples sorted by class, so that both splits have all classes in the same shares
 
 
 def model(config: dict[str, Any]) -> nn.Module:
@@ -26,9 +31,28 @@ def model(config: dict[str, Any]) -> nn.Module:
 
 
 def dataset(config: dict[str, Any], split: str) -> TensorDataset:
-    """Images float32 (N, 1, 8, 8) in [0, 1] and classes int64 (N,): 1,437 to train, 360 to test, always the same."""
-    images, classes = load_digits(return_X_y=True)
-    parts = train_test_split(images, classes, test_size=TEST_SHARE, stratify=classes, random_state=0)
-    train_images, test_images, train_classes, test_classes = (torch.tensor(part) for part in parts)
-    pixels, labels = {"train": (train_images, train_classes), "test": (test_images, test_classes)}[split]
-    return TensorDataset(pixels.float().div(16).reshape(-1, 1, 8, 8), labels.long())
+    """Images float32 (N, 1, 8, 8) in [0, 1] and classes int64 (N,): 1,437 to train, 360 to test, always the same.
+
+    Raises:
+        FileNotFoundError: scikit-learn is not installed.
+    """
+    with gzip.open(data_file(), "rt") as lines:
+        rows = np.loadtxt(lines, delimiter=",", dtype=np.float32)  # 64 pixels of 0 to 16, and the class
+    is_test = np.zeros(len(rows), dtype=bool)
+    is_test[np.argsort(rows[:, -1], kind="stable")[::TEST_EVERY]] = True
+    part = torch.from_numpy(rows[{"train": ~is_test, "test": is_test}[split]])
+    return TensorDataset(part[:, :-1].div(16).reshape(-1, 1, 8, 8), part[:, -1].long())
+
+
+def data_file() -> Path:
+    """The file that scikit-learn brings.
+
+    Raises:
+        FileNotFoundError: scikit-learn is not installed, or keeps it elsewhere.
+    """
+    found = find_spec("sklearn")
+    for folder in found.submodule_search_locations or [] if found else []:
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            return file
+    raise FileNotFoundError("digits come with scikit-learn, which has no digits.csv.gz here: pip install scikit-learn")

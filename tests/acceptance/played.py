@@ -59,9 +59,12 @@ class Played:
         return self.registration.start_id
 
     def ask(self, wait_s: float = 5.0, **fields: object) -> PollAnswer | None:
-        """One poll."""
+        """One poll; asked to load a job, which a played worker has no use for, it polls again."""
         request = {"start_id": self.start_id, "claim_key": os.urandom(4).hex(), "wait_s": wait_s, **fields}
-        return self.api.poll(self.id, PollRequest.model_validate(request))
+        answer = self.api.poll(self.id, PollRequest.model_validate(request))
+        if answer is not None and answer.prepare is not None and not (answer.forget or answer.settled):
+            return self.ask(wait_s, **fields)
+        return answer
 
     def poll(self, wait_s: float = 5.0, **fields: object) -> Assignment:
         """One poll that must bring work."""

@@ -25,7 +25,7 @@ from common.messages import Abandon, Hardware, PollAnswer, PollRequest, Registra
 from common.transfers import TransferStopped
 from worker import hardware, plan
 from worker.child import TaskFailure, TaskStopped
-from worker.heart import Heart
+from worker.heart import Heart, Watch
 from worker.options import Options
 from worker.simulation.claims import Claim, groups
 from worker.simulation.heart import Held, SharedHeart
@@ -131,7 +131,7 @@ class Simulator:
                 log.debug("%s; trying again", error)
             self._leaving.wait(plan.wait_s(failures, random.random(), ttl_s=self._ttl_s))  # with jitter
 
-    def _fetch(self, call: Callable[[], int], heart: Heart) -> int:
+    def _fetch(self, call: Callable[[], int], heart: Watch) -> int:
         """Make a call that downloads until it has."""
         try:
             return self._insist(call)
@@ -197,7 +197,7 @@ class Simulator:
         begun: list[Untrained] = []
         try:
             with SharedHeart(held, waiting, self._heartbeat_s) as heart:
-                self._trainer.check_trust(held[0].assignment)
+                self._trainer.check_trust(held[0].assignment.task)
                 begun += [self._spool.begin(one.assignment, self._url) for one in held]
                 outcomes = self._carry_out(begun, heart)
                 self._hand_in_all(held, outcomes)
@@ -223,9 +223,16 @@ class Simulator:
         return Held(worker.api, worker.id, worker.start_id, claim.assignment)
 
     def _carry_out(self, begun: list[Untrained], heart: Heart) -> list[Trained | TaskFailure]:
-        if begun[0].assignment.kind == "train":
+        first = begun[0].assignment
+        if first.kind == "train" and not first.spec.train.new_keys:  # what a stack of models can do
             return self._trainer.carry_out_many(begun, heart)
-        return [self._trainer.carry_out(begun[0], self._spool.durability(begun[0]), heart)]
+        return [self._carry_out_one(one, heart) for one in begun]
+
+    def _carry_out_one(self, begun: Untrained, heart: Heart) -> Trained | TaskFailure:
+        try:
+            return self._trainer.carry_out(begun, self._spool.durability(begun), heart)
+        except TaskFailure as failure:
+            return failure
 
     def _hand_in_all(self, held: list[Held], outcomes: list[Trained | TaskFailure]) -> None:
         """Upload and submit every result; what failed is given back."""
