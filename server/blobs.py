@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common.errors import BadRequestError, DiskFullError, NotFoundError
 from common.staging import RECORD
+from server.reading import Reading
 from server.store import sync
 
 BLOCK = 512  # bytes; the unit of st_blocks, whatever the file system
@@ -39,6 +40,7 @@ class Blobs:
         """
         self._blobs, self._parts = folder / "blobs", folder / "parts"
         self._reserve_bytes, self._ballast = reserve_bytes, ballast
+        self.reading = Reading()
         for each in (self._blobs, self._parts):
             each.mkdir(parents=True, exist_ok=True, mode=0o700)
 

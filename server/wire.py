@@ -5,6 +5,8 @@
 
 Uvicorn waits without limit for both. What lies between them, the body of a request, is limited in server.bodies, and a
 connection that rests between two requests by uvicorn itself.
+
+It is quicker as well: a large piece of a body is passed on as it came, where uvicorn copies it twice more.
 """
 
 import asyncio
@@ -13,6 +15,8 @@ from collections.abc import Callable
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 Base: type[asyncio.Protocol] = AutoHTTPProtocol
+
+LARGE = 1 << 16  # bytes of a piece that the application is to take before the next is read
 
 
 def impatient(idle_s: float) -> type[asyncio.Protocol]:
@@ -32,6 +36,17 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             self._await_head()
+
+        def on_body(self, body: bytes) -> None:
+            """Called by the parser of httptools; the other protocol has a way of its own."""
+            cycle = self.cycle
+            if cycle.body or cycle.response_complete or self.parser.should_upgrade():
+                super().on_body(body)  # joins the pieces
+                return
+            cycle.body = body
+            if len(body) > LARGE:
+                self.flow.pause_reading()
+            cycle.message_event.set()
 
         def pause_writing(self) -> None:
             super().pause_writing()
