@@ -59,9 +59,7 @@ class Reading:
         size = self.piece_bytes
         start = at - at % size
         data = await asyncio.shield(self._read((digest, start, size), descriptor))
-        wanted = (
-            data if (at, start + len(data)) == (start, min(stop, start + size)) else data[at - start : stop - start]
-        )
+        wanted = data[at - start : stop - start]  # no copy where that is all of it
         if not wanted:
             raise OSError(f"{digest[:12]}… ends before byte {at}")
         return wanted

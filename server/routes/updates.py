@@ -40,7 +40,7 @@ async def upload(
 
 
 async def _body(request: Request) -> AsyncIterator[bytes]:
-    """The body as it comes. Starlette's own stream holds a piece until the next is there, which of many uploads is much.
+    """The body as it comes. Starlette's own stream holds each piece until the next is there: much, of many uploads.
 
     Raises:
         ClientDisconnect: its sender is gone.
