@@ -68,7 +68,7 @@ class Staging:
             unless_done.pop_all()
         return cls(path, *known, descriptor, record)
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         """Put bytes at their place. The same bytes again change nothing.
 
         Raises:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -27,6 +28,9 @@ from common.staging import Staging
 from common.streams import STREAMS, Piece, Streams
 
 PIECE = 1 << 20  # bytes handed to the socket at a time
+BLOCK = 512 << 10  # bytes read off a socket before they are written, hashed and counted: what a core's cache holds
+OLD_S = 0.5  # after which they are written in any case, so that a slow or dead line keeps nothing back
+STRAIGHT = 8 << 20  # bytes of an answer that are worth a connection of their own (`_blocks`)
 NOTE_EVERY = 1 << 20  # bytes of one stream that a killed process forgets at most
 IDLE_S = 30.0  # without a byte, after which a connection counts as dead
 CONNECT_S = 10.0
@@ -60,7 +64,7 @@ class Transfer(ABC):
     ) -> None:
         self._client, self._url, self._path = client, url, path
         self._stop = stop or threading.Event()
-        self._on_bytes = on_bytes
+        self._on_bytes, self._idle_s = on_bytes, idle_s
         self._timeout = httpx2.Timeout(idle_s, connect=CONNECT_S)
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)  # one stream has
@@ -335,9 +339,11 @@ class Download(Transfer):
         """Write the bytes [start, stop) as they come, and note them by and by."""
         at = noted = start
         try:
-            for block in answer.iter_raw():
+            for block in _blocks(answer, stop - start, self._idle_s):
                 self._check()
                 data = block[: stop - at]
+                if not data:
+                    continue
                 with self._lock:
                     staging.write(at, data)
                     self.received += len(block)
@@ -346,7 +352,7 @@ class Download(Transfer):
                         self._hashed += len(data)
                 at += len(data)
                 self._count(len(data))
-                if at - noted >= NOTE_EVERY:
+                if at - noted >= NOTE_EVERY - BLOCK:  # another block may wait in the buffer
                     staging.note(noted, at)
                     noted = at
         finally:
@@ -360,6 +366,55 @@ class Download(Transfer):
             return self._hash.hexdigest()
         with staging.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _blocks(answer: httpx2.Response, size: int, idle_s: float) -> Iterator[bytes | memoryview]:
+    """A body of `size` bytes as it comes. What is yielded is good until the next is asked for.
+
+    A large one is read straight off the socket: through httpx2 each 64 KiB are copied three times and pass ten calls.
+    The connection cannot be used again then, since httpx2 does not know what was read.
+    """
+    line, parts = answer.extensions.get("network_stream"), answer.iter_raw()
+    if size < STRAIGHT or line is None or answer.headers.get("Content-Length") != str(size):
+        yield from parts
+        return
+    plain = line.get_extra_info("socket")
+    if line.get_extra_info("ssl_object") is not None or not isinstance(plain, socket.socket):
+        yield from parts
+        return
+    first = next(parts, b"")  # with the head; nothing more was taken from the socket
+    yield first
+    yield from _off_socket(plain, size - len(first), idle_s)
+
+
+def _off_socket(line: socket.socket, left: int, idle_s: float) -> Iterator[memoryview]:
+    """The next `left` bytes that a socket brings, in blocks; an empty one now and then while nothing comes.
+
+    Raises:
+        httpx2.TransportError: the line broke, or was silent for `idle_s`. What came before was yielded.
+    """
+    buffer, held = memoryview(bytearray(BLOCK)), 0
+    line.settimeout(min(OLD_S, idle_s))
+    heard = began = time.monotonic()
+    while left:
+        broken: httpx2.TransportError | None = None
+        try:
+            came = line.recv_into(buffer[held:], min(left, BLOCK - held))
+            if came == 0:
+                broken = httpx2.RemoteProtocolError(f"the connection was closed {left} bytes too early")
+        except TimeoutError:
+            came = 0
+            if time.monotonic() - heard >= idle_s:
+                broken = httpx2.ReadTimeout(f"no byte came for {idle_s:g} s")
+        except OSError as error:
+            came, broken = 0, httpx2.ReadError(str(error))
+        now = time.monotonic()
+        held, left, heard = held + came, left - came, now if came else heard
+        if came == 0 or left == 0 or held == BLOCK or now - began >= OLD_S:
+            yield buffer[:held]
+            held, began = 0, time.monotonic()
+        if broken is not None:
+            raise broken
 
 
 @contextmanager

@@ -12,11 +12,13 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from common.errors import BadRequestError, DiskFullError, NotFoundError
 from common.staging import RECORD
+from server.reading import Reading
 from server.store import sync
 
 BLOCK = 512  # bytes; the unit of st_blocks, whatever the file system
@@ -39,6 +41,11 @@ class Blobs:
         """
         self._blobs, self._parts = folder / "blobs", folder / "parts"
         self._reserve_bytes, self._ballast = reserve_bytes, ballast
+        self.reading = Reading()
+        # Bytes that are promised at most: what was counted last and all that was asked for since. Every part is looked
+        # at only when that may be too much.
+        self._promised_most: int | None = None
+        self._counting = threading.Lock()
         for each in (self._blobs, self._parts):
             each.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -150,13 +157,17 @@ class Blobs:
             DiskFullError: they do not.
         """
         disk = os.statvfs(self._parts)
-        free, promised = disk.f_bavail * disk.f_frsize, self._promised()
+        free = disk.f_bavail * disk.f_frsize
         reserved = max(self._reserve_bytes - self._ballast_held(), 0)
-        if wanted > free - promised - reserved:
-            raise DiskFullError(
-                f"{wanted} bytes do not fit: {free} are free in {self._parts.parent}, of which "
-                f"{promised} are promised to uploads under way and {reserved} reserved for the journal"
-            )
+        with self._counting:
+            if self._promised_most is None or wanted > free - self._promised_most - reserved:
+                self._promised_most = promised = self._promised()
+                if wanted > free - promised - reserved:
+                    raise DiskFullError(
+                        f"{wanted} bytes do not fit: {free} are free in {self._parts.parent}, of which "
+                        f"{promised} are promised to uploads under way and {reserved} reserved for the journal"
+                    )
+            self._promised_most += wanted
 
     def _ballast_held(self) -> int:
         """Bytes of the ballast, which may be given up at this very moment."""

@@ -117,6 +117,7 @@ class Uploads:
                 self._check_kept(key, staging)
                 staging.write(at, chunk)
                 at += len(chunk)
+                del chunk  # before the next is waited for: of many uploads it would be much
                 if at - noted >= NOTE_EVERY:
                     staging.note(noted, at)
                     noted = at

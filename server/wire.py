@@ -5,14 +5,22 @@
 
 Uvicorn waits without limit for both. What lies between them, the body of a request, is limited in server.bodies, and a
 connection that rests between two requests by uvicorn itself.
+
+Bytes come by one buffer that all connections share, as large as is fair between the bodies under way: uvloop reads
+250 kB of each connection before the first of them is looked at, which of a thousand uploads is a quarter of a gigabyte.
+A piece of a body is passed on as the parser cut it, where uvicorn copies it twice more.
 """
 
 import asyncio
 from collections.abc import Callable
+from typing import Any, cast
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 Base: type[asyncio.Protocol] = AutoHTTPProtocol
+
+MOST, LEAST = 1 << 18, 1 << 14  # bytes that are read of a connection at once
+WAITING = 16 << 20  # bytes of bodies that wait for the application, about, while there are fewer than WAITING / LEAST
 
 
 def impatient(idle_s: float) -> type[asyncio.Protocol]:
@@ -22,6 +30,8 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
         idle_s: seconds.
     """
 
+    receiving = set[asyncio.Protocol]()  # connections on which a body comes
+
     class Impatient(Base):  # type: ignore[misc,valid-type] # which of two classes it is depends on what is installed
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             self._for_head, self._for_reader = _Patience(idle_s), _Patience(idle_s)
@@ -29,9 +39,23 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
             super().connection_made(transport)
             self._await_head()
 
-        def data_received(self, data: bytes) -> None:
+        def data_received(self, data: bytes | memoryview) -> None:
             super().data_received(data)
             self._await_head()
+            if self._is_answering() and self.cycle.more_body:
+                receiving.add(self)
+            else:
+                receiving.discard(self)
+
+        def on_body(self, body: bytes) -> None:
+            """Called by the parser of httptools; the other protocol has a way of its own."""
+            cycle = self.cycle
+            if cycle.body or cycle.response_complete or self.parser.should_upgrade():
+                super().on_body(body)  # joins the pieces
+                return
+            cycle.body = body
+            self.flow.pause_reading()  # until the application asks for more
+            cycle.message_event.set()
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -44,6 +68,7 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._for_head.stop()
             self._for_reader.stop()
+            receiving.discard(self)
             super().connection_lost(exc)
 
         def _await_head(self) -> None:
@@ -73,7 +98,38 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
         def _is_answering(self) -> bool:
             return self.cycle is not None and not self.cycle.response_complete
 
-    return Impatient
+    class Shared(asyncio.BufferedProtocol):
+        """Reads for one connection, into the buffer of all of them: what is in it is taken at once."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - whatever uvicorn says
+            self._inner = Impatient(*arguments, **options)
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self._inner.connection_made(transport)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._inner.connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            self._inner.pause_writing()
+
+        def resume_writing(self) -> None:
+            self._inner.resume_writing()
+
+        def eof_received(self) -> bool | None:
+            self._inner.eof_received()
+            return None  # close
+
+        def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
+            # Fewer bytes of each, the more send at once.
+            return buffer[: min(max(WAITING // max(len(receiving), 1), LEAST), MOST)]
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self._inner.data_received(buffer[:nbytes])
+
+    buffer = memoryview(bytearray(MOST))
+    # Uvicorn only passes it on, and asyncio takes either kind.
+    return cast("type[asyncio.Protocol]", Shared)
 
 
 class _Patience:

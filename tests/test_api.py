@@ -188,8 +188,10 @@ def no_thread_left() -> Iterator[None]:
     assert [thread for thread in threading.enumerate() if thread not in before] == []
 
 
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
+@pytest.fixture(params=[FIRST + 1, transfers.STRAIGHT], ids=["off the socket", "through httpx2"])
+def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a download goes; each is tried in both ways in which bytes are read."""
+    monkeypatch.setattr(transfers, "STRAIGHT", request.param)
     return tmp_path / "model"
 
 
@@ -336,6 +338,51 @@ def test_an_answer_without_a_digest_is_no_model(api: CoordinatorApi, shelf: Shel
     with pytest.raises(LydianError, match="without its length or its digest"):
         api.pull("j", target)
     assert list(target.parent.iterdir()) == []
+
+
+def test_what_a_slow_line_brought_is_noted_although_it_is_less_than_a_block(
+    api: CoordinatorApi, shelf: Shelf, net: Proxy, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.data = DATA[:SMALL]
+    net.down.fault = Fault("stall", after=300_000)
+    stop = threading.Event()
+    seen: list[int] = []
+
+    def call() -> None:
+        with suppress(TransferStopped, UnavailableError):
+            fetch(api, target, shelf.digest, size=SMALL, stop=stop, on_bytes=seen.append)
+
+    calling = threading.Thread(target=call)
+    calling.start()
+    wait_for("the bytes to be written", lambda: seen and seen[-1] > 290_000)
+    stop.set()
+    net.cut_all()
+    calling.join()
+    assert fetch(api, target, shelf.digest, size=SMALL) < SMALL - 290_000
+    assert target.read_bytes() == shelf.data
+
+
+def test_a_download_that_is_stopped_while_nothing_comes_ends_soon(
+    api: CoordinatorApi, net: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "STRAIGHT", FIRST + 1)
+    net.down.fault = Fault("stall", after=MIB)
+    stop, ended = threading.Event(), list[type[BaseException]]()
+
+    def call() -> None:
+        try:
+            fetch(api, tmp_path / "model", size=SIZE, stop=stop)
+        except LydianError as error:
+            ended.append(type(error))
+        except TransferStopped as stopped:
+            ended.append(type(stopped))
+
+    calling = threading.Thread(target=call)
+    calling.start()
+    wait_for("the line to stand still", lambda: net.down.fault is None)
+    stop.set()
+    calling.join(api._idle_s)  # it would take as long for the line to count as dead
+    assert ended == [TransferStopped]
 
 
 def test_one_flipped_byte_is_found_out_and_fetched_again(api: CoordinatorApi, net: Proxy, target: Path) -> None:
@@ -646,15 +693,19 @@ def test_ranges_that_fail_while_several_streams_run_are_fetched_whole(
 CUTS = st.lists(st.tuples(st.sampled_from(["reset", "close", "half"]), st.integers(0, 2 * MIB)), max_size=6)
 
 
-@given(cuts=CUTS)
-@settings(deadline=None, max_examples=8)
-def test_transfers_cut_anywhere_any_number_of_times_are_whole(served: Served, cuts: list[tuple[Any, int]]) -> None:
+@given(cuts=CUTS, straight=st.sampled_from([FIRST + 1, transfers.STRAIGHT]))
+@settings(deadline=None, max_examples=12)
+def test_transfers_cut_anywhere_any_number_of_times_are_whole(
+    served: Served, cuts: list[tuple[Any, int]], straight: int
+) -> None:
     shelf = served.shelf = Shelf(data=DATA[: 2 * MIB + 1])
     with (
+        pytest.MonkeyPatch.context() as patch,
         tempfile.TemporaryDirectory() as folder,
         Proxy("127.0.0.1", served.port) as net,
         CoordinatorApi(f"http://127.0.0.1:{net.port}") as api,
     ):
+        patch.setattr(transfers, "STRAIGHT", straight)
         target = Path(folder) / "model"
 
         def insist(way: Way, call: Callable[[], object]) -> None:

@@ -1,6 +1,7 @@
 """Results of assignments: bytes by ranges, then one call that lets them count."""
 
 import logging
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -33,9 +34,24 @@ async def upload(
     length = request.headers.get("Content-Length")
     span = parse_content_range(request.headers.get("Content-Range"), int(length) if length else None)
     try:
-        await coordinator.receive(worker, assignment, attempt, span, request.stream())
+        await coordinator.receive(worker, assignment, attempt, span, _body(request))
     except ClientDisconnect:
         log.info("%s broke off an upload for %s; what came is kept", worker, assignment)
+
+
+async def _body(request: Request) -> AsyncIterator[bytes]:
+    """The body as it comes. Starlette's own stream holds each piece until the next is there: much, of many uploads.
+
+    Raises:
+        ClientDisconnect: its sender is gone.
+    """
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        more = message.get("more_body", False)
+        yield message.pop("body", b"")
 
 
 @router.post("/{assignment}/submit")
