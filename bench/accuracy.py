@@ -1,8 +1,9 @@
 """`python -m bench.accuracy`: what fewer bytes cost in accuracy. Real jobs on Fashion-MNIST, codec by codec.
 
-The same job for each codec and seed: McMahan's CNN, four iid shards, some local steps a round; the bytes are those that
-the workers counted, a worker and round, the first round left out, in which all fetch the whole model. One row has the
-error feedback switched off, to show what it is for.
+The same job for each codec and seed: McMahan's CNN, four iid shards, some local steps a round. Bytes up and down are
+those that the workers counted, a shard and round; bytes on the wire are all that the loopback device carried
+meanwhile, both ways, with every head, poll and beat. The first round is left out of both: in it all fetch the whole
+model. One row has the error feedback switched off, to show what it is for.
 """
 
 import argparse
@@ -16,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
+
 from bench.fleet import Fleet
 from client.running import Children
 
@@ -28,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "topk, no feedback": {"update": "topk", "feedback": False},
 }
 SHARDS = 4
+LOOPBACK = "lo"
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class Run:
     case: str
     seed: int
     accuracy: float  # of the last model on the test set
-    bytes_up: float  # a worker and round
+    bytes_up: float  # a shard and round
     bytes_down: float
+    bytes_on_wire: float
 
 
 @contextmanager
@@ -61,16 +66,18 @@ def run(running: Fleet, case: str, seed: int, chosen: argparse.Namespace) -> Run
         "round": {"evaluate_every": 0},
         "aggregation": CASES[case],
     }
-    rounds, accuracy = list[dict[str, Any]](), 0.0
+    rounds, accuracy, carried = list[dict[str, Any]](), 0.0, list[int]()
     for event in running.events(running.submit(spec)):
         if event["type"] == "round":
             rounds.append(event)
+            carried.append(psutil.net_io_counters(pernic=True)[LOOPBACK].bytes_sent)
         if event["type"] == "evaluation":
             accuracy = float(dict(event["metrics"])["accuracy"])  # type: ignore[call-overload]
     up, down = (
         sum(r[name] / r["shards"] for r in rounds[1:]) / (len(rounds) - 1) for name in ("bytes_up", "bytes_down")
     )
-    return Run(case, seed, accuracy, up, down)
+    wire = (carried[-1] - carried[0]) / sum(r["shards"] for r in rounds[1:])
+    return Run(case, seed, accuracy, up, down, wire)
 
 
 def main() -> None:
@@ -98,17 +105,16 @@ def main() -> None:
     whole = next((one for one in runs if one.case == "fp32"), runs[0])
     print(f"{chosen.task}, {chosen.rounds} rounds of {chosen.local_steps} steps, {SHARDS} shards, {chosen.seeds} seeds")
     print()
-    print("update              accuracy           bytes up            bytes down")
+    print("update              accuracy          bytes up           bytes down           on the wire")
     for case in dict.fromkeys(one.case for one in runs):
         mine = [one for one in runs if one.case == case]
         accuracy = [one.accuracy for one in mine]
         spread = statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0
-        up, down = (statistics.mean(getattr(one, name) for one in mine) for name in ("bytes_up", "bytes_down"))
-        print(
-            f"{case:18s}  {statistics.mean(accuracy):.4f} ± {spread:.4f}"
-            f"   {up:11,.0f} (1/{whole.bytes_up / up:5.1f})"
-            f"   {down:11,.0f} (1/{whole.bytes_down / down:5.1f})"
-        )
+        parts = []
+        for name in ("bytes_up", "bytes_down", "bytes_on_wire"):
+            mean = statistics.mean(getattr(one, name) for one in mine)
+            parts.append(f"{mean:11,.0f} (1/{getattr(whole, name) / mean:5.1f})")
+        print(f"{case:18s}  {statistics.mean(accuracy):.4f} ± {spread:.4f}  {'  '.join(parts)}")
 
 
 if __name__ == "__main__":
