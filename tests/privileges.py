@@ -1,6 +1,7 @@
 """What some tests need of the machine, and why they are skipped where it is missing."""
 
 import os
+import signal
 import subprocess
 import tempfile
 from functools import cache
@@ -24,3 +25,8 @@ def why_no_mounts() -> str:
 
 
 needs_mounts = pytest.mark.skipif(why_no_mounts() != "", reason=why_no_mounts())
+
+
+def interruptible() -> None:
+    """For a process that is started: Ctrl-C ends it, even where the tests themselves were started to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -73,6 +73,7 @@ class Shelf:
     refuse_after: int = 0  # bytes of uploads that are taken before
     head_status: int = 200
     came: int = 0  # bytes of uploads
+    caller: bytes = field(default_factory=lambda: f"Bearer {os.urandom(8).hex()}".encode())
 
     @property
     def digest(self) -> str:
@@ -146,7 +147,12 @@ class Served(uvicorn.Server):
         self.thread.start()
 
     async def serve_one(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        await self.shelf(scope, receive, send)
+        """What an earlier test left on its way finds its shelf gone."""
+        came = dict(scope["headers"]).get(b"authorization", self.shelf.caller)
+        if came == self.shelf.caller:
+            await self.shelf(scope, receive, send)
+        else:
+            await answer(send, 503, b"")
 
     def stop(self) -> None:
         self.should_exit = True
@@ -175,8 +181,9 @@ def net(served: Served, shelf: Shelf) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-def api(net: Proxy) -> Iterator[CoordinatorApi]:
-    with CoordinatorApi(f"http://127.0.0.1:{net.port}", idle_s=10.0) as caller:
+def api(net: Proxy, shelf: Shelf) -> Iterator[CoordinatorApi]:
+    token = shelf.caller.decode().removeprefix("Bearer ")
+    with CoordinatorApi(f"http://127.0.0.1:{net.port}", token, idle_s=10.0) as caller:
         yield caller
 
 

@@ -29,6 +29,7 @@ from common import __version__
 from common.errors import LydianError, NotFoundError, UnauthenticatedError
 from common.messages import JobRequest, JobView
 from common.weights import Notes, file_digest, save
+from tests.privileges import interruptible
 
 ROOT = Path(__file__).parent.parent
 ADMIN = "lyd_admin_secret"
@@ -453,7 +454,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_so(coordinator: Canned) -> None:
     coordinator.held.clear()
     watching = subprocess.Popen(
         [sys.executable, "-m", "client.main", "watch", "digits-1"], cwd=ROOT,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
     )  # fmt: skip
     with watching:
         assert watching.stdout is not None

@@ -49,12 +49,13 @@ def test_a_worker_without_room_gives_its_work_back_is_shown_as_degraded_and_work
         fleet = LocalFleet(tmp_path, LYDIAN_POLL_S="0.5")
         fleet.folders["w1"] = disk.path / "w1"
         with fleet:
-            fleet.start_workers(2, "--trust", "any")
+            fleet.start_workers(1, "--trust", "any")
             truth = fleet.truth(TASK, **JOB)
             with disk.filled():
                 job = fleet.submit(TASK, **JOB)
-                check(fleet, job, truth)
                 wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
+                fleet.start_worker("w2", "--trust", "any")
+                check(fleet, job, truth)
                 assert "needed" in state_of(fleet, "w1")[1] or "No space left" in state_of(fleet, "w1")[1]
             backs = list(of_type(fleet.facts(job), "handed_back"))
             assert {back["code"] for back in backs} == {"disk_full"}

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.acceptance.kit import wait_for
+from tests.privileges import interruptible
 
 pytestmark = pytest.mark.acceptance
 
@@ -46,7 +47,7 @@ def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     log = (folder / "said.log").open("wb")
     process = subprocess.Popen(
         [sys.executable, "-m", "client.main", "simulate", *arguments],
-        stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, preexec_fn=interruptible,
     )  # fmt: skip
     try:
         yield process
