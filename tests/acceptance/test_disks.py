@@ -7,7 +7,7 @@ import pytest
 
 from client.chaos.disk import Disk, why_no_disk
 from tests.acceptance.kit import LocalFleet, of_type, wait_for
-from tests.acceptance.test_many_kills import JOB, TASK, check
+from tests.acceptance.test_many_kills import JOB, LONG_JOB, TASK, check
 from tests.privileges import why_no_mounts
 
 WHY_NOT = why_no_mounts() or why_no_disk()
@@ -26,8 +26,8 @@ def test_a_job_pauses_on_a_full_disk_and_goes_on_by_itself_to_the_same_model(tmp
         fleet.state = disk.path / "state"
         with fleet:
             fleet.start_workers(2, "--trust", "any")
-            truth = fleet.truth(TASK, **JOB)
-            job = fleet.submit(TASK, **JOB)
+            truth = fleet.truth(TASK, **LONG_JOB)
+            job = fleet.submit(TASK, **LONG_JOB)
             fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "round 2")
             with disk.filled():
                 paused = wait_for(
@@ -38,8 +38,10 @@ def test_a_job_pauses_on_a_full_disk_and_goes_on_by_itself_to_the_same_model(tmp
                 assert fleet.coordinator is not None
                 assert fleet.coordinator.popen.poll() is None
             assert check(fleet, job, truth)[0] == 0
-            states = [fact["state"] for fact in of_type(fleet.facts(job), "job")]
-            assert states == ["initialising", "paused", "training", "finished"]
+            first, *between, last = [fact["state"] for fact in of_type(fleet.facts(job), "job")]
+            assert (first, last) == ("initialising", "finished")
+            assert set(between[::2]) == {"paused"}  # by an upload, or by the average of a round
+            assert set(between[1::2]) <= {"training", "aggregating"}
 
 
 def test_a_worker_without_room_gives_its_work_back_is_shown_as_degraded_and_works_again_when_there_is_room(
@@ -66,15 +68,16 @@ def test_a_worker_without_room_gives_its_work_back_is_shown_as_degraded_and_work
 def test_a_worker_whose_folder_became_read_only_gives_its_work_back_and_says_why(tmp_path: Path) -> None:
     fleet = LocalFleet(tmp_path, LYDIAN_POLL_S="0.5")
     with fleet:
-        fleet.start_workers(2, "--trust", "any")
+        fleet.start_workers(1, "--trust", "any")
         truth = fleet.truth(TASK, **JOB)
         folder = str(fleet.folder / "w1" / "work")  # nothing in it is open while the worker waits
         mount("--bind", folder, folder)
         try:
             mount("-o", "remount,bind,ro", folder)
             job = fleet.submit(TASK, **JOB)
-            check(fleet, job, truth)
             wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
+            fleet.start_worker("w2", "--trust", "any")
+            check(fleet, job, truth)
             assert "Read-only file system" in state_of(fleet, "w1")[1]
         finally:
             subprocess.run(["umount", folder], check=True)

@@ -244,7 +244,7 @@ def test_a_task_that_hangs_is_stopped_and_its_stack_is_shown(tmp_path: Path) -> 
         + "    wait_for_godot()\n"
     )
     with LocalFleet(tmp_path, LYDIAN_MAX_ATTEMPTS="1") as fleet:
-        fleet.start_workers(1, "--trust", "any", "--stall-timeout", "2")
+        fleet.start_workers(1, "--trust", "any", "--stall-timeout", "8")
         job = fleet.submit(task, rounds=1)
         fleet.finish(job, "failed")
         entries = fleet.api.logs(job)
