@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from uuid import uuid4
@@ -48,11 +48,11 @@ def run_demo(*, rounds: int, workers: int, task: str, keep: bool) -> None:
 
 def _train(children: Children, job: Job, workers: int, *, trust_any: bool) -> None:
     try:
-        url, state = _start_coordinator(children)
+        url, state = start_coordinator(children)
         _start_workers(children, workers, url, (state / "join.token").read_text().strip(), trust_any=trust_any)
         with CoordinatorApi(url, (state / "admin.token").read_text().strip()) as api:
             board = _watch(api, job, children)
-            _check_finished(board)
+            check_finished(board, "--keep")
     except LydianError:
         for child in children.started:
             show_log(child)
@@ -63,12 +63,14 @@ def _train(children: Children, job: Job, workers: int, *, trust_any: bool) -> No
     typer.echo(f"final {name} {shown.measure(value)}")
 
 
-def _start_coordinator(children: Children) -> tuple[str, Path]:
-    """Start a coordinator. Returns its address and its state folder."""
+def start_coordinator(children: Children, settings: Mapping[str, str] | None = None) -> tuple[str, Path]:
+    """Start a coordinator on loopback, with settings of its own. Returns its address and its state folder."""
     state = children.folder / "coordinator"
     typer.echo(f"starting a coordinator in {children.folder}", err=True)
     arguments = ["--host", "127.0.0.1", "--port", "0", "--state-dir", str(state)]
-    child = children.start("coordinator", python_module("server", arguments), clean_environment())
+    child = children.start(
+        "coordinator", python_module("server", arguments), clean_environment() | dict(settings or {})
+    )
     return wait_for_line(child, "ready ", timeout_s=READY_S), state
 
 
@@ -92,20 +94,25 @@ def _watch(api: CoordinatorApi, job: Job, children: Children) -> Board:
         children.check()  # a coordinator that has ended will not come back
         view.waiting(sentence)
 
-    follow(_checked(api.events(view_of_job.id, on_wait=waiting), children.check), view)
+    follow(checked(api.events(view_of_job.id, on_wait=waiting), children.check), view)
     return board
 
 
-def _check_finished(board: Board) -> None:
+def check_finished(board: Board, keeps: str) -> None:
+    """Make sure that the job finished.
+
+    Raises:
+        LydianError: job_not_finished; `keeps` is the option that would keep everything.
+    """
     if board.state != "finished":
         raise LydianError(
             f"the job {board.state}: {shown.one_line(board.reason)}",
             code="job_not_finished",
-            advice="The logs above say more; --keep keeps everything.",
+            advice=f"The logs above say more; {keeps} keeps everything.",
         )
 
 
-def _checked(events: Iterable[Event], check: Callable[[], None]) -> Iterator[Event]:
+def checked(events: Iterable[Event], check: Callable[[], None]) -> Iterator[Event]:
     """The events, as long as all parts run: a job whose workers have died would wait for ever."""
     for event in events:
         yield event

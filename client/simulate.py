@@ -12,8 +12,9 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,17 +22,24 @@ from uuid import uuid4
 import typer
 
 from client import shown
-from client.demo import clean_environment, ended_by_signals, final, show_log
+from client.demo import (
+    check_finished,
+    checked,
+    clean_environment,
+    ended_by_signals,
+    final,
+    show_log,
+    start_coordinator,
+)
 from client.job_file import Job, Layer, Setting, flag_layer, read_job, set_layer
 from client.pulling import pull_model
-from client.running import Child, Children, python_module, wait_for_line
+from client.running import Child, Children, python_module
 from client.watching import Board, Event, JsonView, View, follow, read_event, round_table, view_for
 from common.api import CoordinatorApi
 from common.errors import LydianError
 from common.messages import JobRequest
 from common.sharding import cohort
 
-READY_S = 60.0  # for the coordinator to listen, on a machine that is busy
 BEATS = 5  # in a lease
 FRACTION = 0.1
 
@@ -174,7 +182,8 @@ def _folder(asked: Path | None) -> Iterator[Path]:
 def _simulate(children: Children, wish: Wish, job: Job, *, as_json: bool) -> None:
     data = job.spec.data
     number = workers_each(wish.clients, data.fraction, wish.processes, wish.at_once)
-    url, state = _start_coordinator(children, wish.lease_s)
+    timing = {"LYDIAN_TTL_S": str(wish.lease_s), "LYDIAN_HEARTBEAT_S": str(wish.lease_s / BEATS)}
+    url, state = start_coordinator(children, timing)
     join_token = (state / "join.token").read_text().strip()
     for at in range(1, wish.processes + 1):
         _start_process(children, at, number, url, join_token, wish, job)
@@ -189,25 +198,10 @@ def _simulate(children: Children, wish: Wish, job: Job, *, as_json: bool) -> Non
         view_of_job = api.submit_job(JobRequest(spec=job.spec, task_source=job.task_source, key=uuid4().hex))
         board = Board(view_of_job)
         _watch(api, board, children, as_json=as_json)
-        if board.state != "finished":
-            raise LydianError(
-                f"the job {board.state}: {shown.one_line(board.reason)}",
-                code="job_not_finished",
-                advice="The logs above say more; --state-dir keeps everything.",
-            )
+        check_finished(board, "--state-dir")
         if wish.output is not None:
             pull_model(api, view_of_job.id, wish.output, which="newest", force=True)
     _print_summary(board, wish, state, view_of_job.id, as_json=as_json)
-
-
-def _start_coordinator(children: Children, lease_s: float) -> tuple[str, Path]:
-    """Start a coordinator. Returns its address and its state folder."""
-    state = children.folder / "coordinator"
-    typer.echo(f"starting a coordinator in {children.folder}", err=True)
-    arguments = ["--host", "127.0.0.1", "--port", "0", "--state-dir", str(state)]
-    timing = {"LYDIAN_TTL_S": str(lease_s), "LYDIAN_HEARTBEAT_S": str(lease_s / BEATS)}
-    child = children.start("coordinator", python_module("server", arguments), clean_environment() | timing)
-    return wait_for_line(child, "ready ", timeout_s=READY_S), state
 
 
 def _start_process(children: Children, at: int, workers: int, url: str, join_token: str, wish: Wish, job: Job) -> None:
@@ -245,13 +239,7 @@ def _watch(api: CoordinatorApi, board: Board, children: Children, *, as_json: bo
         _check(children, said)  # a coordinator that has ended will not come back
         view.waiting(sentence)
 
-    follow(_checked(api.events(board.job.id, on_wait=waiting), children, said), view)
-
-
-def _checked(events: Iterable[Event], children: Children, said: set[str]) -> Iterator[Event]:
-    for event in events:
-        yield event
-        _check(children, said)
+    follow(checked(api.events(board.job.id, on_wait=waiting), partial(_check, children, said)), view)
 
 
 def _check(children: Children, said: set[str]) -> None:

@@ -30,7 +30,18 @@ import numpy as np
 from common.codecs import Codec, Float32s
 from common.errors import BadUpdateError
 from common.output import Output
-from common.weights import Array, Kind, Layout, Notes, TensorInfo, file_header, read_exactly, read_layout, shown
+from common.weights import (
+    Array,
+    Kind,
+    Layout,
+    Notes,
+    TensorInfo,
+    file_header,
+    read_block,
+    read_exactly,
+    read_layout,
+    shown,
+)
 
 BLOCK_ELEMENTS = 1 << 16  # whole blocks of every codec
 
@@ -108,6 +119,17 @@ def _check_kinds(layout: Layout, kinds: Iterable[Kind]) -> None:
             _refuse(f"the file has a tensor {shown(tensor.name)} that the model has not", "extra_tensor")
 
 
+def check_kept(file: FileIO, base: Layout) -> None:
+    """Make sure that a file of bare float32 has a number for each trained one of this model.
+
+    Raises:
+        OSError: it has not.
+    """
+    size, wanted = os.fstat(file.fileno()).st_size, kept_size(base)
+    if size != wanted:
+        raise OSError(errno.EIO, f"it has {size} bytes, and {wanted} belong to this model", str(file.name))
+
+
 # ---------------------------------------------------------------- one block
 
 
@@ -163,6 +185,17 @@ def read_delta(
     skipped = codec.size(first)
     data = np.empty(codec.size(first + count) - skipped, np.uint8)
     read_exactly(file, data, start + skipped)
+    return decode_delta(data, codec, tensor, first, count, out=out)
+
+
+def decode_delta(
+    data: Array, codec: Codec, tensor: TensorInfo, first: int, count: int, *, out: Float32s | None = None
+) -> Float32s:
+    """Decode elements [first, first + count) of a trained tensor from their bytes; as `read_delta`.
+
+    Raises:
+        BadUpdateError: bad_encoding, naming the tensor.
+    """
     try:
         return codec.decode(data, count, out=out)
     except BadUpdateError as error:
@@ -202,11 +235,11 @@ def encode_update(
     Args:
         base: the model that the training began with.
         trained: the model that it came to.
-        target: the encoded file to write; fsynced, and removed if anything fails.
+        target: the encoded file to write; removed if anything fails. Putting it onto the disk is the caller's part.
         codec: how to encode.
         error: what earlier updates left out, added to this one; none, or a file that is not there, is zeros.
-        pending: another file, for what this update leaves out, fsynced. It becomes the next `error` when the update was
-            taken, and is dropped when it was not: so nothing is lost, and nothing sent twice.
+        pending: another file, for what this update leaves out, likewise. It becomes the next `error` when the update
+            was taken, and is dropped when it was not: so nothing is lost, and nothing sent twice.
         block_elements: elements in memory at once, whole blocks of the codec; it changes no byte of the result.
 
     Raises:
@@ -221,14 +254,14 @@ def encode_update(
     with ExitStack() as stack:
         old_file, new_file = (stack.enter_context(path.open("rb", buffering=0)) for path in (base, trained))
         kept = stack.enter_context(_Kept(error, layout))
-        encoder = stack.enter_context(_Encoder(layout, codec, target, pending))
+        encoder = stack.enter_context(_Encoder(layout, codec, target, pending, durable=False))
         for tensor in layout.tensors:
             for first, count in _spans(tensor, block_elements):
-                new = _read(new_file, tensor, ours[tensor.name].start, first, count)
+                new = read_block(new_file, tensor, ours[tensor.name].start, first, count)
                 if not is_trained(tensor, layout.notes):
                     encoder.write(new)
                     continue
-                old = _read(old_file, tensor, tensor.start, first, count)
+                old = read_block(old_file, tensor, tensor.start, first, count)
                 with np.errstate(over="ignore", invalid="ignore"):
                     wanted = _change(new, old)
                     wanted += kept.read(count)
@@ -244,7 +277,7 @@ def apply_step(base: Path, step: Path, target: Path, codec: Codec, *, block_elem
     Args:
         base: the model that the step begins with. Its header becomes that of the next model, verbatim.
         step: an encoded file.
-        target: the model to write; fsynced, and removed if anything fails.
+        target: the model to write; removed if anything fails. Not fsynced: it can be made again.
         codec: the step's.
         block_elements: elements in memory at once, whole blocks of the codec; it changes no byte of the result.
 
@@ -259,17 +292,17 @@ def apply_step(base: Path, step: Path, target: Path, codec: Codec, *, block_elem
     check_encoded(change, layout, codec)
     with ExitStack() as stack:
         base_file, step_file = (stack.enter_context(path.open("rb", buffering=0)) for path in (base, step))
-        model = stack.enter_context(Output(target))
+        model = stack.enter_context(Output(target, durable=False))
         model.write(layout.header)
         for tensor in layout.tensors:
             start = change[tensor.name].start
             for first, count in _spans(tensor, block_elements):
                 if is_trained(tensor, layout.notes):
-                    old = _read(base_file, tensor, tensor.start, first, count)
+                    old = read_block(base_file, tensor, tensor.start, first, count)
                     new = step_block(old, read_delta(step_file, codec, tensor, start, first, count))
                     _check_step(tensor, first, new)
                 else:
-                    new = _read(step_file, tensor, start, first, count)
+                    new = read_block(step_file, tensor, start, first, count)
                 model.write(new)
         return model.finish()
 
@@ -305,7 +338,7 @@ class StepWriter:
         self._index, self._first = 0, 0  # of the next block
         with ExitStack() as stack:
             self._kept = stack.enter_context(_Kept(previous, base))
-            self._encoder = stack.enter_context(_Encoder(base, codec, step, residual))
+            self._encoder = stack.enter_context(_Encoder(base, codec, step, residual, durable=True))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
@@ -389,11 +422,10 @@ class _Kept:
         self._file = path.open("rb", buffering=0) if path is not None and path.exists() else None
         self._at = 0  # bytes
         if self._file is not None:
-            size, wanted = os.fstat(self._file.fileno()).st_size, kept_size(base)
-            if size != wanted:
-                self._file.close()
-                sentence = f"it has {size} bytes, and the errors of this model {wanted}"
-                raise OSError(errno.EIO, sentence, str(path))
+            with ExitStack() as unless_right:
+                unless_right.callback(self._file.close)
+                check_kept(self._file, base)
+                unless_right.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -415,12 +447,12 @@ class _Kept:
 class _Encoder:
     """An encoded file and what is kept beside it, both under way."""
 
-    def __init__(self, base: Layout, codec: Codec, target: Path, kept: Path | None) -> None:
+    def __init__(self, base: Layout, codec: Codec, target: Path, kept: Path | None, *, durable: bool) -> None:
         self._codec = codec
         self._wanted, self._lost = 0.0, 0.0  # sums of squares
         with ExitStack() as stack:
-            self._target = stack.enter_context(Output(target))
-            self._kept = None if kept is None else stack.enter_context(Output(kept))
+            self._target = stack.enter_context(Output(target, durable=durable))
+            self._kept = None if kept is None else stack.enter_context(Output(kept, durable=durable))
             self._target.write(_encoded_header(base, codec))
             self._stack = stack.pop_all()
 
@@ -447,7 +479,7 @@ class _Encoder:
             self._kept.write(rest)
 
     def finish(self) -> Encoded:
-        """Make both files durable."""
+        """End both files."""
         kept_digest = None if self._kept is None else self._kept.finish()
         norm = math.sqrt(self._wanted)
         error = math.sqrt(self._lost) / norm if norm else 0.0
@@ -463,13 +495,6 @@ def _spans(tensor: TensorInfo, block_elements: int) -> Iterator[tuple[int, int]]
     """(first element, number of elements) of each block of a tensor; none for an empty tensor."""
     for first in range(0, tensor.elements, block_elements):
         yield first, min(block_elements, tensor.elements - first)
-
-
-def _read(file: FileIO, tensor: TensorInfo, start: int, first: int, count: int) -> Array:
-    """Elements [first, first + count) of a tensor that begins at byte `start` of this file."""
-    block = np.empty(count, tensor.numpy_dtype)
-    read_exactly(file, block, start + first * block.itemsize)
-    return block
 
 
 def _check_change(tensor: TensorInfo, first: int, wanted: Float32s, old: Array, new: Array) -> None:

@@ -87,6 +87,12 @@ class TrainSection(Message):
 
 NEW_IN_TRAIN = ("optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer")
 """Keys of [train] that protocol 2 brought."""
+NEW_KEYS = {
+    "round": ("fsync",),
+    "train": NEW_IN_TRAIN,
+    "aggregation": ("outer_lr", "outer_momentum", "download", "feedback"),
+}
+"""Section -> all keys of a job that a worker of protocol 1 would refuse as unknown."""
 
 
 class DataSection(Message):
@@ -158,6 +164,15 @@ class JobSpec(Message):
     config: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
         default_factory=dict, description="handed to the task as it is"
     )
+
+    @property
+    def beyond_protocol_1(self) -> str:
+        """What of this job a worker of protocol 1 cannot do, or not even read; empty: nothing."""
+        beyond = [f"train.{name}" for name in self.train.new_keys]
+        known = {"update": "fp32", "algorithm": "fedavg"}
+        values = {name: getattr(self.aggregation, name) for name in known}
+        beyond += [f"aggregation.{name} = {value}" for name, value in values.items() if value != known[name]]
+        return beyond[0] if beyond else ""
 
 
 class JobRequest(Message):

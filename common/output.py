@@ -20,13 +20,13 @@ class Output:
     The disk takes what was written while more comes, so that little is left to wait for at the end.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open the file; what was there is gone.
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
+        """Open the file; what was there is gone. Where it need not be durable, the disk is left alone.
 
         Raises:
             OSError: it cannot be opened.
         """
-        self.path, self.size = path, 0  # bytes
+        self.path, self.size, self._durable = path, 0, durable  # size: bytes
         self._digest, self._synced, self._done = hashlib.sha256(), 0, False
         self._syncing: Future[None] | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="sync")  # starts no thread until it is used
@@ -46,19 +46,20 @@ class Output:
         while view:
             written = os.write(self._descriptor, view)
             self.size, view = self.size + written, view[written:]
-        if self.size - self._synced >= SYNC_EVERY and (self._syncing is None or self._syncing.done()):
+        if self._durable and self.size - self._synced >= SYNC_EVERY and (self._syncing is None or self._syncing.done()):
             self._wait()
             self._synced = self.size
             self._syncing = self._disk.submit(os.fsync, self._descriptor)
 
     def finish(self) -> str:
-        """Return the SHA-256 of the file, in hex, when all of it would survive a power cut.
+        """Return the SHA-256 of the file, in hex; where it is durable, when all of it would survive a power cut.
 
         Raises:
             OSError: the disk did not take it.
         """
-        self._wait()
-        os.fsync(self._descriptor)
+        if self._durable:
+            self._wait()
+            os.fsync(self._descriptor)
         self._done = True
         return self._digest.hexdigest()
 

@@ -298,6 +298,33 @@ def read_exactly(file: FileIO, target: bytearray | memoryview | Array, offset: i
         view = view[got:]
 
 
+def read_block(
+    file: FileIO, tensor: TensorInfo, start: int, first: int, count: int, buffer: Array | None = None
+) -> Array:
+    """Elements [first, first + count) of a tensor that begins at byte `start` of this file.
+
+    Args:
+        file: where they are.
+        tensor: whose they are.
+        start: byte at which the tensor begins.
+        first: the first element.
+        count: elements.
+        buffer: bytes to read into, of which the result is a view; allocated when it is not given.
+
+    Raises:
+        OSError: the file ends too early.
+    """
+    block = np.empty(count, tensor.numpy_dtype) if buffer is None else typed(buffer, tensor, count)
+    read_exactly(file, block, start + first * block.itemsize)
+    return block
+
+
+def typed(buffer: Array, tensor: TensorInfo, count: int) -> Array:
+    """The beginning of a byte buffer as `count` elements of a tensor."""
+    dtype = tensor.numpy_dtype
+    return buffer[: count * dtype.itemsize].view(dtype)
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()

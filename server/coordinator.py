@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import AsyncIterable, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -96,14 +95,12 @@ class Coordinator:
         self.fleet.timing = Timing(self.settings.ttl_s, self.settings.heartbeat_s)
         self._limits = Limits(failures=self.settings.max_attempts, expiries=self.settings.max_expiries)
         self._by_key: dict[str, str] = {}  # idempotency key -> job id
-        self._kept: dict[str, deque[int]] = {}  # job id -> rounds whose models are kept, oldest first
-        self._round_began: dict[str, float] = {}  # job id -> wall clock of the open round, for its displayed seconds
         self._uploads = Uploads(self.blobs)
         self._spans: dict[
             Key, tuple[float, float]
         ] = {}  # of first models: monotonic seconds of the first and last byte
         self._arriving: set[str] = set()  # digests of updates that have their name and no fact yet
-        self._dropped: set[str] = set()  # digests of models that are kept no more, not yet deleted
+        self._dropped: set[str] = set()  # digests of files that may be needed no more, not yet deleted
         self._averaging: dict[str, asyncio.Task[None]] = {}
         self._looks: dict[str, asyncio.TimerHandle] = {}
         self._changed = asyncio.Event()
@@ -234,6 +231,7 @@ class Coordinator:
 
     def _apply(self, job_id: str, step: Step) -> Job:
         """Journal a decision, make it the state, tell who listens, and do what the new phase calls for."""
+        held = {update.digest for update in rounds.accepted_of(self.jobs[job_id])}
         for stored in self._keep_facts(job_id, step):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
@@ -241,6 +239,8 @@ class Coordinator:
             log.info("%s: %s", job_id, step.reason)
             if any(not isinstance(fact, HandedOut | Accepted) for fact in step.facts):
                 self._wake()
+            if self.jobs[job_id].over:
+                self._dropped |= held
             self._settle(job_id)
         return self.jobs[job_id]
 
@@ -303,13 +303,16 @@ class Coordinator:
         self.hub.touch(job_id)
 
     def _forget(self, job_id: str) -> None:
-        """Drop what an ended job held: leases, half uploads, updates that were not averaged."""
+        """Drop what an ended job held: leases, half uploads, updates that were not averaged, steps, outer state."""
         for lease in [lease for lease in self.fleet.leases.values() if lease.job == job_id]:
             self.fleet.release(lease.worker, job_id, lease.task)
         self.fleet.asked.pop(job_id, None)
         self._uploads.drop_job(job_id)
         for key in [key for key in self._spans if key[0].startswith(f"{job_id}.")]:
             del self._spans[key]
+        steps = self.steps.pop(job_id, {})
+        self._dropped |= {step.digest for step in steps.values()} | set(self.jobs[job_id].memory)
+        self._discard()
         self.hub.touch(job_id)
 
     def _wake(self) -> None:
@@ -932,12 +935,14 @@ class Coordinator:
                 self._apply(job_id, rounds.fail(job, f"round {phase.round} could not be averaged: {error}"))
             elif not job.over:
                 why = f"the coordinator until there is room: round {phase.round} could not be averaged: {error}"
-                self._apply(job_id, rounds.pause(job, why, room=phase.base.size))
+                self._apply(job_id, rounds.pause(job, why, room=versions.room_for(job, phase.base.size)))
             return
         self._averaging.pop(job_id, None)
         job, now = self.jobs[job_id], self.clock()
-        if job.inner == phase:
-            outdated = job.memory
+        self._dropped |= {update.digest for update in phase.accepted} | set(job.memory)
+        if job.inner != phase:  # it was ended meanwhile
+            self._dropped |= made.digests
+        else:
             step = rounds.close(
                 job,
                 made.model,
@@ -949,9 +954,8 @@ class Coordinator:
             )
             reach("closed-before")
             self._apply(job_id, step)
-            self._dropped.update(outdated)
             reach("closed-after")
-        self._discard(phase)
+        self._discard()
         self._run_queue()
 
     def _averaged(self, job_id: str, done: asyncio.Task[None]) -> None:
@@ -963,11 +967,9 @@ class Coordinator:
         if not self.jobs[job_id].over:
             self._apply(job_id, rounds.fail(self.jobs[job_id], f"averaging broke off: {type(error).__name__}: {error}"))
 
-    def _discard(self, phase: Aggregating) -> None:
-        """Delete the updates of a closed round, whole or half here, and models that are kept no more; what something
-        else needs stays."""
-        idle = {update.digest for update in phase.accepted} | self._dropped
-        for digest in idle - self._needed() - self._arriving:
+    def _discard(self) -> None:
+        """Delete what was dropped, unless something else needs it, and half uploads that nobody can finish."""
+        for digest in self._dropped - self._needed() - self._arriving:
             self.blobs.remove(digest)
         self._dropped.clear()
         self._uploads.keep_only(self._is_awaited)

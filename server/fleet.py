@@ -15,7 +15,6 @@ from typing import Literal
 from common.messages import Progress, Registration
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
-ENCODING_SINCE = 2  # protocol
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
 PREPARING_S = 120.0  # a worker that loads a job, and so has no reason to call, is not taken for gone
 PREPARES_SINCE = 2  # the protocol that has preparations
@@ -293,11 +292,9 @@ def why_not(worker: Worker, job: Job) -> str | None:
         return f"{worker.name} runs built-in tasks only (--trust none)"
     if job.task_digest is not None and registration.trust == "listed" and job.task_digest not in registration.trusted:
         return f"{worker.name} has not listed task {job.task_digest[:12]}…"
-    if job.spec.aggregation.update != "fp32" and registration.protocol < ENCODING_SINCE:
-        return f"{worker.name} cannot encode updates as {job.spec.aggregation.update}: upgrade it"
-    if registration.protocol < 2 and job.spec.train.new_keys:
-        key = job.spec.train.new_keys[0]
-        return f"{worker.name} speaks protocol {registration.protocol}, which has no train.{key}: upgrade it"
+    if registration.protocol < 2 and job.spec.beyond_protocol_1:
+        missing = job.spec.beyond_protocol_1
+        return f"{worker.name} speaks protocol {registration.protocol}, which has no {missing}: upgrade it"
     wanted = job.spec.data.name or job.spec.task
     if job.spec.data.partition == "local" and wanted not in registration.data:
         return f"{worker.name} offers no data named {wanted} (--data {wanted}=PATH)"

@@ -11,7 +11,6 @@ depend on the base, the updates and their order alone: not on the size of a bloc
 file lays its tensors out.
 """
 
-import errno
 import os
 from array import array
 from collections import deque
@@ -19,17 +18,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from common.codecs import Codec
-from common.deltas import Encoded, StepWriter, check_encoded, is_trained, kept_size, read_delta
+from common.deltas import Encoded, StepWriter, check_encoded, check_kept, is_trained, read_delta
 from common.errors import BadUpdateError
 from common.output import Output
-from common.weights import Array, Layout, TensorInfo, read_exactly, read_layout
+from common.weights import Array, Layout, TensorInfo, read_block, read_exactly, read_layout, typed
 from server.averaging import Float64Block, Rule, cast, majority, maximum, pooled_variance, rule_of, weighted_mean
-from server.inspection import BLOCK_ELEMENTS, model_layout, read_block, typed
+from server.inspection import BLOCK_ELEMENTS, model_layout
 from server.optimizers import OuterStep
 from server.robust import check_layout
 
@@ -117,7 +117,7 @@ def average(
     layout = model_layout(base)
     starts = [_starts(at, path, layout, rules.update) for at, (path, _) in enumerate(updates)]
     with ExitStack() as stack:
-        outputs = _Outputs(layout, rules, targets, memory, stack)
+        outputs = _Outputs(layout, rules, targets, memory.residual, stack)
         inputs = _Inputs(layout, base, updates, starts, rules, _trained_before(layout), memory.states)
         folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
         for block in _in_order(folds, threads, layout, block_elements, stopped):
@@ -188,6 +188,9 @@ class _Fold:
             stack.enter_context(path.open("rb", buffering=0)) if path is not None and path.exists() else None
             for path in inputs.states
         ]
+        for file in self._states:
+            if file is not None:
+                check_kept(file, self._layout)
         self._index_of = {tensor.name: index for index, tensor in enumerate(self._layout.tensors)}
         longest = min(block_elements, max((tensor.elements for tensor in self._layout.tensors), default=0))
         self._total, self._scratch, self._origin = (np.empty(longest) for _ in range(3))
@@ -216,11 +219,15 @@ class _Fold:
 
     def _trained(self, index: int, first: int, count: int) -> _Block:
         tensor, rules = self._layout.tensors[index], self._rules
-        base = read_block(self._model, tensor, tensor.start, first, count, self._raw_base)
-        origin = self._origin[:count]
-        np.copyto(origin, base)
+        wants_base = rules.update is not None or rules.down is not None or rules.step.wants_base
+        base, origin = None, self._origin[:count]
+        if wants_base:
+            base = read_block(self._model, tensor, tensor.start, first, count, self._raw_base)
+            np.copyto(origin, base)
         blocks = (
-            self._blocks(index, first, count, self._raw) if rules.update is None else self._deltas(index, first, count)
+            self._blocks(index, first, count, self._raw)
+            if rules.update is None
+            else self._deltas(rules.update, index, first, count)
         )
         mean = weighted_mean(blocks, self._samples, out=self._total[:count], scratch=self._scratch[:count])
         if rules.update is not None:
@@ -238,24 +245,23 @@ class _Fold:
     def _blocks(self, index: int, first: int, count: int, buffer: Array) -> Iterator[Array]:
         """The same block of every update in turn, each over the one before in `buffer`."""
         tensor = self._layout.tensors[index]
-        for at, starts in enumerate(self._in.starts):
-            if at < len(self._files):
-                yield read_block(self._files[at], tensor, starts[index], first, count, buffer)
-            else:
-                with self._in.updates[at][0].open("rb", buffering=0) as file:
-                    yield read_block(file, tensor, starts[index], first, count, buffer)
+        for file, start in self._of_each(index):
+            yield read_block(file, tensor, start, first, count, buffer)
 
-    def _deltas(self, index: int, first: int, count: int) -> Iterator[Array]:
+    def _deltas(self, codec: Codec, index: int, first: int, count: int) -> Iterator[Array]:
         """The same block of every encoded update in turn, each over the one before."""
-        tensor, codec = self._layout.tensors[index], self._rules.update
-        assert codec is not None  # noqa: S101 - asked for only where there is one
-        delta = self._raw[: 4 * count].view(np.float32)
+        tensor, delta = self._layout.tensors[index], self._raw[: 4 * count].view(np.float32)
+        for file, start in self._of_each(index):
+            yield read_delta(file, codec, tensor, start, first, count, out=delta)
+
+    def _of_each(self, index: int) -> Iterator[tuple[FileIO, int]]:
+        """Every update, open, and the byte at which it has this tensor."""
         for at, starts in enumerate(self._in.starts):
             if at < len(self._files):
-                yield read_delta(self._files[at], codec, tensor, starts[index], first, count, out=delta)
+                yield self._files[at], starts[index]
             else:
                 with self._in.updates[at][0].open("rb", buffering=0) as file:
-                    yield read_delta(file, codec, tensor, starts[index], first, count, out=delta)
+                    yield file, starts[index]
 
     def _state(self, number: int, index: int, first: int, count: int) -> Float64Block:
         """What the outer step remembers of these elements; zeros in the first round."""
@@ -299,17 +305,15 @@ def _in_order(
 class _Outputs:
     """All files of an average under way."""
 
-    def __init__(self, layout: Layout, rules: Rules, targets: Targets, memory: Memory, stack: ExitStack) -> None:
+    def __init__(self, layout: Layout, rules: Rules, targets: Targets, residual: Path | None, stack: ExitStack) -> None:
         """`stack` removes them unless `finish` was reached."""
-        for path in memory.states:
-            _check_size(path, kept_size(layout))
         self._model = stack.enter_context(Output(targets.model))
         self._states = [stack.enter_context(Output(path)) for path in targets.states]
         self._step: StepWriter | None = None
         if rules.down is not None:
             assert targets.step is not None  # noqa: S101 - Targets says so
             assert targets.residual is not None  # noqa: S101
-            writer = StepWriter(layout, rules.down, targets.step, targets.residual, previous=memory.residual)
+            writer = StepWriter(layout, rules.down, targets.step, targets.residual, previous=residual)
             self._step = stack.enter_context(writer)
         self._model.write(layout.header)
 
@@ -326,10 +330,3 @@ class _Outputs:
         step = self._step.finish() if self._step is not None else None
         states = tuple(output.finish() for output in self._states)
         return Averaged(self._model.finish(), states, step)
-
-
-def _check_size(path: Path | None, wanted: int) -> None:
-    if path is not None and path.exists() and path.stat().st_size != wanted:
-        raise OSError(
-            errno.EIO, f"it has {path.stat().st_size} bytes, and the outer step of this model remembers {wanted}", path
-        )

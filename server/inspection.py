@@ -9,15 +9,14 @@ import errno
 import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from common.codecs import Codec
-from common.deltas import check_encoded, is_trained, read_delta
+from common.deltas import check_encoded, decode_delta, is_trained
 from common.errors import BadUpdateError
-from common.weights import Array, Layout, TensorInfo, file_digest, read_exactly, read_layout
+from common.weights import Layout, TensorInfo, file_digest, read_block, read_exactly, read_layout
 from server.robust import check_finite, check_layout, check_norm, norm_of, squared_distance
 
 BLOCK_ELEMENTS = 1 << 16  # whole blocks of every codec; 256 KiB of float32
@@ -97,7 +96,9 @@ class _Look:
         self._file = stack.enter_context(update.open("rb", buffering=0))
         self._base = None if base is None or not measured else stack.enter_context(base.open("rb", buffering=0))
         self._measured, self._block_elements = measured and base is not None, block_elements
-        longest = max([min(tensor.elements, block_elements) for tensor in self._layout.tensors], default=0)
+        longest = max(
+            [min(tensor.elements, block_elements) for tensor in (self._model or self._layout).tensors], default=0
+        )
         self._raw, self._raw_base = (np.empty(longest * _WIDEST, np.uint8) for _ in range(2))
         self._scratch = np.empty(longest if self._measured else 0)
         self._digest, self._squares = hashlib.sha256(self._layout.header), list[float]()
@@ -128,11 +129,11 @@ class _Look:
         """Decoded, to refuse what no encoder made; a decoded delta is finite."""
         for first in range(0, model.elements, self._block_elements):
             count = min(self._block_elements, model.elements - first)
-            start, stop = tensor.start + codec.size(first), tensor.start + codec.size(first + count)
-            data = self._raw[: stop - start] if stop - start <= self._raw.size else np.empty(stop - start, np.uint8)
-            read_exactly(self._file, data, start)
+            skipped = codec.size(first)
+            data = self._raw[: codec.size(first + count) - skipped]
+            read_exactly(self._file, data, tensor.start + skipped)
             self._digest.update(data.data)
-            delta = read_delta(self._file, codec, model, tensor.start, first, count)
+            delta = decode_delta(data, codec, model, first, count)
             if self._measured:
                 self._squares.append(float(np.square(delta, dtype=np.float64).sum()))
 
@@ -142,25 +143,9 @@ def _mismatch(found: str, announced: str) -> BadUpdateError:
     return BadUpdateError(sentence, code="digest_mismatch", advice="Upload it again.")
 
 
-# ---------------------------------------------------------------- for this look and the fold
-
-
 def model_layout(path: Path) -> Layout:
     """The layout of a model that we keep. That it does not read is the disk's doing, and no update's."""
     try:
         return read_layout(path)
     except BadUpdateError as error:
         raise OSError(errno.EIO, f"the model is damaged: {error}", str(path)) from error
-
-
-def read_block(file: FileIO, tensor: TensorInfo, start: int, first: int, count: int, buffer: Array) -> Array:
-    """Elements [first, first + count) of a tensor that begins at byte `start` of this file, as a view of `buffer`."""
-    block = typed(buffer, tensor, count)
-    read_exactly(file, block, start + first * block.itemsize)
-    return block
-
-
-def typed(buffer: Array, tensor: TensorInfo, count: int) -> Array:
-    """The beginning of a byte buffer as `count` elements of a tensor."""
-    dtype = tensor.numpy_dtype
-    return buffer[: count * dtype.itemsize].view(dtype)

@@ -29,6 +29,11 @@ class OuterStep(Protocol):
         """Numbers that are remembered for each element."""
         ...
 
+    @property
+    def wants_base(self) -> bool:
+        """Whether `base` is looked at. If not, it need not be read, and holds anything."""
+        ...
+
     def apply(self, base: Float64Block, mean: Float64Block, states: Sequence[Float64Block]) -> Float64Block:
         """The new values of one block.
 
@@ -50,10 +55,8 @@ class FedAvg:
     Source: McMahan et al. 2017, arXiv 1602.05629, algorithm 1; as an outer step: Reddi et al. 2020, arXiv 2003.00295.
     """
 
-    @property
-    def states(self) -> int:
-        """None."""
-        return 0
+    states = 0
+    wants_base = False
 
     def apply(self, base: Float64Block, mean: Float64Block, states: Sequence[Float64Block]) -> Float64Block:  # noqa: ARG002 - other steps need them
         """The mean. Going through the difference would only round it."""
@@ -69,13 +72,11 @@ class DiLoCo:
     Source: Douillard et al. 2023, arXiv 2311.08105, algorithm 1 (OuterOpt); η 0.7 and μ 0.9 are its values.
     """
 
+    states = 1  # the momentum b
+    wants_base = True
+
     lr: float = 0.7
     momentum: float = 0.9
-
-    @property
-    def states(self) -> int:
-        """The momentum b."""
-        return 1
 
     def apply(self, base: Float64Block, mean: Float64Block, states: Sequence[Float64Block]) -> Float64Block:
         """One step."""

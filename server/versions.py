@@ -21,6 +21,11 @@ class Version:
     step: StepRef | None  # how workers come here from the model before, where steps are sent
     memory: tuple[str, ...]  # digests of what the next average needs: outer states, then the residual
 
+    @property
+    def digests(self) -> set[str]:
+        """Of every file."""
+        return {self.model.digest, *self.memory} | ({self.step.digest} if self.step is not None else set())
+
 
 def rules_of(section: AggregationSection) -> folding.Rules:
     """How a job's updates become its next model.
@@ -30,6 +35,12 @@ def rules_of(section: AggregationSection) -> folding.Rules:
     """
     encoded = None if section.update == "fp32" else codec(section.update)
     return folding.Rules(outer_step(section), encoded, encoded if section.download == "same" else None)
+
+
+def room_for(job: Job, size: int) -> int:
+    """Bytes that the files of one average take, of a model of `size` bytes."""
+    rules = rules_of(job.spec.aggregation)
+    return size * (1 + rules.step.states + 2 * (rules.down is not None))
 
 
 def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]) -> Version:
@@ -43,7 +54,7 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
     """
     rules = rules_of(job.spec.aggregation)
     targets = _targets(job.id, phase.round, rules, blobs)
-    blobs.check_room(phase.base.size * (1 + len(targets.states) + 2 * (rules.down is not None)))
+    blobs.check_room(room_for(job, phase.base.size))
     states, memory = rules.step.states, [blobs.path(digest) for digest in job.memory]
     made = folding.average(
         blobs.path(phase.base.digest),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from common.facts import HandedBack, Now, WorkerNow
-from common.messages import NEW_IN_TRAIN, JobView, LogEntry, PollAnswer, WorkerView
+from common.messages import NEW_KEYS, JobView, LogEntry, PollAnswer, WorkerView
 from server import rounds
 from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody
@@ -14,8 +14,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
     """The answer to a poll as JSON, without what a worker of an older protocol would refuse as unknown."""
     if protocol >= 2:
         return answer.model_dump_json()
-    outer = {"outer_lr", "outer_momentum", "download", "feedback"}
-    spec = {"round": {"fsync"}, "train": set(NEW_IN_TRAIN), "aggregation": outer}
+    spec = {section: set(keys) for section, keys in NEW_KEYS.items()}
     return answer.model_dump_json(
         exclude={
             "settled": True,

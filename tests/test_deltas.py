@@ -219,7 +219,7 @@ def test_what_was_decoded_and_the_error_are_all_that_was_trained(name: str, seed
 def test_an_error_of_another_model_is_not_used(base: Path, trained: Path, tmp_path: Path) -> None:
     error = tmp_path / "error"
     error.write_bytes(bytes(kept_size(read_layout(base)) - 4))
-    with pytest.raises(OSError, match="and the errors of this model"):
+    with pytest.raises(OSError, match="belong to this model"):
         encode_update(base, trained, tmp_path / "update", codec("topk"), error=error, pending=tmp_path / "pending")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "error", "trained"]
 

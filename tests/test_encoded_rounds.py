@@ -17,11 +17,11 @@ from common.errors import BadUpdateError
 from common.messages import StepRef
 from common.output import SYNC_EVERY, Output
 from common.weights import Array, Notes, file_digest, load, read_layout, save
-from server import folding, rounds
+from server import folding, rounds, versions
 from server.folding import Memory, Rules, Targets
 from server.inspection import inspect
 from server.optimizers import DiLoCo, FedAvg
-from tests.rounds_kit import digest
+from tests.rounds_kit import digest, training
 from worker import plan
 
 NOTES = Notes(buffers=("mean", "var"), variances={"var": "mean"})
@@ -328,3 +328,13 @@ def test_a_faster_link_never_gets_a_coarser_encoding(size: int, one: float, othe
     order = list(rounds.ENCODINGS)
     slow, fast = sorted((one, other))
     assert order.index(rounds.encoding_for(size, fast)) <= order.index(rounds.encoding_for(size, slow))
+
+
+def test_the_room_that_a_paused_job_waits_for_is_what_its_average_takes() -> None:
+    def room(**aggregation: str) -> int:
+        return versions.room_for(training(aggregation=aggregation).job, 100)
+
+    assert room() == 100
+    assert room(update="int8") == 300  # the step and the residual
+    assert room(update="int8", download="fp32") == 100
+    assert room(update="int8", algorithm="diloco") == 400

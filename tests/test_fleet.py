@@ -46,6 +46,15 @@ def test_a_worker_of_protocol_1_is_given_no_job_that_it_would_train_in_another_w
     assert set(NEW_IN_TRAIN) <= TrainSection.model_fields.keys()
 
 
+@pytest.mark.parametrize("given", [{"update": "int8"}, {"update": "auto"}, {"algorithm": "diloco"}])
+def test_a_worker_of_protocol_1_is_given_no_job_that_it_could_not_read(given: dict[str, str]) -> None:
+    some, job = fleet("old", protocol=1), running("j", aggregation=given)
+    ((key, value),) = given.items()
+    missing = f"old speaks protocol 1, which has no aggregation.{key} = {value}: upgrade it"
+    assert fleets.why_not(some.workers["old"], job) == missing
+    assert fleets.why_not(fleet("new").workers["new"], job) is None
+
+
 def test_a_worker_is_live_for_one_lease_time_after_its_last_call() -> None:
     some = fleet("a")
     assert some.live(40.0) == ["a"]

@@ -339,6 +339,7 @@ class Stay:
     """An outer step that never moves, and writes down what it is asked."""
 
     states = 0
+    wants_base = True
 
     def __init__(self) -> None:
         self.seen: list[list[float]] = []

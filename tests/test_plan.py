@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from common import errors
 from common.errors import LydianError
 from common.messages import (
+    AggregationSection,
     Assignment,
     HeartbeatAnswer,
     Holding,
@@ -133,6 +134,11 @@ def test_an_optimisers_state_is_asked_for_where_the_job_keeps_it_and_needs_room(
     assert [command[k] for k in ("optimizer", "optimizer_from", "optimizer_of")] == ["after", "before", 2]
     assert not {"optimizer", "optimizer_of"} & plan.train_command(assignment(), **given).keys()
     assert plan.room_needed(kept, fetched=9) == 27
+
+
+def test_an_encoded_update_needs_room_beside_what_it_is_made_of() -> None:
+    encoded = assignment(spec=JobSpec(task="digits", aggregation=AggregationSection(update="topk")))
+    assert plan.room_needed(encoded, fetched=9) == 9 + 4 + 9
 
 
 def test_the_steps_of_the_whole_job_are_known_where_a_round_has_steps() -> None:

@@ -315,7 +315,7 @@ def with_state(spool: Spool, number: int = 1, content: str = "state", **fields: 
 
 def test_an_optimisers_state_counts_once_its_update_does_and_takes_the_place_of_the_one_before(spool: Spool) -> None:
     first = with_state(spool)
-    assert spool.jobs_with_optimizers(URL) == []
+    assert spool.jobs_with_state(URL) == []
     spool.keep(first)
     assert spool.optimizer(first.place, 1).read_text() == "state"
     other = with_state(spool, 1, "other", id="job-1.train.1.7", shard=7)
@@ -344,12 +344,30 @@ def test_a_job_that_is_over_takes_its_states_with_it_and_no_others(tmp_path: Pat
     for job in ("job-1", "job-1.0", "job-10"):
         spool.keep(with_state(spool, job=job, id=f"{job}.train.1.0"))
     with next_life(tmp_path) as found:
-        assert found.jobs_with_optimizers(URL) == ["job-1", "job-1.0", "job-10"]
-        assert found.jobs_with_optimizers("http://other:1") == []
+        assert found.jobs_with_state(URL) == ["job-1", "job-1.0", "job-10"]
+        assert found.jobs_with_state("http://other:1") == []
         found.drop_job("job-1", "http://other:1")
         assert len(list(found.folder.glob("optimizers/*/*"))) == 3
         found.drop_job("job-1", URL)
-        assert found.jobs_with_optimizers(URL) == ["job-1.0", "job-10"]
+        assert found.jobs_with_state(URL) == ["job-1.0", "job-10"]
+
+
+def test_what_an_update_leaves_out_counts_once_it_does_and_goes_with_its_job(tmp_path: Path, spool: Spool) -> None:
+    held = train(spool, assignment())
+    held.place.pending.write_bytes(b"rest")
+    assert not spool.error(held.place).exists()
+    spool.keep(spool.keep(held))
+    assert spool.error(held.place).read_bytes() == b"rest"
+    refused = train(spool, assignment(2))
+    refused.place.pending.write_bytes(b"never")
+    spool.drop(refused)
+    with next_life(tmp_path) as found:
+        assert found.error(held.place).read_bytes() == b"rest"
+        assert found.jobs_with_state(URL) == ["job-1"]
+        assert found.jobs_with_state("http://other:1") == []
+        found.drop_job("job-1", URL)
+        assert found.jobs_with_state(URL) == []
+        assert not found.error(held.place).exists()
 
 
 def test_what_is_in_the_way_of_a_state_costs_the_state_alone(spool: Spool) -> None:

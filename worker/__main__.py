@@ -143,12 +143,13 @@ def _agent(
         )
     for file in allow:
         trust_file(folder, file)
-    options = replace(options, name=shown, data=_data_folders(data), trusted=trusted_digests(folder))
+    options = replace(options, name=shown, data=data_folders(data), trusted=trusted_digests(folder))
     os.environ.pop("LYDIAN_TOKEN", None)  # nothing that this process starts needs it
     return Agent(CoordinatorApi(url, options.join_token), identity, Spool.open(folder), options, folder)
 
 
-def _data_folders(given: list[str]) -> dict[str, str]:
+def data_folders(given: list[str]) -> dict[str, str]:
+    """Name -> folder, of options NAME=PATH."""
     folders = {}
     for item in given:
         name, sign, path = item.partition("=")

@@ -345,7 +345,7 @@ class Agent:
         request = PollRequest(
             start_id=self.identity.start_id,
             claim_key=secrets.token_hex(8),
-            loaded=tuple(dict.fromkeys([*self._trainer.loaded, *self.spool.jobs_with_optimizers(self.identity.url)])),
+            loaded=tuple(dict.fromkeys([*self._trainer.loaded, *self.spool.jobs_with_state(self.identity.url)])),
             holding=plan.told([], kept),
             degraded=degraded.why[:WHY_LIMIT] if degraded else "",
         )

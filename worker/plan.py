@@ -313,7 +313,8 @@ def way(steps: Sequence[StepRef], has: Callable[[str], bool]) -> tuple[StepRef, 
 def room_needed(assignment: Assignment, *, fetched: int) -> int:
     """Bytes that must be free before an assignment is begun: for what is left to download, and for what comes out.
 
-    A job that keeps optimisers leaves two numbers a parameter beside the update, as AdamW has.
+    A job that keeps optimisers leaves two numbers a parameter beside the update, as AdamW has; an encoded update is
+    made of a whole one, takes half of that at most, and may leave as much as that out.
 
     Args:
         assignment: with the size of the base, which an update has as well; that of a first model is not known.
@@ -322,5 +323,11 @@ def room_needed(assignment: Assignment, *, fetched: int) -> int:
     if assignment.base is None:
         return 0
     size = assignment.base.size
-    made = 0 if assignment.kind != "train" else 3 * size if assignment.spec.train.keep_optimizer else size
+    if assignment.kind != "train":
+        return max(size - fetched, 0)
+    made = size
+    if assignment.spec.train.keep_optimizer:
+        made += 2 * size
+    if assignment.spec.aggregation.update != "fp32":
+        made += size // 2 + size
     return max(size - fetched, 0) + made

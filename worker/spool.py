@@ -14,7 +14,7 @@
         optimizer                        the optimiser's state then: takes the place of the last one when accepted
         submission.json                  written last: the update is whole, and this is how it is handed in
         accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
-    FOLDER/errors/JOB.SHARD              what accepted updates have left out, added to the next one
+    FOLDER/errors/COORDINATOR/JOB.SHARD  what accepted updates have left out, added to the next one
 
         ──begin──▶ Untrained ──finish──▶ Trained ──keep──▶ Kept ──settled──▶ (gone)
 
@@ -53,10 +53,11 @@ JSON_LIMIT = 16 << 20  # bytes; a job's whole configuration is in an assignment
 PROBE_BYTES = 4096  # what a disk must take to count as well again
 
 _PLACE = re.compile(r"([A-Za-z0-9._-]{1,63})\.([1-9][0-9]{0,8})")
+_ERROR = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}")
 _STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}\.[0-9]{1,16}")
 
 ASKED, TRAINED, ACCEPTED, UPDATE = "assignment.json", "submission.json", "accepted.json", "update.safetensors"
-OPTIMIZER = "optimizer"
+OPTIMIZER, PENDING = "optimizer", "pending"
 
 M = TypeVar("M", bound=Message)
 
@@ -111,7 +112,7 @@ class Place:
     @property
     def pending(self) -> Path:
         """What the update leaves out, until it was accepted."""
-        return self.folder / "pending"
+        return self.folder / PENDING
 
     @property
     def indices(self) -> Path:
@@ -317,7 +318,9 @@ class Spool:
     def commit(self, held: Trained) -> None:
         """The result was accepted: what it left out is added to the next one. Twice is once."""
         if held.place.pending.exists():
-            held.place.pending.replace(self.error(held.place))
+            error = self.error(held.place)
+            error.parent.mkdir(exist_ok=True)
+            held.place.pending.replace(error)
 
     def drop(self, held: Attempt, *, may_count: bool = False) -> None:
         """The attempt is needed no more. It is known no more even where its files cannot go.
@@ -342,10 +345,8 @@ class Spool:
         for held in self._of(coordinator):
             if held.place.job == job:
                 self.drop(held)
-        for path in (self.folder / "errors").glob(f"{job}.*"):
-            _remove(path)
-        for path in self._optimizers(coordinator):
-            if _job_of(path) == job:
+        for path, of in self._states(coordinator):
+            if of == job:
                 _remove(path)
 
     def find_kept(self, told: Holding, coordinator: str) -> Kept | None:
@@ -365,15 +366,28 @@ class Spool:
         """Where the child writes the labels of the training set."""
         return self.folder / "work" / f"{job}.labels.npy"
 
-    # ------------------------------------------------------------ optimisers
+    # ------------------------------------------------------------ what a shard leaves to its next round
+
+    def error(self, place: Place) -> Path:
+        """What the accepted updates of this shard have left out: it is added to the next one."""
+        return self._of_coordinator("errors", place.coordinator) / f"{place.job}.{place.shard}"
 
     def optimizer(self, place: Place, round_index: int) -> Path:
         """Where the optimiser's state after an accepted update of this shard is, or would be."""
-        return self._of_coordinator(place.coordinator) / f"{place.job}.{place.shard}.{round_index}"
+        return self._of_coordinator("optimizers", place.coordinator) / f"{place.job}.{place.shard}.{round_index}"
 
-    def jobs_with_optimizers(self, coordinator: str) -> list[str]:
-        """The jobs of a coordinator that an optimiser's state is kept for."""
-        return sorted({_job_of(path) for path in self._optimizers(coordinator)} - self._over)
+    def jobs_with_state(self, coordinator: str) -> list[str]:
+        """The jobs of a coordinator that something is kept for from round to round."""
+        return sorted({job for _, job in self._states(coordinator)} - self._over)
+
+    def _states(self, coordinator: str) -> list[tuple[Path, str]]:
+        """Everything that is kept from round to round, and the job that it is of."""
+        folder = self._of_coordinator("errors", coordinator)
+        errors = [path for path in folder.iterdir() if _ERROR.fullmatch(path.name)] if folder.is_dir() else []
+        return [
+            *((path, path.name.rsplit(".", 1)[0]) for path in errors),
+            *((path, path.name.rsplit(".", 2)[0]) for path in self._optimizers(coordinator)),
+        ]
 
     def _keep_optimizer(self, place: Place) -> bool:
         """Give the state that an attempt left its place among those to go on from. Whether there was one."""
@@ -387,11 +401,11 @@ class Spool:
         return kept
 
     def _optimizers(self, coordinator: str) -> list[Path]:
-        folder = self._of_coordinator(coordinator)
+        folder = self._of_coordinator("optimizers", coordinator)
         return [path for path in folder.iterdir() if _STATE.fullmatch(path.name)] if folder.is_dir() else []
 
-    def _of_coordinator(self, coordinator: str) -> Path:
-        return self.folder / "optimizers" / hashlib.sha256(coordinator.encode()).hexdigest()[:16]
+    def _of_coordinator(self, kind: str, coordinator: str) -> Path:
+        return self.folder / kind / hashlib.sha256(coordinator.encode()).hexdigest()[:16]
 
     # ------------------------------------------------------------ models and task files
 
@@ -446,10 +460,6 @@ class Spool:
     def step(self, digest: str) -> Path:
         """Where a step from one model to another is fetched to."""
         return self.folder / "models" / f"{digest}.step"
-
-    def error(self, place: Place) -> Path:
-        """What the accepted updates of a job's shard have left out: it is added to the next one."""
-        return self.folder / "errors" / f"{place.job}.{place.shard}"
 
     # ------------------------------------------------------------ room
 
@@ -551,10 +561,6 @@ def _place(folder: Path, coordinator: str, of: Assignment) -> Place:
     return Place(folder, coordinator, of.job, of.kind, of.id, of.attempt, of.shard, of.round)
 
 
-def _job_of(state: Path) -> str:
-    return state.name.rsplit(".", 2)[0]
-
-
 def _is_whole(held: Trained, size: int) -> bool:
     """Whether the update is there. One to be handed in is hashed as well; a kept one is not, unless it is wanted."""
     digest = held.submission.digest
@@ -610,7 +616,7 @@ def _put_onto_disk(folder: Path) -> None:
     Raises:
         OSError: the disk did not take them.
     """
-    for name in (UPDATE, OPTIMIZER, ASKED, TRAINED, ACCEPTED):
+    for name in (UPDATE, PENDING, OPTIMIZER, ASKED, TRAINED, ACCEPTED):
         with contextlib.suppress(FileNotFoundError):
             _sync(folder / name)
     with contextlib.suppress(FileNotFoundError):  # dropped meanwhile

@@ -9,7 +9,7 @@ import pytest
 
 from common.codecs import CODECS
 from common.weights import load
-from tests.acceptance.kit import LocalFleet, closed_rounds, of_type
+from tests.acceptance.kit import LocalFleet, closed_rounds, of_type, wait_for
 
 pytestmark = pytest.mark.acceptance
 
@@ -99,3 +99,27 @@ def test_auto_is_decided_once_by_the_link_of_the_first_model_and_is_the_same_job
         (built,) = of_type(fleet.facts(job), "initialised")
         assert built["update"] == "fp32"  # loopback
         assert view.spec.aggregation.update == "fp32"
+
+
+def files_of(fleet: LocalFleet) -> set[str]:
+    """The digests of all files that the coordinator keeps."""
+    return {path.name for path in (fleet.state / "blobs").glob("*/*")}
+
+
+def models_of(fleet: LocalFleet, job: str) -> set[str]:
+    facts = fleet.facts(job)
+    return {fact["digest"] for fact in [*closed_rounds(facts), *of_type(facts, "initialised")]}
+
+
+def test_nothing_of_a_job_that_is_over_stays_but_its_models(tmp_path: Path) -> None:
+    aggregation = {"update": "int8", "algorithm": "diloco"}
+    with LocalFleet(tmp_path) as fleet:
+        fleet.start_workers(2)
+        done = run(fleet, **aggregation)
+        fleet.finish(done)
+        wait_for("steps, outer state and updates to be gone", lambda: files_of(fleet) <= models_of(fleet, done))
+        cancelled = fleet.submit(**{**JOB, "rounds": 1000}, aggregation=aggregation)
+        fleet.await_event(cancelled, lambda e: e["type"] == "accepted" and e["round"] == 3, "an update of round 3")
+        fleet.api.cancel(cancelled)
+        models = models_of(fleet, done) | models_of(fleet, cancelled)
+        wait_for("those of a cancelled job too", lambda: files_of(fleet) <= models)

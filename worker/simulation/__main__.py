@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from common.errors import LydianError
-from worker.__main__ import _data_folders
+from worker.__main__ import data_folders
 from worker.options import Options
 from worker.simulation.process import Simulator
 
@@ -51,7 +51,7 @@ def simulate(
             name=name,
             device=device,
             threads=threads,
-            data=_data_folders(data or []),
+            data=data_folders(data or []),
             trust="listed" if trusted else "none",
             trusted=tuple(trusted or ()),
             join_token=token,
