@@ -72,24 +72,14 @@ def weighted_mean(
     total = _total(samples)
     pairs = zip(blocks, samples, strict=True)
     with np.errstate(over="ignore", invalid="ignore"):
-        # Widened first, and multiplied in place: a ufunc that widens as it goes takes twice as long.
+        # The dtype is said, since numpy would multiply float32 by a Python number in float32.
         block, count = next(pairs)
-        mean = _widened(block, out)
-        np.multiply(mean, float(count), out=mean)
+        mean = np.multiply(block, float(count), out=out, dtype=np.float64)
         for block, count in pairs:
             # Multiply, then add: one operation for both would round differently on machines that can fuse them.
-            scratch = _widened(block, scratch)
-            np.multiply(scratch, float(count), out=scratch)
+            scratch = np.multiply(block, float(count), out=scratch, dtype=np.float64)
             np.add(mean, scratch, out=mean)
         return np.divide(mean, total, out=mean)
-
-
-def _widened(block: Array, out: Float64Block | None) -> Float64Block:
-    """The block as float64, in `out` when it is given."""
-    if out is None:
-        return block.astype(np.float64)
-    np.copyto(out, block)
-    return out
 
 
 def pooled_variance(variances: Iterable[Array], means: Iterable[Array], samples: Sequence[int]) -> Float64Block:
