@@ -11,8 +11,9 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterable, Awaitable, Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NoReturn, Self
 
@@ -99,7 +100,7 @@ class Coordinator:
         self._spans: dict[
             Key, tuple[float, float]
         ] = {}  # of first models: monotonic seconds of the first and last byte
-        self._arriving: set[str] = set()  # digests of updates that have their name and no fact yet
+        self._arriving = Counter[str]()  # digests that have their name and no fact yet, and how many tasks have them
         self._dropped: set[str] = set()  # digests of files that may be needed no more, not yet deleted
         self._averaging: dict[str, asyncio.Task[None]] = {}
         self._looks: dict[str, asyncio.TimerHandle] = {}
@@ -800,9 +801,12 @@ class Coordinator:
         """Take the bytes of an accepted update again. What counted, counts; nothing else of it is looked at."""
         if submission.digest != lost.digest:
             raise SupersededError(f"{name} was accepted as {lost.digest[:12]}…, and only those bytes are wanted again")
-        await self._look(job, Task("train", lost.round, lost.shard), name, lost.attempt, lost.digest)
-        if lost in rounds.lost_of(self.jobs[job.id]):
-            self._apply(job.id, rounds.restored(lost))
+        with self._arrival(lost.digest):
+            await self._look(job, Task("train", lost.round, lost.shard), name, lost.attempt, lost.digest)
+            if lost in rounds.lost_of(self.jobs[job.id]):
+                self._apply(job.id, rounds.restored(lost))
+            else:  # the job ended meanwhile
+                self._dropped.add(lost.digest)
         return Receipt(repeat=True, reason=self.jobs[job.id].reason)
 
     def _count_evaluation(self, job: Job, task: Task, submission: Submission, worker_id: str) -> Receipt:
@@ -825,12 +829,25 @@ class Coordinator:
         digest = submission.digest
         if digest is None:
             raise BadUpdateError(f"{name} was submitted without the digest of its bytes", code=DAMAGED)
-        self._arriving.add(digest)
-        try:
+        with self._arrival(digest):
             size = await self._look(job, task, name, submission.attempt, digest)
             return self._count(job.id, task, submission, worker_id, digest, size)
+
+    @contextmanager
+    def _arrival(self, digest: str) -> Iterator[None]:
+        """Keep bytes that have their name and no fact yet; delete them if it turns out that nothing needs them."""
+        self._arriving[digest] += 1
+        counted = False
+        try:
+            yield
+            counted = True
         finally:
-            self._arriving.discard(digest)
+            if not counted:
+                self._dropped.add(digest)
+            self._arriving[digest] -= 1
+            self._arriving += Counter()  # forgets what counts nothing
+            if digest in self._dropped:
+                self._discard()
 
     async def _look(self, job: Job, task: Task, name: str, attempt: int, digest: str) -> int:
         """Check the uploaded bytes and give them their name. Returns how many they are."""
@@ -969,9 +986,9 @@ class Coordinator:
 
     def _discard(self) -> None:
         """Delete what was dropped, unless something else needs it, and half uploads that nobody can finish."""
-        for digest in self._dropped - self._needed() - self._arriving:
+        for digest in self._dropped - self._needed() - self._arriving.keys():
             self.blobs.remove(digest)
-        self._dropped.clear()
+        self._dropped &= self._arriving.keys()
         self._uploads.keep_only(self._is_awaited)
 
     def _needed(self) -> set[str]:

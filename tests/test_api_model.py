@@ -823,6 +823,7 @@ class ApiMachine(RuleBasedStateMachine):
             if sys.exc_info()[0] is None and self.players:
                 self.all_behave_until_the_end()
                 self.closed_rounds_can_be_fetched()
+                self.only_models_stay()
         finally:
             for waiting in self.in_flight:
                 waiting.task.cancel()
@@ -885,6 +886,14 @@ class ApiMachine(RuleBasedStateMachine):
                 response = self.house.run(self.house.client.get(path, headers=headers))
                 assert (response.status_code, sha(response.content)) == (200, digest)
 
+    def only_models_stay(self) -> None:
+        """Of jobs that are over, no update and no other bytes are kept."""
+        models = {digest for book in self.ledger.books.values() for digest in (book.digest, *book.closed.values())}
+        models |= {
+            digest for book in self.ledger.books.values() for _, _, digest in book.results.get(book.name("init"), [])
+        }
+        assert {path.name for path in self.house.folder.glob("blobs/??/*")} <= models
+
 
 TestApi = ApiMachine.TestCase
 TestApi.settings = settings(
@@ -893,3 +902,14 @@ TestApi.settings = settings(
     stateful_step_count=100 if FULL else 40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
+
+
+def test_bytes_that_are_looked_at_while_their_job_is_cancelled_are_deleted() -> None:
+    machine = ApiMachine()
+    machine.begin(rounds=2, shards=1, quorum="all", deadline=None, every=0)
+    machine.works_well(0, "good", 1)
+    machine.asks(0, fresh=True, wait_s=0.0, stale=False, forgets=False, full=False, times=1)
+    machine.uploads_all_and_hands_in(0, "good", 1)
+    assert machine.house.threads.waiting, "nobody looks at the update"
+    machine.operator(0, "cancel", 1)
+    machine.teardown()  # checks what is left

@@ -77,7 +77,9 @@ def test_whole_models_go_down_where_the_job_wants_that(tmp_path: Path) -> None:
         fleet.finish(job)
         rounds = closed_rounds(fleet.facts(job))
         assert all(closed["step"] is None for closed in rounds)
-        assert rounds[-1]["bytes_down"] > 3 * rounds[-1]["bytes_up"]
+        down = [closed["bytes_down"] for closed in rounds]  # an evaluation may have brought a worker the model before
+        assert sum(down) > 0
+        assert all(received % rounds[-1]["size"] == 0 for received in down)
 
 
 def test_diloco_without_momentum_and_rate_one_is_fedavg(tmp_path: Path) -> None:
