@@ -107,6 +107,14 @@ def cpu_seconds(pid: int) -> float:
     return float(times.user + times.system)
 
 
+def cpu_below(pid: int) -> float:
+    """Seconds of processor that what this process has started, and what that has started, have used so far."""
+    try:
+        return sum(cpu_seconds(child.pid) for child in psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:  # one ended while it was looked at
+        return 0.0
+
+
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process now."""
     return int(psutil.Process(pid).memory_info().rss)

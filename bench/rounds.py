@@ -3,9 +3,9 @@
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from bench.fleet import peak_below, peak_bytes, running
+from bench.fleet import Fleet, cpu_below, cpu_seconds, peak_below, peak_bytes, running
 from bench.limits import MEGABYTE, Limits
 from bench.scenario import (
     Column,
@@ -37,6 +37,25 @@ class Peaks:
     coordinator: int = 0
     agent: int = 0
     child: int = 0
+
+
+@dataclass(frozen=True)
+class Processor:
+    """Seconds of processor used so far: by the coordinator, by all agents, by all children that train."""
+
+    coordinator: float
+    agents: float
+    children: float
+
+    @classmethod
+    def of(cls, fleet: Fleet) -> Self:
+        """As of now."""
+        pids = [agent.process.pid for agent in fleet.agents]
+        return cls(
+            cpu_seconds(fleet.server.process.pid),
+            sum(cpu_seconds(pid) for pid in pids),
+            sum(cpu_below(pid) for pid in pids),
+        )
 
 
 def job(size_mb: int, workers: int, rounds: int, overrides: Spec, seed: int = 0) -> Spec:
@@ -72,11 +91,12 @@ def case(size_mb: int, workers: int, rounds: int, wish: Wish, limits: Limits) ->
     """One row: a fleet of its own, one job, the time from one closed round to the next."""
     with running() as fleet:
         fleet.start_workers(workers)
-        closed, peaks = list[dict[str, Any]](), Peaks()
+        closed, peaks, used = list[dict[str, Any]](), Peaks(), list[Processor]()
         spec = job(size_mb, workers, rounds, wish.overrides, wish.seed)
         for event in fleet.events(fleet.submit(spec, TASK.read_text())):
             if event["type"] == "round":
                 closed.append(event)
+                used.append(Processor.of(fleet))
                 pids = [agent.process.pid for agent in fleet.agents]
                 peaks = Peaks(
                     peak_bytes(fleet.server.process.pid),
@@ -85,6 +105,7 @@ def case(size_mb: int, workers: int, rounds: int, wish: Wish, limits: Limits) ->
                 )
     took = [event["seconds"] for event in closed[1:]]
     median = statistics.median(took)
+    first, last, count = used[0], used[-1], len(used) - 1
     floor = 2 * size_mb * MEGABYTE * workers / limits.loopback
     return {
         "megabytes": size_mb,
@@ -96,6 +117,9 @@ def case(size_mb: int, workers: int, rounds: int, wish: Wish, limits: Limits) ->
         "ratio": median / floor,
         "down_bytes": statistics.median(event["bytes_down"] for event in closed[1:]),
         "up_bytes": statistics.median(event["bytes_up"] for event in closed[1:]),
+        "coordinator_cpu_s": (last.coordinator - first.coordinator) / count,
+        "agents_cpu_s": (last.agents - first.agents) / count,
+        "children_cpu_s": (last.children - first.children) / count,
         "coordinator_bytes": peaks.coordinator,
         "agent_bytes": peaks.agent,
         "child_bytes": peaks.child,
@@ -124,7 +148,9 @@ SCENARIO = Scenario(
         "Real coordinator and workers, one job whose training adds a constant (`bench/constant.py`): median seconds "
         "from one closed round to the next, the first left out. *Floor*: all models down and all updates up, "
         "2 · workers · size, at the loopback speed of one stream. *Sent*: payload of a round as the workers count it, "
-        "headers left out. Memory is the peak of the coordinator, of the largest agent and of the largest child, "
+        "headers left out. *Processor*: seconds a round of the coordinator, of all agents and of all children; "
+        "where there are fewer cores than processes, their sum over the cores is what a round cannot go below. "
+        "Memory is the peak of the coordinator, of the largest agent and of the largest child, "
         "with the pages of libraries that children share."
     ),
     measure=measure,
@@ -139,7 +165,10 @@ SCENARIO = Scenario(
         Column("median / floor", "ratio", ratio),
         Column("sent down", "down_bytes", megabytes),
         Column("sent up", "up_bytes", megabytes),
-        Column("coordinator", "coordinator_bytes", megabytes),
+        Column("processor: coordinator", "coordinator_cpu_s", seconds),
+        Column("agents", "agents_cpu_s", seconds),
+        Column("children", "children_cpu_s", seconds),
+        Column("memory: coordinator", "coordinator_bytes", megabytes),
         Column("agent", "agent_bytes", megabytes),
         Column("child", "child_bytes", megabytes),
     ),

@@ -38,7 +38,8 @@ from common.messages import (
     Welcome,
     WorkerView,
 )
-from common.ranges import Ranges, parse_ranges
+from common.ranges import Ranges, content_range, parse_ranges
+from common.together import SUBMISSION, WITH_MODEL, answer_and_model, submission_header
 from common.transfers import CONNECT_S, IDLE_S, Download, OnBytes, Upload, raise_for, reaching, unreachable
 
 POLL_SLACK_S = 15.0  # a long poll may take this much longer than was asked for before the line counts as dead
@@ -89,11 +90,25 @@ class CoordinatorApi:
         """Introduce a worker, or the same worker after a restart."""
         return self._ask(Welcome, "POST", "/v1/workers", registration)
 
-    def poll(self, worker: str, request: PollRequest) -> PollAnswer | None:
-        """Wait for work, at most `wait_s`. None: nothing yet."""
+    def poll(
+        self, worker: str, request: PollRequest, *, keep: Callable[[str, bytes], None] = lambda _, __: None
+    ) -> PollAnswer | None:
+        """Wait for work, at most `wait_s`. None: nothing yet.
+
+        Args:
+            worker: its id.
+            request: what it says; with `together`, a small model may come along.
+            keep: takes that model, by its digest, which was verified.
+        """
         timeout = httpx2.Timeout(request.wait_s + POLL_SLACK_S, connect=CONNECT_S)
         answer = self._send("POST", f"/v1/workers/{worker}/poll", request, timeout=timeout)
-        return None if answer.status_code == 204 else _understood(answer, PollAnswer.model_validate_json)
+        if answer.status_code == 204:
+            return None
+        if answer.headers.get("Content-Type") != WITH_MODEL:
+            return _understood(answer, PollAnswer.model_validate_json)
+        said, digest, model = _understood(answer, answer_and_model)
+        keep(digest, model)
+        return said
 
     def heartbeat(self, worker: str, beat: Heartbeat) -> HeartbeatAnswer:
         """Renew the lease of an assignment and learn whether to go on."""
@@ -147,6 +162,23 @@ class CoordinatorApi:
     def submit(self, assignment: str, submission: Submission) -> Receipt:
         """Hand in the result of an assignment; the bytes were uploaded before."""
         return self._ask(Receipt, "POST", f"/v1/updates/{assignment}/submit", submission, timeout=httpx2.Timeout(300.0))
+
+    def hand_in(self, assignment: str, source: Path, submission: Submission) -> Receipt | None:
+        """Upload and submit a small update in one call; None: its submission is too long for that."""
+        header = submission_header(submission)
+        if header is None:
+            return None
+        data = source.read_bytes()
+        headers = {
+            SUBMISSION: header,
+            "Content-Range": content_range(0, len(data), len(data)),
+            "Content-Type": "application/octet-stream",
+        }
+        path = f"/v1/updates/{assignment}?attempt={submission.attempt}"
+        with reaching(self.url):
+            answer = self._client.put(path, content=data, headers=headers, timeout=httpx2.Timeout(300.0))
+        raise_for(answer)
+        return _understood(answer, Receipt.model_validate_json)
 
     def abandon(self, assignment: str, reason: Abandon) -> None:
         """Give an assignment back, saying why."""

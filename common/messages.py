@@ -18,6 +18,9 @@ State = Literal[
     "queued", "initialising", "training", "aggregating", "evaluating", "paused", "finished", "failed", "cancelled"
 ]
 OVER: frozenset[str] = frozenset({"finished", "failed", "cancelled"})
+TOGETHER = 1 << 20
+"""Bytes of a model or an update up to which it travels in the call that speaks of it: a round trip less. One that is
+larger travels alone, since it may have to be resumed."""
 Trust = Literal["none", "listed", "any"]
 
 
@@ -306,6 +309,9 @@ class Assignment(Message):
     )
     ttl_s: float
     max_bytes: Count = Field(description="the most an upload for this may have")
+    together: Count = Field(
+        0, description="an update of at most so many bytes may come with its submission, in one call"
+    )
     steps: tuple[StepRef, ...] = Field((), description="the last steps to `base`, oldest first, as far as they pay")
 
 
@@ -318,6 +324,8 @@ class PollRequest(Message):
     loaded: tuple[Name, ...] = Field((), description="jobs of which it keeps data in memory, or an optimiser's state")
     holding: tuple[Holding, ...] = Field((), max_length=10_000, description="updates handed in and kept until settled")
     degraded: str = Field("", max_length=500, description="why the worker can take no work now; empty: it can")
+    together: Count = Field(0, description="a base model of at most so many bytes may come with the answer; 0: none")
+    models: tuple[Digest, ...] = Field((), max_length=100, description="models that the worker has")
 
 
 class Preparation(Message):

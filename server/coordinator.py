@@ -33,6 +33,7 @@ from common.errors import (
 )
 from common.facts import Accepted, HandedBack, HandedOut, Initialised, RoundClosed, Submitted
 from common.messages import (
+    TOGETHER,
     Abandon,
     Assignment,
     Heartbeat,
@@ -550,6 +551,18 @@ class Coordinator:
         self._apply(job.id, step)
         return PollAnswer(assignment=self._assignment(lease), forget=forget, settled=settled)
 
+    async def model_along(self, answer: PollAnswer, request: PollRequest) -> bytes | None:
+        """The base of the assignment, where it is small and the worker lacks it; None: it asks for what it needs."""
+        work = answer.assignment
+        if work is None or work.base is None or work.base.size > min(request.together, TOGETHER):
+            return None
+        if not {work.base.digest, *(step.base for step in work.steps)}.isdisjoint(request.models):
+            return None  # it has it, or has a shorter way to it
+        try:
+            return await self.blobs.reading.whole(work.base.digest, self.blobs.path(work.base.digest))
+        except FileNotFoundError:
+            return None  # it was replaced meanwhile: whoever asks for it is told so
+
     def _preparation(self, worker: Worker, request: PollRequest) -> Preparation | None:
         """What a worker without work is to load meanwhile. Nothing stands on it, so it is not journalled."""
         job = self.fleet.to_prepare(worker.id, request.claim_key, request.loaded, list(self.jobs.values()))
@@ -614,6 +627,7 @@ class Coordinator:
             optimizer_of=rounds.state_to_go_on_from(job, task.shard, lease.worker) if task.kind == "train" else 0,
             ttl_s=self.settings.ttl_s,
             max_bytes=base.size + HEADER_ROOM if base else self.settings.max_model_bytes,
+            together=TOGETHER,
             steps=self._way_to(job.id, base),
         )
 

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 LARGEST, SMALLEST = 1 << 20, 1 << 16  # bytes of a piece; a power of two, so that pieces of one size are shared
 OUT = 32 << 20  # bytes of pieces that wait for their readers, about, while there are fewer than OUT / SMALLEST of them
@@ -63,6 +64,23 @@ class Reading:
         if not wanted:
             raise OSError(f"{digest[:12]}… ends before byte {at}")
         return wanted
+
+    async def whole(self, digest: str, path: Path) -> bytes:
+        """A small file, all of it.
+
+        Raises:
+            OSError: it cannot be read; FileNotFoundError: it is not there.
+        """
+        descriptor, found = os.open(path, os.O_RDONLY), list[bytes]()
+        try:
+            size, at = os.fstat(descriptor).st_size, 0
+            with self.answering():
+                while at < size:
+                    found.append(await self.piece(digest, descriptor, at, size))
+                    at += len(found[-1])
+        finally:
+            os.close(descriptor)
+        return found[0] if len(found) == 1 else b"".join(found)
 
     def _read(self, piece: Piece, descriptor: int) -> asyncio.Future[bytes]:
         known = self._pieces.get(piece)

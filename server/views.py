@@ -20,7 +20,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "settled": True,
             "wanted": True,
             "prepare": True,
-            "assignment": {"steps": True, "optimizer_of": True, "spec": spec},
+            "assignment": {"steps": True, "optimizer_of": True, "together": True, "spec": spec},
         }
     )
 

@@ -4,6 +4,7 @@ Without a script it behaves: it takes uploads by ranges, and lets a result count
 happens to the next calls of that name instead; a call is the last word of its path, or upload, held, model.
 """
 
+import base64
 import hashlib
 import json
 import socket
@@ -81,6 +82,7 @@ class ScriptedCoordinator:
         self.lost: set[str] = set()  # assignments whose accepted bytes are lost here
         self.holds: list[Hold] = []
         self.protocol = PROTOCOL
+        self.along: bytes | None = None  # what comes with the work of a poll that would take a model
         self._changed = threading.Condition()
         coordinator = self
 
@@ -187,14 +189,14 @@ class _Handler(BaseHTTPRequestHandler):
             twist.go.wait()
             raise ConnectionAbortedError
         raw = self.rfile.read(length)
-        body = json.loads(raw) if raw and name != "upload" else {}
+        body = self._submission() if name == "upload" else json.loads(raw) if raw else {}
         self.plays.heard(Call(name, body, self.path))
         if isinstance(twist, LydianError):
             self._answer(twist.status, twist.answer())
             return
         if callable(twist):
             twist()
-        answer = self._upload(raw) if name == "upload" else getattr(self, f"_{name}")(body)
+        answer = self._upload(raw, body) if name == "upload" else getattr(self, f"_{name}")(body)
         self.plays.changed()
         if isinstance(twist, Lose):
             self.connection.shutdown(socket.SHUT_RDWR)
@@ -230,6 +232,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _poll(self, body: dict[str, Any]) -> Answer:
         answer = self.plays.next_poll(min(body["wait_s"], 0.3))
+        if answer is not None and self.plays.along is not None and body["together"]:
+            kind = {"Content-Type": "application/vnd.lydian.work-with-model"}
+            return 200, json.dumps(answer).encode() + b"\n" + self.plays.along, kind
         return (204,) if answer is None else (200, answer)
 
     def _heartbeat(self, body: dict[str, Any]) -> Answer:
@@ -240,9 +245,14 @@ class _Handler(BaseHTTPRequestHandler):
         ranges = ",".join(f"{at}-{at + len(pieces[at]) - 1}" for at in sorted(pieces))
         return 200, None, {"Lydian-Ranges": ranges}
 
-    def _upload(self, raw: bytes) -> Answer:
+    def _submission(self) -> dict[str, Any]:
+        """What comes with the bytes of an upload; nothing, where they come alone."""
+        header = self.headers.get("Lydian-Submission")
+        return dict(json.loads(base64.b64decode(header))) if header else {}
+
+    def _upload(self, raw: bytes, submission: dict[str, Any]) -> Answer:
         self._take(raw)
-        return (204,)
+        return self._submit(submission) if submission else (204,)
 
     def _take(self, raw: bytes) -> None:
         if not raw:  # the line broke before anything came

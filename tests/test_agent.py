@@ -527,6 +527,99 @@ def test_answers_that_were_damaged_on_the_way_cost_a_try_and_nothing_else(
     assert len(plays.of("upload")) == 1
 
 
+# ---------------------------------------------------------------- small models, small updates
+
+ALL = len(MODEL)
+
+
+def test_a_small_update_is_handed_in_by_one_call_that_waits_for_this_disk(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    worker.slow_disk.touch()
+    synced: list[str] = []
+    log = worker.slow_disk.with_suffix(".log")
+    plays.script["upload"].append(lambda: synced.extend(log.read_text().split()))
+    plays.hand_out(assignment(together=ALL))
+    worker.start()
+    worker.wait_trained("train end")
+    worker.slow_disk.unlink()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    assert {"update.safetensors", "submission.json"} <= set(synced)
+    assert (len(plays.of("upload")), plays.of("submit"), plays.received) == (1, [], ALL)
+    assert plays.accepted[WORK] == plays.of("upload")[0].body
+
+
+def test_an_update_that_is_a_byte_too_large_is_uploaded_and_then_submitted(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.hand_out(assignment(together=ALL - 1))
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    assert (len(plays.of("upload")), len(plays.of("submit"))) == (1, 1)
+    assert plays.of("upload")[0].body == {}
+
+
+def test_after_a_lost_answer_to_the_one_call_it_is_submitted_and_not_sent_again(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.script["upload"].append(Lose())
+    plays.hand_out(assignment(together=ALL))
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    assert (len(plays.of("upload")), len(plays.of("submit")), plays.received) == (1, 1, ALL)
+
+
+def test_a_broken_call_of_both_is_gone_on_with_where_it_broke(plays: ScriptedCoordinator, worker: Worker) -> None:
+    hold = Hold(after=ALL // 2)
+    plays.script["upload"].append(hold)
+    plays.hand_out(assignment(together=ALL))
+    worker.start()
+    assert hold.came.wait(BOUND_S)
+    hold.go.set()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    assert plays.received == ALL
+    assert len(plays.of("upload")) == 2
+
+
+def test_a_late_answer_to_the_one_call_drops_the_update(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.script["upload"].append(LateError("closed by quorum"))
+    plays.hand_out(assignment(together=ALL))
+    worker.start()
+    plays.wait_call("poll", 3)
+    wait_until("the attempt to be gone", lambda: not worker.attempts())
+    assert not plays.accepted
+
+
+def test_a_model_that_came_with_its_work_is_not_fetched_and_counts_as_received(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.along = MODEL
+    plays.hand_out(assignment(), assignment(2))
+    worker.start()
+    plays.wait_call("submit", 2)
+    assert "model" not in plays.names
+    assert [call.body["bytes_down"] for call in plays.of("submit")] == [ALL, ALL]
+    assert plays.of("poll")[0].body["models"] == []
+    assert plays.of("poll")[1].body["models"] == [hashlib.sha256(MODEL).hexdigest()]
+
+
+def test_a_model_that_was_damaged_with_its_work_is_fetched_by_itself(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.along = b"x" + MODEL[1:]
+    plays.hand_out(assignment(), assignment())  # the same work for the same claim
+    worker.start()
+    submission = plays.wait_call("submit").body
+    assert submission["bytes_down"] == ALL
+    assert "model" in plays.names
+    first, again = plays.of("poll")[:2]
+    assert (first.body["claim_key"], first.body["together"] > 0) == (again.body["claim_key"], True)
+    assert again.body["together"] == 0
+
+
+# ---------------------------------------------------------------- orders that come late
+
+
 def test_a_beat_that_says_superseded_does_not_keep_a_trained_update_from_being_offered(
     plays: ScriptedCoordinator, worker: Worker
 ) -> None:

@@ -24,6 +24,7 @@ from common import PROTOCOL, __version__
 from common.api import CoordinatorApi
 from common.errors import ConflictError, LateError, LydianError, UnauthenticatedError
 from common.messages import (
+    TOGETHER,
     Abandon,
     Assignment,
     Heartbeat,
@@ -354,13 +355,28 @@ class Agent:
             updates = f"; {len(kept)} {'update is' if len(kept) == 1 else 'updates are'} kept until settled"
             self._waiting.say(f"waiting for {awaited}{updates if kept else ''}")
         with self._departure.may_leave():
-            answer = self._insist(lambda: self.api.poll(self._known_as.worker_id, request))
+            answer = self._ask_for_work(request)
         if degraded is not None:
             self._degraded = replace(degraded, told=True)
         self._idle = answer is None or answer.assignment is None
         if not self._idle:
             self._waiting.over()
         return answer
+
+    def _ask_for_work(self, request: PollRequest) -> PollAnswer | None:
+        """Poll until there is an answer. A model may come with the first; after a failure it is fetched by itself."""
+        asked = request.model_copy(update={"together": TOGETHER, "models": self.spool.models})
+
+        def ask() -> PollAnswer | None:
+            nonlocal asked
+            this, asked = asked, request
+            return self.api.poll(self._known_as.worker_id, this, keep=self._keep_model)
+
+        return self._insist(ask)
+
+    def _keep_model(self, digest: str, data: bytes) -> None:
+        with self._disk_trouble():  # a model that is not kept is fetched
+            self._trainer.take_model(digest, data)
 
     def _follow(self, answer: PollAnswer) -> None:
         """Do what the coordinator answered: forget, delete, send again, then the new work or what may become work."""
@@ -432,7 +448,7 @@ class Agent:
             durability = self.spool.durability(begun)
             heart.on_first_beat = durability.begin
             trained = self._trainer.carry_out(begun, durability, heart)
-            self._hand_in(trained, durability, heart)
+            self._hand_in(trained, durability, heart, together=assignment.together)
             log.info("%s: %d samples in %.2f s", label, trained.submission.samples, trained.submission.seconds)
         self._drained = self._drained or heart.order == "drain"
 
@@ -549,7 +565,13 @@ class Agent:
         return durability
 
     def _hand_in(
-        self, held: Trained, durability: Durability, heart: Heart | None, *, maybe_there: bool = False
+        self,
+        held: Trained,
+        durability: Durability,
+        heart: Heart | None,
+        *,
+        maybe_there: bool = False,
+        together: int = 0,
     ) -> None:
         """Upload and submit until the coordinator says what became of it. What is acknowledged is on this disk.
 
@@ -561,6 +583,7 @@ class Agent:
             durability: of its files, begun.
             heart: of the attempt, to show what is done; None: it has none.
             maybe_there: the coordinator may have it already, or some of its bytes.
+            together: bytes up to which it may be uploaded and submitted in one call.
 
         Raises:
             Dropped: the coordinator wants the result no more.
@@ -573,6 +596,8 @@ class Agent:
         def hand_in(failed: LydianError | None) -> Receipt:
             if failed is not None and plan.doubts_bytes(failed) and not self.spool.intact(held):
                 raise Dropped(f"it is damaged on this disk: {failed}")
+            if failed is None and not maybe_there and (receipt := self._offer_at_once(held, durability, together)):
+                return receipt
             return self._offer(held, durability, maybe_there=maybe_there or failed is not None)
 
         try:
@@ -585,6 +610,13 @@ class Agent:
                 self.spool.keep(held)
         else:
             self._drop(held)
+
+    def _offer_at_once(self, held: Trained, durability: Durability, together: int) -> Receipt | None:
+        """Hand in a small update by one call; None: it is none."""
+        if held.submission.digest is None or held.place.update.stat().st_size > together:
+            return None
+        self._await_disk(durability)
+        return self.api.hand_in(held.place.assignment, held.place.update, held.submission)
 
     def _offer(self, held: Trained, durability: Durability, *, maybe_there: bool) -> Receipt:
         """One try to hand in. What may be there already is submitted first: once it counts, its bytes are refused."""

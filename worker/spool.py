@@ -443,6 +443,19 @@ class Spool:
         """Give the room of a half-fetched model back."""
         _part(self.model(digest)).unlink(missing_ok=True)
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Digests of models that are here, fetched or looked at in this life."""
+        return tuple(sorted(self._verified))
+
+    def put_model(self, digest: str, data: bytes) -> None:
+        """Keep a model that came with its work, verified."""
+        path = self.model(digest)
+        part = path.with_suffix(".came")
+        part.write_bytes(data)
+        part.replace(path)
+        self.took_model(digest)
+
     def took_model(self, digest: str) -> None:
         """A model was fetched, and verified on the way: older ones make room for it."""
         self._verified.add(digest)

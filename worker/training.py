@@ -65,6 +65,7 @@ class Trainer:
         self._ran: set[str] = set()  # digests of the tasks, other than built-in ones, whose code has run in the child
         self._samples: dict[str, int] = {}  # job -> samples in its training set, for the job in the child
         self._cuts: dict[str, Partition] = {}  # job -> its training set in order, likewise
+        self._came = ("", 0)  # the model that came with its assignment, and its bytes, until they are counted
 
     # ------------------------------------------------------------ the child
 
@@ -85,6 +86,15 @@ class Trainer:
                 device=self._options.device, threads=self._options.threads, log_path=self._log_path
             )
         return self._child
+
+    def take_model(self, digest: str, data: bytes) -> None:
+        """Keep a base model that came with its assignment.
+
+        Raises:
+            OSError: the disk does not take it.
+        """
+        self._spool.put_model(digest, data)
+        self._came = (digest, len(data))
 
     def close(self) -> None:
         """End the child, and forget the job that it had loaded."""
@@ -214,10 +224,11 @@ class Trainer:
         base = assignment.base
         if base is None:
             return "", 0
-        path, received = self._spool.model(base.digest), 0
+        (came, received), self._came = self._came, ("", 0)
+        path, received = self._spool.model(base.digest), received if came == base.digest else 0
         if not self._spool.has_model(base.digest):
             heart.progress = Progress(doing="downloading")
-            received = self._walk(assignment, heart)
+            received += self._walk(assignment, heart)
         if not self._spool.has_model(base.digest):
             try:
                 received += self._fetch(

@@ -4,11 +4,13 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
+from common.errors import BadRequestError, LateError
 from common.messages import Abandon, Receipt, Submission
 from common.ranges import format_ranges
+from common.together import HEADER_CHARACTERS, SUBMISSION, read_submission
 from server.blobs import parse_content_range
 from server.routes.access import CoordinatorDep, WorkerDep
 
@@ -26,17 +28,48 @@ async def held_ranges(assignment: str, attempt: Attempt, coordinator: Coordinato
     return Response(headers={"Lydian-Ranges": format_ranges(ranges)})
 
 
-@router.put("/{assignment}", status_code=204)
+@router.put("/{assignment}", status_code=204, responses={200: {"model": Receipt}})
 async def upload(
-    assignment: str, attempt: Attempt, request: Request, coordinator: CoordinatorDep, worker: WorkerDep
-) -> None:
-    """Take bytes of an update. PUT with Content-Range, because sending a range twice changes nothing."""
+    assignment: str,
+    attempt: Attempt,
+    request: Request,
+    coordinator: CoordinatorDep,
+    worker: WorkerDep,
+    submission: Annotated[str | None, Header(alias=SUBMISSION, max_length=HEADER_CHARACTERS)] = None,
+) -> Response:
+    """Take bytes of an update. PUT with Content-Range, because sending a range twice changes nothing.
+
+    With its submission in a header, a small update is handed in by this one call.
+    """
     length = request.headers.get("Content-Length")
     span = parse_content_range(request.headers.get("Content-Range"), int(length) if length else None)
+    result = None if submission is None else _whole(submission, attempt, span)
     try:
         await coordinator.receive(worker, assignment, attempt, span, _body(request))
     except ClientDisconnect:
         log.info("%s broke off an upload for %s; what came is kept", worker, assignment)
+        return Response(status_code=204)
+    except LateError:
+        if result is None:
+            raise  # else it may have counted before: what becomes of it is said below, as to any submission
+    if result is None:
+        return Response(status_code=204)
+    receipt = await coordinator.take(worker, assignment, result)
+    return Response(receipt.model_dump_json(), media_type="application/json")
+
+
+def _whole(header: str, attempt: int, span: tuple[int, int, int]) -> Submission:
+    """The submission that comes with an update.
+
+    Raises:
+        BadRequestError: it does not read, is another attempt's, or comes with less than the whole.
+    """
+    submission, (start, stop, total) = read_submission(header), span
+    if submission.attempt != attempt:
+        raise BadRequestError(f"the call is of attempt {attempt}, its submission of attempt {submission.attempt}")
+    if (start, stop) != (0, total):
+        raise BadRequestError(f"a submission came with bytes {start} to {stop} of {total}: it comes with all or none")
+    return submission
 
 
 async def _body(request: Request) -> AsyncIterator[bytes]:

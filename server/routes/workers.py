@@ -13,6 +13,7 @@ from common.messages import (
     Welcome,
     WorkerView,
 )
+from common.together import WITH_MODEL
 from server import views
 from server.routes.access import AdminDep, CoordinatorDep, NewcomerDep, ThisWorkerDep
 
@@ -38,8 +39,11 @@ async def poll(body: PollRequest, request: Request, coordinator: CoordinatorDep,
     answer = await coordinator.poll(worker, body, request.is_disconnected)
     if answer is None:
         return Response(status_code=204)
-    protocol = coordinator.worker(worker).registration.protocol
-    return Response(views.poll_answer(answer, protocol), media_type="application/json")
+    text = views.poll_answer(answer, coordinator.worker(worker).registration.protocol)
+    model = await coordinator.model_along(answer, body)
+    if model is None:
+        return Response(text, media_type="application/json")
+    return Response(b"%b\n%b" % (text.encode(), model), media_type=WITH_MODEL)
 
 
 @router.post("/{worker}/heartbeat")

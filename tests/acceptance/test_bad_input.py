@@ -3,6 +3,7 @@
 One real coordinator; the worker is played by the test, call by call.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from common import PROTOCOL, errors
 from common.api import CoordinatorApi
 from common.errors import LydianError
 from common.messages import (
+    TOGETHER,
     Abandon,
     Assignment,
     Heartbeat,
@@ -23,10 +25,12 @@ from common.messages import (
     Progress,
     Submission,
 )
+from common.ranges import parse_ranges
+from common.together import submission_header
 from common.weights import Notes, load, save
 from server.app import create_app
 from tests.acceptance.kit import LocalFleet, of_type
-from tests.acceptance.played import MODEL, Played, sha
+from tests.acceptance.played import MODEL, Played, sha, update
 from tests.rounds_kit import registration
 
 pytestmark = pytest.mark.acceptance
@@ -336,6 +340,62 @@ def test_a_model_with_a_cut_that_loses_samples_is_refused_and_built_again(fleet:
     assert [entry.code for entry in fleet.api.logs(job)] == ["bad_samples"]
     assert worker.init().attempt == 2
     assert fleet.api.job(job).state == "training"
+
+
+def test_a_small_model_comes_with_its_work_to_whoever_asks_and_lacks_it(worker: Played, job: str) -> None:
+    came: dict[str, bytes] = {}
+
+    def poll(**fields: object) -> Assignment:
+        asked = {"start_id": "s1", "claim_key": os.urandom(4).hex(), **fields}
+        answer = worker.api.poll(worker.id, PollRequest.model_validate(asked), keep=came.__setitem__)
+        assert answer is not None
+        assert answer.assignment is not None
+        return answer.assignment
+
+    base = poll().base
+    assert base is not None
+    assert not came
+    assert poll(together=base.size - 1).base == base
+    assert poll(together=TOGETHER, models=[base.digest]).base == base
+    assert not came
+    assert poll(together=base.size).base == base
+    assert len(came[base.digest]) == base.size
+
+
+def test_an_update_and_its_submission_in_one_call_count_once(fleet: LocalFleet, worker: Played, job: str) -> None:
+    work = worker.poll()
+    file = worker.file(work, update(1))
+    submission = Submission(attempt=work.attempt, digest=sha(file), samples=5)
+    first, again = (worker.api.hand_in(work.id, file, submission) for _ in range(2))
+    assert first is not None
+    assert again is not None
+    assert (first.repeat, again.repeat) == (False, True)
+    fleet.api.cancel(job)
+    assert len(list(of_type(fleet.facts(job), "accepted"))) == 1
+
+
+def test_a_submission_that_does_not_belong_to_its_bytes_is_refused_before_them(
+    fleet: LocalFleet, worker: Played, job: str
+) -> None:
+    work = worker.poll()
+    file = worker.file(work, update(1))
+    size, headers = file.stat().st_size, {"Authorization": f"Bearer {worker.token}"}
+
+    def put(header: str, span: str, data: bytes) -> httpx2.Response:
+        given = {**headers, "Lydian-Submission": header, "Content-Range": span}
+        return httpx2.put(f"{fleet.url}/v1/updates/{work.id}?attempt={work.attempt}", content=data, headers=given)
+
+    whole, data = f"bytes 0-{size - 1}/{size}", file.read_bytes()
+    mine = submission_header(Submission(attempt=work.attempt, digest=sha(file), samples=5))
+    other = submission_header(Submission(attempt=work.attempt + 1, digest=sha(file), samples=5))
+    assert mine is not None
+    assert other is not None
+    for answer in (put("nonsense", whole, data), put(other, whole, data), put(mine, f"bytes 0-0/{size}", data[:1])):
+        assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+    assert put("x" * 9_000, whole, data).status_code in (400, 422)
+    held = httpx2.head(f"{fleet.url}/v1/updates/{work.id}?attempt={work.attempt}", headers=headers)
+    assert parse_ranges(held.headers["Lydian-Ranges"]) == ()
+    assert put(mine, whole, data).json()["repeat"] is False
 
 
 def test_the_metrics_count_workers_jobs_and_rounds(fleet: LocalFleet, worker: Played, job: str) -> None:

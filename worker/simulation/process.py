@@ -21,7 +21,7 @@ from typing import TypeVar
 from common import PROTOCOL, __version__
 from common.api import CoordinatorApi
 from common.errors import ConflictError, LydianError
-from common.messages import Abandon, Hardware, PollAnswer, PollRequest, Registration, Welcome
+from common.messages import TOGETHER, Abandon, Hardware, PollAnswer, PollRequest, Registration, Welcome
 from common.transfers import TransferStopped
 from worker import hardware, plan
 from worker.child import TaskFailure, TaskStopped
@@ -72,6 +72,7 @@ class Simulator:
             for at in range(1, number + 1)
         ]
         self._calls = ThreadPoolExecutor(CALLS, thread_name_prefix="calls")
+        self._keeping = threading.Lock()
         self._trainer = ManyTrainer(self._workers[0].api, self._spool, options, folder, self._fetch)
         self._trainer.stack = stack
         self._heartbeat_s, self._ttl_s = 10.0, 40.0  # until the coordinator says otherwise
@@ -180,10 +181,15 @@ class Simulator:
         request = PollRequest(
             start_id=worker.start_id, claim_key=secrets.token_hex(8), wait_s=patience_s, loaded=self._trainer.loaded
         )
-        answer = self._insist(lambda: worker.api.poll(worker.id, request))
+        together = request.model_copy(update={"together": TOGETHER, "models": self._spool.models})
+        answer = self._insist(lambda: worker.api.poll(worker.id, together, keep=self._keep_model))
         if answer is not None and answer.forget:
             log.info("%s: over", ", ".join(answer.forget))
         return answer
+
+    def _keep_model(self, digest: str, data: bytes) -> None:
+        with self._keeping:  # calls are made in threads, and the same model comes with many of them
+            self._trainer.take_model(digest, data)
 
     # ------------------------------------------------------------ doing it
 
@@ -251,6 +257,9 @@ class Simulator:
 
         def offer() -> None:
             if trained.submission.digest is not None:
+                small = trained.place.update.stat().st_size <= assignment.together
+                if small and held.api.hand_in(assignment.id, trained.place.update, trained.submission):
+                    return
                 held.api.upload(assignment.id, assignment.attempt, trained.place.update)
             held.api.submit(assignment.id, trained.submission)
 
