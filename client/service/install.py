@@ -111,7 +111,7 @@ def install(wish: Wish) -> None:
         _show(design, wish)
         return
     if design.service.user is not None:
-        _make_user(design.service, own=wish.user is None)
+        have_user(design.service, own=wish.user is None)
     changed = _write(design, old, token)
     if not wish.enable:
         typer.echo(f"not started: `{manager.command('enable', '--now', design.service.unit)}` does that", err=True)
@@ -333,7 +333,7 @@ def _difference(old: str, new: str) -> str:
 # ---------------------------------------------------------------- doing
 
 
-def _make_user(service: Service, *, own: bool) -> None:
+def have_user(service: Service, *, own: bool) -> None:
     """Have the user that the service runs as, and make sure that it reaches the program.
 
     Raises:
@@ -350,7 +350,7 @@ def _make_user(service: Service, *, own: bool) -> None:
         command = ["useradd", "--system", "--user-group", "--no-create-home", "--shell", "/usr/sbin/nologin", name]
         try:
             made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=READY_S)
-            why = made.stderr.strip() if made.returncode else ""
+            why = f"exit code {made.returncode} {made.stderr.strip()}" if made.returncode else ""
         except FileNotFoundError as error:
             why = str(error)
         if why:
@@ -367,7 +367,7 @@ def _make_user(service: Service, *, own: bool) -> None:
             user=who.pw_uid, group=who.pw_gid, extra_groups=[], cwd="/", env={"PATH": os.defpath, "HOME": "/"},
             capture_output=True, text=True, check=False, timeout=READY_S,
         )  # fmt: skip
-        why = tried.stderr.strip()[-300:] if tried.returncode else ""
+        why = f"exit code {tried.returncode} {tried.stderr.strip()[-300:]}" if tried.returncode else ""
     except OSError as error:
         why = str(error)
     if why:
