@@ -97,8 +97,9 @@ IMAGES = ("coordinator", "worker")
 
 
 @pytest.mark.parametrize(
-    "text", ["RUM x", "FROM a", "COPY x y", "FROM a AS b\nENTRYPOINT lydian", "FROM a AS b\nFROM c AS b", "FROM a AS b\nEXPOSE"]
-)  # fmt: skip
+    "text",
+    ["RUM x", "FROM a", "COPY x y", "FROM a AS b\nENTRYPOINT x", "FROM a AS b\nFROM c AS b", "FROM a AS b\nEXPOSE"],
+)
 def test_what_is_no_dockerfile_of_ours_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"not understood|second stage|before the first"):
         read_dockerfile(text)

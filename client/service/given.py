@@ -140,13 +140,14 @@ def settings_with(text: str, token: str | None) -> str:
 
     What else is in the file stays as it is.
     """
-    kept = [line for line in text.splitlines() if not line.lstrip().startswith("LYDIAN_TOKEN=")]
+    lines = text.removesuffix("\n").split("\n") if text else []
+    kept = [line for line in lines if not line.lstrip().startswith("LYDIAN_TOKEN=")]
     return "".join(f"{line}\n" for line in [*kept, *([f"LYDIAN_TOKEN={token}"] if token else [])])
 
 
 def token_in(text: str) -> str | None:
     """The join token in an EnvironmentFile; None where there is none."""
-    for line in text.splitlines():
+    for line in text.split("\n"):
         name, _, value = line.strip().partition("=")
         if name == "LYDIAN_TOKEN" and value:
             return value.strip("\"'")

@@ -105,7 +105,8 @@ def install(wish: Wish) -> None:
         manager.require()
     design = plan(wish, place, manager)
     old = _unit_in_the_way(design, replace=wish.replace)
-    check_options(design)
+    if old != design.unit_text:  # else they were read before
+        check_options(design)
     token = None if wish.side is Side.serve or design.has_joined() else _token(design, ask=not wish.dry_run)
     if wish.dry_run:
         _show(design, wish)

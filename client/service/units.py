@@ -92,7 +92,7 @@ def check_name(unit: str) -> None:
 
 def program_line(text: str) -> list[str]:
     """What a unit that was written here runs: the program and its arguments; empty where there is no such line."""
-    for line in text.splitlines():
+    for line in text.split("\n"):  # not splitlines: an option may hold one of the other line ends
         if line.startswith("ExecStart="):
             words = split(line.removeprefix("ExecStart="))
             return [words[0].removeprefix(":"), *words[1:]] if words else []
