@@ -401,6 +401,21 @@ def test_the_user_of_a_service_is_made_to_try_the_program(
             install.have_user(service, own=False)
 
 
+def test_a_user_that_cannot_be_made_is_told_in_useradds_words(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, asked = house.systemd / "bin" / "useradd", house.home / "asked"
+    program.write_text(f'#!/bin/sh\necho "$@" > {asked}\necho cannot lock /etc/passwd >&2\nexit 10\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", house.environment["PATH"])
+    wish = install.Wish(side=Side.serve, options=(), of_user=False, unit="lydian-of-no-machine")
+    place = install.Place(house.home / "units", house.home / "etc", Path("/var/lib"))
+    service = install.plan(wish, place, Manager(of_user=False)).service
+    with pytest.raises(LydianError, match="could not be made: exit code 10 cannot lock /etc/passwd"):
+        install.have_user(service, own=True)
+    assert asked.read_text() == (
+        "--system --user-group --no-create-home --shell /usr/sbin/nologin lydian-of-no-machine\n"
+    )
+
+
 def test_a_user_that_was_named_and_does_not_exist_is_not_made(house: House) -> None:
     wish = install.Wish(side=Side.serve, options=(), of_user=False, user="nobody-of-that-name")
     place = install.Place(house.home / "units", house.home / "etc", Path("/var/lib"))

@@ -310,7 +310,7 @@ def _show(design: Design, wish: Wish) -> None:
     old = _read(design.unit_file)
     if service.user is not None and wish.user is None and not _user_exists(service.user):
         typer.echo(f"would make the system user {service.user}")
-    if service.side is Side.work:
+    if service.side is Side.work and not design.has_joined():
         typer.echo(f"would write {design.settings_file} (0600): the join token, until the worker has joined")
     if old == design.unit_text:
         typer.echo(f"unchanged: {design.unit_file}")
@@ -553,9 +553,9 @@ def uninstall(wish: Wish) -> None:
         return
     if not wish.replace:
         _require_ours(unit_file, text)
+    files = f"{unit_file} and {settings}" if settings.exists() else str(unit_file)
     if wish.dry_run:
-        typer.echo(f"would run {' '.join(manager.words)} disable --now {unit}.service")
-        typer.echo(f"would remove {unit_file}" + (f" and {settings}" if settings.exists() else ""))
+        typer.echo(f"would run {' '.join(manager.words)} disable --now {unit}.service\nwould remove {files}")
     else:
         manager.require()
         typer.echo(f"stopping {unit}; a worker finishes what it does or hands it back first", err=True)
@@ -564,7 +564,7 @@ def uninstall(wish: Wish) -> None:
             unit_file.unlink(missing_ok=True)
             settings.unlink(missing_ok=True)
         manager.do("daemon-reload")
-        typer.echo(f"removed {unit_file}", err=True)
+        typer.echo(f"removed {files}", err=True)
     _say_what_stays(text, unit)
 
 
