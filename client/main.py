@@ -107,7 +107,7 @@ def install_service(
     side: Annotated[Side, typer.Argument(metavar="serve|work", help="The coordinator, or a worker.")],
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[URL] [OPTIONS OF lydian serve OR lydian work]", help="As without a service."),
+        typer.Argument(metavar="[WHAT]", help="What follows `lydian serve` or `lydian work`: the URL, their options."),
     ] = None,
     scope: Annotated[
         str | None, typer.Option(metavar="user|system", help="Whose service (default: root's is the system's).")
@@ -124,6 +124,9 @@ def install_service(
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of a unit of another installation.")
     ] = False,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long to wait until it listens, or has joined.")
+    ] = 60,
 ) -> None:
     """Let systemd run the coordinator or a worker: from boot on, started again however it ends.
 
@@ -156,6 +159,7 @@ def install_service(
         dry_run=dry_run,
         enable=not no_enable,
         replace=replace,
+        wait_s=wait,
     )
     if uninstall:
         service.uninstall(wish)

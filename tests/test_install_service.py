@@ -50,7 +50,7 @@ class House:
         command = [sys.executable, "-m", "client.main", "install-service", *arguments]
         return subprocess.run(
             command, cwd=self.home, env=self.environment | more, input=typed, capture_output=True, text=True,
-            check=False, timeout=120,
+            check=False, timeout=280,
         )  # fmt: skip
 
     def user(self, *arguments: str, typed: str = "", **more: str) -> Ended:
@@ -245,11 +245,21 @@ def test_a_worker_that_ends_instead_of_joining_is_told_with_the_end_of_its_log(h
     fake_systemd.plan(house.systemd, restart="fine", state=state)
     (house.systemd / "lydian-worker.log").write_text("the token is not known to this coordinator\n")
     done = house.user("work", URL, LYDIAN_TOKEN=JOIN)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     assert f"waiting until it has joined {URL}, at most 60 s" in done.stderr
     assert "ended with exit code 1; it is activating (auto-restart)" in done.stderr
     assert "the token is not known to this coordinator" in done.stderr
     assert (house.home / ".config/lydian/worker.env").exists()  # for the next try
+
+
+def test_a_worker_whose_coordinator_is_away_runs_on_with_its_token(house: House) -> None:
+    fake_systemd.plan(house.systemd, restart="fine", state={"ActiveState": "active", "SubState": "running"})
+    (house.systemd / "lydian-worker.log").write_text("waiting for the coordinator: connection refused\n")
+    done = house.user("work", URL, "--wait", "0", LYDIAN_TOKEN=JOIN)
+    assert done.returncode == 0
+    assert "it runs and has not joined yet" in done.stderr
+    assert "connection refused" in done.stderr
+    assert given.token_in((house.home / ".config/lydian/worker.env").read_text()) == JOIN
 
 
 def test_without_systemd_one_sentence_says_what_to_do_instead(house: House) -> None:
@@ -328,14 +338,14 @@ def test_removing_stops_it_first_and_leaves_its_state(house: House) -> None:
 @pytest.mark.acceptance
 def test_a_coordinator_and_a_worker_installed_as_services_find_each_other(house: House) -> None:
     """The programs are real, and so are their units; systemd alone is played."""
-    served = house.run("serve", "--scope", "user", "--port", "0", "--host", "127.0.0.1")
+    served = house.run("serve", "--scope", "user", "--wait", "250", "--port", "0", "--host", "127.0.0.1")
     assert served.returncode == 0, served.stderr
     log = (house.systemd / "lydian-coordinator.log").read_text()
     url = next(line.removeprefix("ready ") for line in log.splitlines() if line.startswith("ready "))
     token = (house.home / ".local/state/lydian/coordinator/join.token").read_text().strip()
     assert token not in served.stdout + served.stderr + house.everything
 
-    worked = house.user("work", url, "--name", "attic-100", LYDIAN_TOKEN=token)
+    worked = house.user("work", url, "--name", "attic-100", "--wait", "250", LYDIAN_TOKEN=token)
     assert worked.returncode == 0, worked.stderr
     assert "it has joined; its token is used and gone" in worked.stderr
     assert not (house.home / ".config/lydian/worker.env").exists()

@@ -28,7 +28,7 @@ from client.service.units import unit_text as text_of
 from common.errors import LydianError
 from common.places import coordinator_folder, machine_name, worker_folder
 
-READY_S = 60.0  # for a coordinator to load its state and listen, and for a worker to join
+ANSWER_S = 300.0  # for a program that reads its options and ends, on a machine that is busy
 HOMES = (Path("/home"), Path("/root"), Path("/run/user"))
 PASSING = (Path("/tmp"), Path("/var/tmp"))  # noqa: S108 - a hardened system service has its own
 
@@ -45,6 +45,7 @@ class Wish:
     dry_run: bool = False
     enable: bool = True
     replace: bool = False
+    wait_s: float = 60.0  # for a coordinator to load its state and listen, and for a worker to join
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Design:
     unit_text: str
     settings_file: Path
     url: str | None  # of a worker's coordinator
+    wait_s: float
 
     @property
     def state(self) -> Path:
@@ -158,6 +160,7 @@ def plan(wish: Wish, place: Place, manager: Manager) -> Design:
         unit_text=text_of(service),
         settings_file=Path(service.settings),
         url=url,
+        wait_s=wish.wait_s,
     )
 
 
@@ -237,9 +240,7 @@ def check_options(design: Design) -> None:
     """
     module = "server" if design.service.side is Side.serve else "worker"
     command = python_module(module, [*design.service.options, "--state-dir", design.service.state, "--version"])
-    read = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=READY_S, stdin=subprocess.DEVNULL
-    )
+    read = _ended(command)
     if read.returncode != 0:
         raise LydianError(
             f"`lydian {design.service.side.value}` does not take these options: {_error_line(read.stderr)}",
@@ -350,7 +351,7 @@ def have_user(service: Service, *, own: bool) -> None:
             )
         command = ["useradd", "--system", "--user-group", "--no-create-home", "--shell", "/usr/sbin/nologin", name]
         try:
-            made = subprocess.run(command, capture_output=True, text=True, check=False, timeout=READY_S)
+            made = _ended(command)
             why = f"exit code {made.returncode} {made.stderr.strip()}" if made.returncode else ""
         except FileNotFoundError as error:
             why = str(error)
@@ -363,11 +364,7 @@ def have_user(service: Service, *, own: bool) -> None:
         typer.echo(f"made the system user {name}", err=True)
     who = pwd.getpwnam(name)
     try:
-        tried = subprocess.run(
-            [service.program, "--version"],
-            user=who.pw_uid, group=who.pw_gid, extra_groups=[], cwd="/", env={"PATH": os.defpath, "HOME": "/"},
-            capture_output=True, text=True, check=False, timeout=READY_S,
-        )  # fmt: skip
+        tried = _ended([service.program, "--version"], who)
         why = f"exit code {tried.returncode} {tried.stderr.strip()[-300:]}" if tried.returncode else ""
     except OSError as error:
         why = str(error)
@@ -378,6 +375,31 @@ def have_user(service: Service, *, own: bool) -> None:
             advice="Install into a folder that all may read (python3 -m venv /opt/lydian, and in a clone "
             "/opt/lydian/bin/pip install '.[server]'), or say with --user whose service it is.",
         )
+
+
+def _ended(command: list[str], who: pwd.struct_passwd | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program that ends by itself, as this user or as `who`, in whose environment nothing of this one's is.
+
+    Raises:
+        LydianError: no_answer, it does not end.
+        OSError: it cannot be started.
+    """
+    try:
+        if who is None:
+            return subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=ANSWER_S
+            )
+        return subprocess.run(
+            command, user=who.pw_uid, group=who.pw_gid, extra_groups=[], cwd="/",
+            env={"PATH": os.defpath, "HOME": "/"}, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False, timeout=ANSWER_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise LydianError(
+            f"`{command[0]}` did not end in {ANSWER_S:g} s",
+            code="no_answer",
+            advice="Is this machine very busy, or a disk slow? Run the same command again.",
+        ) from error
 
 
 def _user_exists(name: str) -> bool:
@@ -485,7 +507,7 @@ def _start(design: Design, *, changed: bool, token: str | None) -> None:
 def _restart(design: Design) -> None:
     """Start it anew and wait until it is up, as long as stopping the old one and loading may take."""
     unit, serves = design.service.unit, design.service.side is Side.serve
-    limit_s = READY_S + (SERVE_STOP_S if serves else design.service.grace_s + STOP_ROOM_S)
+    limit_s = design.wait_s + (SERVE_STOP_S if serves else design.service.grace_s + STOP_ROOM_S)
     goal = "listens" if serves else "is started"
     typer.echo(f"waiting until {unit} {goal}, at most {limit_s:g} s", err=True)
     if design.manager.restart(unit, limit_s):
@@ -512,8 +534,8 @@ def _wait_for_the_worker(design: Design) -> None:
         LydianError: service_failed, it ended instead.
     """
     unit, manager = design.service.unit, design.manager
-    typer.echo(f"waiting until it has joined {design.url}, at most {READY_S:g} s", err=True)
-    state = wait_until(design.has_joined, lambda: manager.state(unit), limit_s=READY_S)
+    typer.echo(f"waiting until it has joined {design.url}, at most {design.wait_s:g} s", err=True)
+    state = wait_until(design.has_joined, lambda: manager.state(unit), limit_s=design.wait_s)
     if state is None:
         rest = given.settings_with(_read(design.settings_file) or "", None)
         if rest:
@@ -570,7 +592,7 @@ def uninstall(wish: Wish) -> None:
 
 def _longest_stop(text: str) -> float:
     stops = [line.partition("=")[2] for line in text.splitlines() if line.startswith("TimeoutStopSec=")]
-    return READY_S + (float(stops[-1]) if stops and stops[-1].isdecimal() else READY_S)
+    return ANSWER_S + (float(stops[-1]) if stops and stops[-1].isdecimal() else 0)
 
 
 def _say_what_stays(text: str, unit: str) -> None:
