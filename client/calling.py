@@ -150,9 +150,9 @@ def _state_folders() -> Iterator[Path]:
     named = os.environ.get("LYDIAN_STATE_DIR")
     if named:
         yield Path(named).expanduser()
-    from platformdirs import user_state_path
+    from common.places import coordinator_folder
 
-    yield user_state_path("lydian") / "coordinator"
+    yield coordinator_folder()
 
 
 def _is_loopback(host: str) -> bool:

@@ -25,6 +25,7 @@ from client.calling import (
     print_messages,
     run_program,
 )
+from client.service.units import Side
 from common import __version__
 
 if TYPE_CHECKING:
@@ -97,6 +98,73 @@ def work(context: typer.Context) -> None:
     from client.running import become
 
     become("worker", context.args)
+
+
+@app.command(
+    "install-service", context_settings={"ignore_unknown_options": True}, options_metavar="[OPTIONS OF THIS COMMAND]"
+)
+def install_service(
+    side: Annotated[Side, typer.Argument(metavar="serve|work", help="The coordinator, or a worker.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[WHAT]", help="What follows `lydian serve` or `lydian work`: the URL, their options."),
+    ] = None,
+    scope: Annotated[
+        str | None, typer.Option(metavar="user|system", help="Whose service (default: root's is the system's).")
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whom a system service runs as (default: a user of its own).")
+    ] = None,
+    unit: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of the service: a second worker, for a second GPU.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be written and done, and end.")] = False,
+    no_enable: Annotated[bool, typer.Option("--no-enable", help="Write the files, and start nothing.")] = False,
+    uninstall: Annotated[bool, typer.Option("--uninstall", help="Stop and remove it; its state stays.")] = False,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the place of a unit of another installation.")
+    ] = False,
+    wait: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="How long to wait until it listens, or has joined.")
+    ] = 60,
+) -> None:
+    """Let systemd run the coordinator or a worker: from boot on, started again however it ends.
+
+    Run as root it is a service of the system, else of this user. A second run changes what differs. A worker's join
+    token comes from LYDIAN_TOKEN, or is asked for; it is never on a command line.
+
+    \b
+    Examples:
+      lydian install-service serve
+      lydian install-service work http://gpu-box:8470 --name attic --data scans=/srv/scans
+      lydian install-service work http://gpu-box:8470 --unit lydian-worker-1 --name attic-1 --device cuda:1
+      sudo /opt/lydian/bin/lydian install-service serve --dry-run
+      lydian install-service serve --uninstall
+    """
+    import os
+
+    from client.service import install as service
+
+    if scope not in (None, "user", "system"):
+        raise typer.BadParameter(f"--scope is user or system, not {scope!r}")
+    of_user = os.geteuid() != 0 if scope is None else scope == "user"
+    if of_user and user is not None:
+        raise typer.BadParameter("--user says whom a system service runs as; a service of this user runs as this user")
+    wish = service.Wish(
+        side=side,
+        options=tuple(options or ()),
+        of_user=of_user,
+        user=user,
+        unit=unit,
+        dry_run=dry_run,
+        enable=not no_enable,
+        replace=replace,
+        wait_s=wait,
+    )
+    if uninstall:
+        service.uninstall(wish)
+    else:
+        service.install(wish)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from common.tailscale import expiry_warning, tailscale_status
 from server.app import create_app, failed_start
 from server.binding import Binding, choose, open_sockets
 from server.settings import Settings
+from server.supervisor import tell_ready
 from server.wire import impatient
 
 KEEP_ALIVE_S = 75  # longer than a poll waits: a worker's connection outlives its polls
@@ -139,6 +140,7 @@ def _announce(settings: Settings, binding: Binding, port: int) -> None:
     typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}\n", err=True)
     typer.echo(f"ready {url}")
     sys.stdout.flush()
+    tell_ready()
 
 
 if __name__ == "__main__":

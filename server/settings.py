@@ -9,12 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Self
 
-import platformdirs
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from common.errors import LydianError
+from common.places import coordinator_folder
 
 PREFIX = "LYDIAN_"
 
@@ -24,16 +24,11 @@ Times = Annotated[int, Field(ge=1, le=1_000_000)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
-def default_state_dir() -> Path:
-    """The coordinator's folder where none is named: under XDG_STATE_HOME."""
-    return Path(platformdirs.user_state_dir("lydian")) / "coordinator"
-
-
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
 class Settings:
     """All that can be set; a value that is not allowed cannot be held. Each description says what is allowed."""
 
-    state_dir: Folder = Field(default_factory=default_state_dir, description="a folder")
+    state_dir: Folder = Field(default_factory=coordinator_folder, description="a folder")
     host: str = Field(default="127.0.0.1", min_length=1, max_length=255, description="the address to listen on")
     port: int = Field(default=8470, ge=0, le=65_535, description="a port from 1 to 65535, or 0 for any that is free")
     ttl_s: Seconds = Field(default=40.0, description="seconds above 0, of a worker's silence that end its lease")

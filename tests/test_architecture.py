@@ -36,6 +36,7 @@ ALLOWED = {
     ("sleep", "common/api.py"): "waits between two connections of an event stream; no event can tell that it is time",
     ("sleep", "common/tailscale.py"): "waits between two questions to a tailscaled that starts",
     ("sleep", "client/running.py"): "waits between two looks at a file that another process writes",
+    ("sleep", "client/service/manager.py"): "waits between two looks at a worker that joins, which only a file tells",
     ("broad except", "worker/task_host.py"): "a user's code can raise anything, and its traceback is the answer",
 }
 

@@ -4,7 +4,6 @@ import ast
 import importlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -237,41 +236,6 @@ def test_the_modules_that_must_be_covered_exist() -> None:
     modules = " ".join(re.findall(r"^PURE \+?:?= ?(.*)$", makefile, re.MULTILINE)).split()
     assert len(modules) >= 7
     assert [module for module in modules if not (ROOT / module).is_file()] == []
-
-
-# ---------------------------------------------------------------- the systemd units
-
-UNITS = sorted((ROOT / "deploy").glob("*.service"))
-FIRST_OFFLINE = 250  # the systemd that can judge a unit which is not installed
-WORST_EXPOSURE = 3.0  # of 10, as `systemd-analyze security` counts; a unit without any hardening has 9.6
-
-
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
-def test_systemd_finds_nothing_wrong_with_a_unit_and_little_exposed(unit: Path, tmp_path: Path) -> None:
-    analyze = shutil.which("systemd-analyze")
-    if analyze is None:
-        pytest.skip("systemd-analyze is not there: apt install systemd")
-    shown = subprocess.run([analyze, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    version = re.match(r"systemd (\d+)", shown)
-    if version is None or int(version[1]) < FIRST_OFFLINE:
-        pytest.skip(f"systemd {FIRST_OFFLINE} or newer judges a unit that is not installed; here is {shown[:20]!r}")
-    copy = tmp_path / unit.name  # the program and the user that the unit names exist only where it is deployed
-    text = re.sub(r"^ExecStart=\S+", "ExecStart=/bin/true", unit.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    copy.write_text(re.sub(r"^(User|Group)=\S+", r"\1=daemon", text, flags=re.MULTILINE), encoding="utf-8")
-
-    verified = subprocess.run([analyze, "verify", str(copy)], capture_output=True, text=True, check=False, timeout=60)
-    complaints = [line for line in verified.stderr.splitlines() if unit.name in line]
-    assert complaints == []
-
-    exposed = subprocess.run(
-        [analyze, "security", "--offline=true", f"--threshold={WORST_EXPOSURE * 10:.0f}", "--no-pager", str(copy)],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert exposed.returncode == 0, exposed.stdout.splitlines()[-1:] or exposed.stderr
-
-
-def test_there_is_a_unit_for_each_side() -> None:
-    assert [unit.name for unit in UNITS] == ["lydian-coordinator.service", "lydian-worker.service"]
 
 
 # ---------------------------------------------------------------- data from Debian packages

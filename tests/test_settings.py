@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from common.errors import LydianError
-from server.settings import Settings, default_state_dir
+from common.places import coordinator_folder
+from server.settings import Settings
 
 
 def test_nothing_set_gives_the_documented_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_the_processs_own_environment_is_read_when_none_is_given(monkeypatch: py
 
 def test_an_empty_value_is_none_and_the_state_folder_never_the_current_one() -> None:
     read = Settings.from_environment({"LYDIAN_STATE_DIR": "", "LYDIAN_PORT": ""})
-    assert (read.state_dir, read.port) == (default_state_dir(), 8470)
+    assert (read.state_dir, read.port) == (coordinator_folder(), 8470)
 
 
 def test_a_tilde_is_the_home_folder() -> None:

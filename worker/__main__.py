@@ -2,7 +2,6 @@
 
 import logging
 import os
-import platform
 import re
 import sys
 from dataclasses import replace
@@ -15,6 +14,7 @@ import typer
 from common import __version__
 from common.api import CoordinatorApi
 from common.errors import LydianError
+from common.places import machine_name
 from worker import plan
 from worker.agent import Agent
 from worker.hardware import usable_cores
@@ -132,7 +132,7 @@ def _agent(
     allow: list[Path],
     options: Options,
 ) -> Agent:
-    shown = name or re.sub(r"[^A-Za-z0-9._-]+", "-", platform.node())[:63] or "worker"
+    shown = name or machine_name()
     folder = state_dir or default_folder(shown)
     identity = Identity.open(folder, url)
     if identity.credential is None and options.join_token is None:

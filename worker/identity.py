@@ -25,11 +25,11 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-import platformdirs
 from pydantic import Field, ValidationError
 
 from common.errors import BadTaskError, DiskFullError, LydianError
 from common.messages import Message
+from common.places import worker_folder
 
 log = logging.getLogger("lydian.worker")
 
@@ -136,7 +136,7 @@ def default_folder(name: str) -> Path:
             code="bad_name",
             advice="A --name has 1 to 63 letters, digits, dots, dashes and underscores.",
         )
-    return Path(platformdirs.user_state_dir("lydian")) / "workers" / name
+    return worker_folder(name)
 
 
 def place_of(folder: Path) -> str:

@@ -1,0 +1,1 @@
+"""`lydian install-service`: the coordinator or a worker as a systemd service."""
