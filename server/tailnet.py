@@ -16,13 +16,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.errors import ForbiddenError, UnavailableError
+from common.messages import TailnetPath
 from common.tailscale import TailscaleStatus, Whois, expiry_warning, tailscale_status, whois
 from server import paths
 from server.paths import Verdict
 from server.store import Journal
 
-ASKED_EVERY_S = 60.0  # for one machine
-AGAIN_S = 2.0  # for one that tailscaled could not tell of, and that is kept out for it
+ASKED_EVERY_S = 60.0  # for one machine, or one connection from loopback
+AGAIN_S = 2.0  # for one that tailscaled could not tell of
+TOLD = 4096  # answers kept, before the old ones are forgotten
 FRESH_S = 5.0  # a status that was asked for so long ago is shown
 WARNED_EVERY_S = 86_400.0  # of this machine's key
 
@@ -37,14 +39,8 @@ class Caller:
     """Where a worker called from last."""
 
     address: Address
-    asked_at: float  # monotonic seconds
     found: Whois
     verdict: Verdict
-
-    def answers_for(self, address: Address, now: float) -> bool:
-        """Whether what was found out then is still true of a call that comes now."""
-        same = address == self.address if paths.is_loopback(address[0]) else address[0] == self.address[0]
-        return same and now - self.asked_at < (AGAIN_S if self.verdict.code == "cannot_verify" else ASKED_EVERY_S)
 
 
 @dataclass
@@ -67,6 +63,8 @@ class Tailnet:
         self._asked_at = -FRESH_S
         self._warned_at = -WARNED_EVERY_S
         self._pins = self.journal.pins()  # worker id -> the machine that its credential was given to
+        self._told: dict[Address, tuple[Whois, float]] = {}  # what tailscaled said, and when, in monotonic seconds
+        self._paths: dict[str, TailnetPath] = {}  # worker id -> the path that was logged last
         self._said: dict[str, str] = {}  # worker id -> what was logged of its last call
 
     # ------------------------------------------------------------ who calls
@@ -78,21 +76,16 @@ class Tailnet:
             ForbiddenError: it comes from somewhere else (`wrong_node`), and that is to be refused.
             UnavailableError: tailscaled cannot say where it comes from (`cannot_verify`).
         """
-        caller = self._known(worker_id, address) or await self._ask(worker_id, address)
+        caller = await self._caller(worker_id, address)
         if self.enforce and caller.verdict.code:
             raise _refusal(caller.verdict)
 
-    def _known(self, worker_id: str, address: Address) -> Caller | None:
-        """What was found out about a call from there a short while ago."""
-        now = self.clock()
-        known = (self.callers.get(worker_id), self.refused.get(worker_id))
-        return next((caller for caller in known if caller is not None and caller.answers_for(address, now)), None)
-
-    async def _ask(self, worker_id: str, address: Address) -> Caller:
+    async def _caller(self, worker_id: str, address: Address) -> Caller:
+        """Who makes a call with a worker's credential, and whether that is as it should be. Remembers it."""
         found, before = await self._whois(address), self.callers.get(worker_id)
         if before is not None and before.address[0] == address[0] and not found.asked:
             found = found if paths.is_loopback(address[0]) else before.found  # tailscaled does not answer now: it did
-        caller = Caller(address, self.clock(), found, paths.judge(self._pins.get(worker_id), address[0], found))
+        caller = Caller(address, found, paths.judge(self._pins.get(worker_id), address[0], found))
         if caller.verdict.code:
             self.refused[worker_id] = caller
         elif (wrong := self.refused.get(worker_id)) is not None and wrong.verdict.code == "cannot_verify":
@@ -109,14 +102,23 @@ class Tailnet:
             log.log(logging.WARNING if caller.verdict.code else logging.INFO, "%s calls: %s", worker_id, said)
 
     async def _whois(self, address: Address) -> Whois:
+        """Whose an address is. The port counts on loopback alone, where userspace networking brings everybody."""
+        host, port = address if paths.is_loopback(address[0]) else (address[0], 0)
+        now = self.clock()
+        known = self._told.get((host, port))
+        if known is not None and now - known[1] < (ASKED_EVERY_S if known[0].asked else AGAIN_S):
+            return known[0]
         if not self.socket.exists():
             return Whois(None, f"no tailscaled on {self.socket}", asked=False)
-        host, port = address
-        return await asyncio.to_thread(whois, host, port if paths.is_loopback(host) else 0, self.socket)
+        found = await asyncio.to_thread(whois, host, port, self.socket)
+        if len(self._told) >= TOLD:
+            self._told = {which: told for which, told in self._told.items() if now - told[1] < ASKED_EVERY_S}
+        self._told[host, port] = (found, now)
+        return found
 
     async def joined(self, worker_id: str, address: Address) -> None:
         """A worker has registered: from now on its credential is good from this machine, where that can be told."""
-        caller = self._known(worker_id, address) or await self._ask(worker_id, address)
+        caller = await self._caller(worker_id, address)
         node = caller.found.node
         if worker_id in self._pins or node is None:
             return
@@ -155,9 +157,20 @@ class Tailnet:
             await self.refresh(0.0)
             if self.status is not None:
                 self._warn_of_key(self.status)
+                self._say_paths(self.status)
                 if self.on_status is not None:
                     await self.on_status(self.status)
             await asyncio.sleep(self.every_s)
+
+    def _say_paths(self, status: TailscaleStatus) -> None:
+        """Log the way to a worker when it changes."""
+        for worker_id, caller in self.callers.items():
+            path = paths.path_to(caller.address[0], caller.found.node, status)
+            if path.kind in ("unknown", "other", "loopback") or self._paths.get(worker_id) == path:
+                continue
+            self._paths[worker_id] = path
+            level = logging.INFO if path.kind == "direct" else logging.WARNING
+            log.log(level, "the path to %s: %s by %s", worker_id, path.kind, path.via)
 
     def _warn_of_key(self, status: TailscaleStatus) -> None:
         warning = expiry_warning(status, now=datetime.now(UTC))

@@ -302,6 +302,52 @@ def test_the_watch_tells_of_every_look_and_warns_of_a_key_once(
     assert caplog.text.count("this machine's Tailscale key expired") == 1
 
 
+def test_the_path_to_a_worker_is_logged_when_it_changes(
+    tailnet: Tailnet, daemon: FakeTailscaled, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    tailnet.every_s = 0.0
+
+    async def look(relayed: bool) -> None:
+        daemon.peers = [ME, replace(GPU, current_address="" if relayed else "192.0.2.1:9")]
+        looked = asyncio.Event()
+
+        async def on_status(_: Any) -> None:
+            looked.set()
+
+        tailnet.on_status = on_status
+        watching = asyncio.create_task(tailnet.watch())
+        await asyncio.wait_for(looked.wait(), 60)
+        watching.cancel()
+
+    async def play() -> None:
+        await tailnet.admit("w1", GPU_AT)
+        for relayed in (False, False, True, True, False):
+            await look(relayed)
+
+    caplog.set_level("INFO")
+    asyncio.run(play())
+    said = [record.getMessage() for record in caplog.records if "the path to" in record.getMessage()]
+    assert said == [
+        "the path to w1: direct by 192.0.2.1:9",
+        "the path to w1: relay by fra",
+        "the path to w1: direct by 192.0.2.1:9",
+    ]
+
+
+def test_what_tailscaled_said_of_many_connections_is_forgotten_in_time(
+    tailnet: Tailnet, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.tailnet.TOLD", 5)
+
+    async def play() -> None:
+        for port in range(40_000, 40_030):
+            clock.now += ASKED_EVERY_S
+            await tailnet.admit("w1", ("127.0.0.1", port))
+
+    asyncio.run(play())
+    assert len(tailnet._told) <= 6
+
+
 def test_a_token_names_the_machine_where_there_is_one(tailnet: Tailnet) -> None:
     assert tailnet.pinned("lyd_join_x") == "lyd_join_x"
     tailnet.pin = "n0CNTRL"
