@@ -96,8 +96,8 @@ class Tailnet:
         return caller
 
     def _say(self, worker_id: str, caller: Caller) -> None:
-        said = caller.verdict.sentence or (paths.shown(caller.found.node) if caller.found.node else caller.found.why)
-        if self._said.get(worker_id) != said:
+        said = caller.verdict.sentence or (paths.shown(caller.found.node) if caller.found.node else "")
+        if said and self._said.get(worker_id) != said:
             self._said[worker_id] = said
             log.log(logging.WARNING if caller.verdict.code else logging.INFO, "%s calls: %s", worker_id, said)
 
@@ -146,9 +146,10 @@ class Tailnet:
         if not self.socket.exists():
             self.status, self.why_none = None, f"no tailscaled on {self.socket}"
             return
+        before = self.why_none
         found = await asyncio.to_thread(tailscale_status, self.socket, patience_s=0.0, peers=True)
         self.status, self.why_none = found
-        if self.status is None:
+        if self.status is None and self.why_none != before:
             log.info("how workers are reached is not known now: %s", self.why_none)
 
     async def watch(self) -> None:
