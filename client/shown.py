@@ -36,6 +36,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60} min" if not days else f"{days} d {hours % 24} h"
 
 
+def line_rate(bytes_per_s: float) -> str:
+    """What a line carries, in the unit that lines are sold in: 0.82 Mbit/s, 17.3 Mbit/s, 940 Mbit/s."""
+    mbit = bytes_per_s * 8e-6
+    return f"{mbit:.2f} Mbit/s" if mbit < 0.995 else f"{mbit:.1f} Mbit/s" if mbit < 99.95 else f"{mbit:,.0f} Mbit/s"
+
+
+def latency(seconds: float) -> str:
+    """Seconds, as 0.4 ms or 83 ms."""
+    return f"{seconds * 1e3:.1f} ms" if seconds < 0.00995 else f"{seconds * 1e3:.0f} ms"
+
+
 def count(number: int) -> str:
     """A whole number with its thousands set apart, as 60,000."""
     return f"{number:,}"
@@ -69,6 +80,14 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Coll
     widths = [max(len(line[at]) for line in lines) for at in range(len(header))]
     sides = [">" if name in right else "<" for name in header]
     return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)).rstrip() for line in lines]
+
+
+def without_empty(
+    header: Sequence[str], rows: Sequence[Sequence[str]], may_go: Collection[str]
+) -> tuple[list[str], list[list[str]]]:
+    """A table without those of the columns named in `may_go` that say nothing in any row."""
+    kept = [at for at, name in enumerate(header) if name not in may_go or any(row[at] != NOTHING for row in rows)]
+    return [header[at] for at in kept], [[row[at] for at in kept] for row in rows]
 
 
 def fancy() -> bool:

@@ -24,18 +24,19 @@ from common.errors import BadRequestError, LydianError, UnavailableError
 from server.auth import Scope, Tokens, guard_logs, token_file
 from server.bodies import BodyLimits
 from server.coordinator import Coordinator
-from server.routes import jobs, models, public, tokens, updates, workers
+from server.routes import jobs, models, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
 
 log = logging.getLogger("lydian.app")
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, *, pin: str | None = None) -> FastAPI:
     """The application. Nothing is read or written before it starts.
 
     Args:
         settings: where and how to run; None reads LYDIAN_* from the environment when the application starts.
+        pin: this machine's StableID, where workers reach it over a tailnet: they are told it with each join token.
     """
 
     @asynccontextmanager
@@ -46,6 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             except (LydianError, OSError) as error:
                 app.state.failed_start = error
                 raise
+            coordinator.tailnet.pin = pin
             app.state.coordinator = coordinator
             with _answering_waits_on_sigterm(coordinator):
                 yield
@@ -59,7 +61,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(BodyLimits, settings=settings)
-    for module in (public, jobs, workers, updates, models, tokens):
+    for module in (public, jobs, workers, updates, models, probe, tokens):
         app.include_router(module.router)
     app.add_exception_handler(LydianError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)

@@ -62,9 +62,11 @@ from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
 from server.inspection import inspect
 from server.naming import assignment_id, new_id, parse_assignment
+from server.probe import Probes
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
 from server.settings import Settings
 from server.store import DiskBrokenError, Journal, StoredFact
+from server.tailnet import Tailnet
 from server.uploads import Key, Uploads
 
 PROTOCOLS = (PROTOCOL - 1, PROTOCOL)  # served; the newest last
@@ -98,6 +100,10 @@ class Coordinator:
         self._limits = Limits(failures=self.settings.max_attempts, expiries=self.settings.max_expiries)
         self._by_key: dict[str, str] = {}  # idempotency key -> job id
         self._uploads = Uploads(self.blobs)
+        self.probes = Probes()
+        given = self.settings
+        self.tailnet = Tailnet(given.tailscaled, self.journal, given.node_pin == "enforce", given.tailnet_s, self.clock)
+        self._watch: asyncio.Task[None] | None = None
         self._spans: dict[
             Key, tuple[float, float]
         ] = {}  # of first models: monotonic seconds of the first and last byte
@@ -143,6 +149,7 @@ class Coordinator:
             await self._verify(job)
             self._settle(job.id)
         self._start_reaper()
+        self._start_watch()
 
     def _active(self) -> list[Job]:
         return [job for job in self.jobs.values() if not job.over]
@@ -171,7 +178,7 @@ class Coordinator:
     async def stop(self) -> None:
         """Hand out nothing more; what is being averaged is averaged again by the next coordinator."""
         self.end_waits()
-        tasks = [*self._averaging.values(), *([self._reaper] if self._reaper else [])]
+        tasks = [*self._averaging.values(), *(task for task in (self._reaper, self._watch) if task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -459,8 +466,9 @@ class Coordinator:
         return worker
 
     def readmit(self, worker_id: str) -> Worker:
-        """Give a worker work again that was set aside or drained; its strikes are forgiven."""
+        """Give a worker work again: its strikes are forgiven, and it may come from another machine."""
         worker = self.worker(worker_id)
+        self.tailnet.unpin(worker_id)
         self.journal.worker_judged(worker_id, 0, None)
         if worker.set_aside is not None or worker.draining:
             log.info("%s is readmitted", worker.name)
@@ -485,7 +493,7 @@ class Coordinator:
     ) -> PollAnswer | None:
         """Wait for work. Answered the moment there is some; None when `wait_s` have passed without."""
         worker = self._called(worker_id, request.start_id)
-        worker.degraded = request.degraded
+        worker.degraded, worker.link = request.degraded, request.link or worker.link
         until = self.clock() + min(request.wait_s, self.settings.poll_s)
         worker.polling += 1
         try:
@@ -1021,6 +1029,15 @@ class Coordinator:
         return needed
 
     # ------------------------------------------------------------ time
+
+    def _start_watch(self) -> None:
+        self._watch = asyncio.create_task(self.tailnet.watch(), name="tailnet")
+        self._watch.add_done_callback(self._watched)
+
+    def _watched(self, done: asyncio.Task[None]) -> None:
+        """Nothing of a job depends on it: a fault in it is logged, and it stays away."""
+        if not done.cancelled() and not self._stopping:
+            log.error("the tailnet is not watched any more", exc_info=done.exception())
 
     def _start_reaper(self) -> None:
         self._reaper = asyncio.create_task(self._reap(), name="reaper")

@@ -492,6 +492,37 @@ def test_workers_in_a_pipe_name_the_gpu_that_is_used(lydian: Lydian) -> None:
         assert expected in row
 
 
+def test_a_worker_without_a_line_or_a_tailnet_has_dashes_and_no_column_for_its_machine(lydian: Lydian) -> None:
+    header, row = lydian("workers").lines()
+    assert "NODE" not in header
+    at = header.index("PATH")
+    assert row[at:].split()[:4] == ["-", "-", "-", "-"]
+
+
+def test_a_relayed_worker_is_shown_with_its_machine_and_line_and_warned_of(
+    lydian: Lydian, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    further = {
+        "link": {"down": 475_000.0, "up": 12_500.0, "latency_s": 0.0692},
+        "node": {"stable_id": "n2CNTRL", "name": "far.tailnet.test", "owner": "tag:lydian-worker"},
+        "path": {"kind": "relay", "via": "fra"}, "address": "100.64.0.3",
+        "warnings": ["relayed by \x1b[31mfra, which is slow"],
+    }  # fmt: skip
+    monkeypatch.setitem(globals(), "WORKER", WORKER | further)
+    said = lydian("workers")
+    header, row = said.lines()
+    assert "NODE" in header
+    for expected in (
+        "far.tailnet.test (tag:lydian-worker)",
+        "relayed by fra",
+        "3.8 Mbit/s",
+        "0.10 Mbit/s",
+        "69 ms",
+    ):
+        assert expected in row
+    assert "warning: gpu-box: relayed by \N{REPLACEMENT CHARACTER}[31mfra, which is slow" in said.err
+
+
 @pytest.mark.parametrize("arguments", [("jobs",), ("workers",), ("logs", "digits-1")])
 def test_lists_are_json_arrays_when_asked_for(lydian: Lydian, arguments: tuple[str, ...]) -> None:
     [item] = json.loads(lydian(*arguments, "--json").out)

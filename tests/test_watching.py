@@ -280,6 +280,28 @@ def test_seconds_have_a_unit(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rate", "text"),
+    [(12_500, "0.10 Mbit/s"), (124_000, "0.99 Mbit/s"), (125_000, "1.0 Mbit/s"), (12.49e6, "99.9 Mbit/s"),
+     (12.5e6, "100 Mbit/s"), (1.25e9, "10,000 Mbit/s")],
+)  # fmt: skip
+def test_a_line_is_shown_in_megabits(rate: float, text: str) -> None:
+    assert shown.line_rate(rate) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0004, "0.4 ms"), (0.00994, "9.9 ms"), (0.083, "83 ms"), (2, "2000 ms")]
+)
+def test_a_latency_is_shown_in_milliseconds(seconds: float, text: str) -> None:
+    assert shown.latency(seconds) == text
+
+
+def test_a_column_goes_only_where_it_may_and_says_nothing() -> None:
+    rows = [["a", "-", "-"], ["b", "-", "x"]]
+    assert shown.without_empty(["N", "M", "O"], rows, {"M", "O"}) == (["N", "O"], [["a", "-"], ["b", "x"]])
+    assert shown.without_empty(["N", "M", "O"], rows, {"N"}) == (["N", "M", "O"], rows)
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [(None, "-"), (0.0, "0.000"), (0.91234, "0.912"), (1e-7, "1e-07"), (12.5, "12.500"), (float("nan"), "nan")],
 )  # fmt: skip
