@@ -19,6 +19,8 @@ State = Literal[
 ]
 OVER: frozenset[str] = frozenset({"finished", "failed", "cancelled"})
 Trust = Literal["none", "listed", "any"]
+Order = Literal["work", "drain", "pause"]
+"""An operator's to a worker: nothing but work; finish what is under way and take no more; out of the way at once."""
 
 
 class Message(BaseModel):
@@ -318,6 +320,8 @@ class PollRequest(Message):
     loaded: tuple[Name, ...] = Field((), description="jobs of which it keeps data in memory, or an optimiser's state")
     holding: tuple[Holding, ...] = Field((), max_length=10_000, description="updates handed in and kept until settled")
     degraded: str = Field("", max_length=500, description="why the worker can take no work now; empty: it can")
+    resting: str = Field("", max_length=500, description="why its owner lets it take none now: no fault; empty: it may")
+    obeys: Order = Field("work", description="the operator's order that it knows of: another one is answered at once")
 
 
 class Preparation(Message):
@@ -336,6 +340,7 @@ class PollAnswer(Message):
     settled: tuple[Holding, ...] = Field((), description="kept updates that are needed no more: delete them")
     wanted: tuple[Holding, ...] = Field((), description="kept updates whose bytes are lost here: hand them in again")
     prepare: Preparation | None = Field(None, description="a job to load before there is work of it; never with work")
+    order: Order = Field("work", description="an operator's, which holds until another comes")
 
 
 class Progress(Message):
@@ -356,12 +361,13 @@ class Heartbeat(Message):
     assignment: Name
     attempt: int = Field(ge=1)
     progress: Progress
+    held: str = Field("", max_length=500, description="why the work stands still for now; empty: it goes on")
 
 
 class HeartbeatAnswer(Message):
     """What the worker is to do with the assignment."""
 
-    order: Literal["continue", "drain", "superseded", "cancelled"]
+    order: Literal["continue", "drain", "pause", "superseded", "cancelled"]
     reason: str
 
 
@@ -445,7 +451,7 @@ class WorkerView(Message):
 
     id: str
     name: str
-    state: Literal["idle", "working", "gone", "draining", "degraded", "set aside"]
+    state: Literal["idle", "working", "gone", "draining", "paused", "resting", "degraded", "set aside"]
     reason: str
     last_seen_s: float = Field(description="seconds since its last call")
     version: str

@@ -25,10 +25,10 @@ from pydantic import ValidationError
 from common import __version__
 from common.errors import ConflictError, DiskFullError, LydianError, NotFoundError, UnavailableError
 from common.facts import FACT, Fact, HandedBack
-from common.messages import Kind, Registration
+from common.messages import Kind, Order, Registration
 from server.ballast import Ballast
 
-SCHEMA = 2  # of the file, in PRAGMA user_version
+SCHEMA = 3  # of the file, in PRAGMA user_version
 BUSY_TIMEOUT_S = 5.0  # for a backup or a person's sqlite3 that holds the file
 PAGE = 200  # facts read at a time
 
@@ -60,7 +60,8 @@ CREATE TABLE workers (
     registration TEXT NOT NULL,
     created_at TEXT NOT NULL,
     set_aside_reason TEXT,
-    strikes INTEGER NOT NULL DEFAULT 0
+    strikes INTEGER NOT NULL DEFAULT 0,
+    ordered TEXT NOT NULL DEFAULT 'work' -- an operator's order: messages.Order
 );
 CREATE TABLE tokens (
     id TEXT PRIMARY KEY,
@@ -77,8 +78,12 @@ def _count_strikes(database: sqlite3.Connection) -> None:
     database.execute("ALTER TABLE workers ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0")
 
 
+def _keep_orders(database: sqlite3.Connection) -> None:
+    database.execute("ALTER TABLE workers ADD COLUMN ordered TEXT NOT NULL DEFAULT 'work'")
+
+
 # schema -> the step from it to the next one
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_strikes}
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_strikes, 2: _keep_orders}
 
 # Literal types, so that SQLite can use the partial indexes. Initialised is early among its job's facts: it needs none.
 _RESULTS: dict[Kind, str] = {
@@ -132,6 +137,7 @@ class StoredWorker:
     created_at: str
     set_aside_reason: str | None
     strikes: int  # results refused since it was last readmitted
+    ordered: Order
 
 
 class Journal:
@@ -302,11 +308,21 @@ class Journal:
         if changed.rowcount == 0:
             raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
 
+    def worker_ordered(self, worker_id: str, order: Order) -> None:
+        """Keep what an operator ordered a worker to do.
+
+        Raises:
+            NotFoundError: there is no such worker.
+        """
+        statement = "UPDATE workers SET ordered = ? WHERE id = ?"
+        if self._write(lambda: self._database.execute(statement, (order, worker_id))).rowcount == 0:
+            raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+
     def workers(self) -> list[StoredWorker]:
         """All workers that ever joined, in that order."""
         with _sentences(self.path):
-            statement = "SELECT id, registration, created_at, set_aside_reason, strikes FROM workers ORDER BY rowid"
-            rows = self._database.execute(statement).fetchall()
+            columns = "id, registration, created_at, set_aside_reason, strikes, ordered"
+            rows = self._database.execute(f"SELECT {columns} FROM workers ORDER BY rowid").fetchall()  # noqa: S608
         return [StoredWorker(row[0], self._registration(row[0], row[1]), *row[2:]) for row in rows]
 
     def _registration(self, worker_id: str, text: str) -> Registration:

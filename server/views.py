@@ -20,6 +20,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "settled": True,
             "wanted": True,
             "prepare": True,
+            "order": True,
             "assignment": {"steps": True, "optimizer_of": True, "spec": spec},
         }
     )

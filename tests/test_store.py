@@ -281,7 +281,7 @@ def test_a_journal_of_a_newer_version_is_refused_by_that_versions_name_and_left_
     for name in ("journal.sqlite", "journal.sqlite-wal"):
         shutil.copy(tmp_path / name, killed)
     before = snapshot(killed)
-    with pytest.raises(LydianError, match=r"written by version 7\.8\.9, with schema 99.*knows schema 2") as refused:
+    with pytest.raises(LydianError, match=r"written by version 7\.8\.9, with schema 99.*knows schema 3") as refused:
         Journal.open(killed / "journal.sqlite")
     assert refused.value.code == "journal_too_new"
     assert {name: content for name, content in snapshot(killed).items() if name in before} == before
@@ -290,18 +290,18 @@ def test_a_journal_of_a_newer_version_is_refused_by_that_versions_name_and_left_
 def test_an_older_journal_is_migrated_after_a_copy_of_it_was_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(Journal.open(path)) as journal:
         journal.append("a", [late(1)])
-    monkeypatch.setattr(store, "SCHEMA", 3)
+    monkeypatch.setattr(store, "SCHEMA", 4)
     monkeypatch.setattr(
-        store, "MIGRATIONS", {2: lambda database: database.execute("ALTER TABLE facts ADD COLUMN who TEXT")}
+        store, "MIGRATIONS", {3: lambda database: database.execute("ALTER TABLE facts ADD COLUMN who TEXT")}
     )
     with closing(Journal.open(path)) as journal:
         assert [stored.fact for stored in journal.facts()] == [late(1)]
     with closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (3,)
-        assert database.execute("SELECT schema FROM written_by").fetchall() == [(2,), (3,)]
+        assert database.execute("PRAGMA user_version").fetchone() == (4,)
+        assert database.execute("SELECT schema FROM written_by").fetchall() == [(3,), (4,)]
         assert database.execute("SELECT who FROM facts").fetchall() == [(None,)]
-    monkeypatch.setattr(store, "SCHEMA", 2)
-    with closing(Journal.open(path.with_name("journal.sqlite.schema-2.backup"))) as old:
+    monkeypatch.setattr(store, "SCHEMA", 3)
+    with closing(Journal.open(path.with_name("journal.sqlite.schema-3.backup"))) as old:
         assert [stored.fact for stored in old.facts()] == [late(1)]
 
 
@@ -313,8 +313,8 @@ def test_a_migration_that_fails_leaves_the_old_journal_whole(path: Path, monkeyp
     with closing(Journal.open(path)) as journal:
         journal.append("a", [late(1)])
     with monkeypatch.context() as patch:
-        patch.setattr(store, "SCHEMA", 3)
-        patch.setattr(store, "MIGRATIONS", {2: step})
+        patch.setattr(store, "SCHEMA", 4)
+        patch.setattr(store, "MIGRATIONS", {3: step})
         with pytest.raises(LydianError, match="nowhere"):
             Journal.open(path)
     with closing(Journal.open(path)) as journal:
@@ -326,6 +326,7 @@ def test_a_journal_of_the_first_schema_is_read_with_nobody_having_a_strike(path:
         journal.worker_put("w1", registration())
         journal.append("a", [late(1)])
     by_hand(path, "ALTER TABLE workers DROP COLUMN strikes")
+    by_hand(path, "ALTER TABLE workers DROP COLUMN ordered")
     by_hand(path, "UPDATE written_by SET schema = 1")
     by_hand(path, "PRAGMA user_version = 1")
     with closing(Journal.open(path)) as journal:
@@ -334,6 +335,32 @@ def test_a_journal_of_the_first_schema_is_read_with_nobody_having_a_strike(path:
         journal.worker_judged("w1", 2, None)
         assert [worker.strikes for worker in journal.workers()] == [2]
     assert path.with_name("journal.sqlite.schema-1.backup").exists()
+
+
+def test_a_journal_of_the_second_schema_is_read_with_nobody_under_an_order(path: Path) -> None:
+    with closing(Journal.open(path)) as journal:
+        journal.worker_put("w1", registration())
+        journal.worker_judged("w1", 2, "2 refused")
+    by_hand(path, "ALTER TABLE workers DROP COLUMN ordered")
+    by_hand(path, "UPDATE written_by SET schema = 2")
+    by_hand(path, "PRAGMA user_version = 2")
+    with closing(Journal.open(path)) as journal:
+        assert [(one.strikes, one.set_aside_reason, one.ordered) for one in journal.workers()] == [
+            (2, "2 refused", "work")
+        ]
+
+
+def test_an_order_is_kept_until_another_one_comes_and_when_the_worker_registers_anew(path: Path) -> None:
+    with closing(Journal.open(path)) as journal:
+        journal.worker_put("w1", registration())
+        journal.worker_ordered("w1", "pause")
+        journal.worker_put("w1", registration())
+    with closing(Journal.open(path)) as journal:
+        assert journal.workers()[0].ordered == "pause"
+        journal.worker_ordered("w1", "work")
+        assert journal.workers()[0].ordered == "work"
+        with pytest.raises(NotFoundError, match="no worker 'w2'"):
+            journal.worker_ordered("w2", "drain")
 
 
 def test_a_process_that_died_before_the_tables_were_made_is_no_obstacle(path: Path) -> None:
