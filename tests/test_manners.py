@@ -107,6 +107,13 @@ PARTS = st.builds(
 ).filter(lambda part: part.start != part.stop)
 
 
+@pytest.mark.parametrize(
+    "text", ["22:00-07:00", "mon-fri@22:00-07:00", "sat,sun@00:00-24:00", "mon,wed-fri,sun@08:00-09:00"]
+)
+def test_hours_are_told_as_people_write_them(text: str) -> None:
+    assert str(hours(text)) == text
+
+
 @given(PARTS)
 def test_hours_read_what_they_write(part: Hours) -> None:
     assert hours(str(part)) == part
@@ -206,14 +213,19 @@ def test_another_process_on_the_gpu_sends_the_worker_away_at_the_first_look() ->
     worker = Worker(only_idle=True)
     assert worker.looks().act == "work"
     found = worker.looks(device="GPU 0", others_on_gpu=(GAMER,))
-    assert (found.act, found.why) == ("rest", "GPU 0 is used by game (pid 7)")
+    assert (found.act, found.why) == ("rest", "GPU 0 is used by another process")
+
+
+def test_names_of_processes_are_for_this_machines_log_alone() -> None:
+    found = Worker(only_idle=True).looks(device="GPU 0", others_on_gpu=(GAMER, "python (pid 8)"))
+    assert (found.why, found.reason.names) == ("GPU 0 is used by others", "game (pid 7), python (pid 8)")
 
 
 def test_a_worker_is_back_when_the_machine_was_left_alone_for_long_enough() -> None:
     worker = Worker(only_idle=True, quiet_s=60)
     worker.looks(device="GPU 0", others_on_gpu=(GAMER,))
     quiet = worker.looks(59.0)
-    assert (quiet.act, quiet.why) == ("rest", "GPU 0 is used by game (pid 7): seen less than 60 s ago")
+    assert (quiet.act, quiet.why) == ("rest", "GPU 0 is used by another process: seen less than 60 s ago")
     worker.looks(0.5, others_on_gpu=(GAMER,))
     assert worker.looks(59.0).act == "rest"
     assert worker.looks(1.0).act == "work"

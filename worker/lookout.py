@@ -126,5 +126,6 @@ class Lookout(threading.Thread):
             case "hold":
                 log.info("standing still: %s", after.why)
             case "rest":
-                log.info("out of the way: %s", after.why)
+                names = after.reason.names
+                log.info("out of the way: %s%s", after.why, f": {names}" if names else "")
         self._changed(after)

@@ -58,7 +58,7 @@ class Hours:
         return today or ((weekday - 1) % 7 in self.days and minute < self.stop)
 
     def __str__(self) -> str:
-        days = "" if len(self.days) == len(DAYS) else ",".join(DAYS[day] for day in sorted(self.days)) + "@"
+        days = f"{_named(self.days)}@" if len(self.days) < len(DAYS) else ""
         return f"{days}{_clock(self.start)}-{_clock(self.stop)}"
 
 
@@ -184,7 +184,8 @@ class Reason:
 
     act: Act
     kind: str
-    why: str  # a clause
+    why: str  # a clause, which the coordinator is told
+    names: str = ""  # what stays in this machine's log: whose processes
 
 
 WORK = Reason("work", "", "")
@@ -268,7 +269,8 @@ def _reasons(
     if rules.measuring and measured.unknown:
         yield Reason("rest", "unknown", measured.unknown)
     if rules.only_idle and measured.others_on_gpu:
-        yield Reason("rest", "gpu", f"{measured.device} is used by {', '.join(measured.others_on_gpu)}")
+        used = f"{measured.device} is used by {'another process' if len(measured.others_on_gpu) == 1 else 'others'}"
+        yield Reason("rest", "gpu", used, ", ".join(measured.others_on_gpu))
     if rules.only_idle and manner.load > rules.idle_load:
         used = f"others use {manner.load:.0%} of the processors, and it counts as idle up to {rules.idle_load:.0%}"
         yield Reason("rest", "load", used)
@@ -326,6 +328,19 @@ def _back(rules: Rules, wall: datetime) -> str:
     )
     day = DAYS[(wall.weekday() + (now + ahead) // DAY_MINUTES) % 7]
     return f"back at {_clock(part.start)}" if ahead < DAY_MINUTES else f"back on {day} at {_clock(part.start)}"
+
+
+def _named(days: frozenset[int]) -> str:
+    """Days as `hours` reads them, three or more in a row as a range."""
+    parts: list[list[int]] = []
+    for day in sorted(days):
+        if parts and parts[-1][-1] == day - 1:
+            parts[-1].append(day)
+        else:
+            parts.append([day])
+    return ",".join(
+        f"{DAYS[part[0]]}-{DAYS[part[-1]]}" if len(part) > 2 else ",".join(DAYS[day] for day in part) for part in parts
+    )
 
 
 def _clock(minutes: int) -> str:

@@ -70,14 +70,15 @@ class Senses:
             LydianError: it cannot (cannot_watch).
         """
         rules, seen = self._rules, self.measure()
-        wanted = {"--max-power": (rules.max_power, seen.power)}
-        wanted["--max-temperature"] = (rules.max_temperature, seen.temperature)
-        for flag, (limit, value) in wanted.items():
+        wanted = {"power": (rules.max_power, seen.power), "temperature": (rules.max_temperature, seen.temperature)}
+        for what, (limit, value) in wanted.items():
             if limit is not None and value is None:
                 raise LydianError(
-                    f"{flag} cannot be kept: what {seen.device} has is not told ({seen.unknown or self._no_gpu})",
+                    f"--max-{what} cannot be kept: the {what} of {seen.device} is not known "
+                    f"({seen.unknown or self._no_gpu})",
                     code="cannot_watch",
-                    advice=f"Leave {flag} out. It needs an NVIDIA GPU with nvidia-ml-py; a temperature also Linux.",
+                    advice=f"Leave --max-{what} out. It is read from the driver of an NVIDIA GPU (nvidia-ml-py), "
+                    "and for a processor, as far as its temperature goes, from Linux.",
                 )
 
     def measure(self) -> Measured:
