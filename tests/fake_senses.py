@@ -3,10 +3,11 @@
     python -m tests.fake_senses FILE URL …
 
 FILE holds a JSON object with fields of manners.Measured; no file: nothing is measured that would disturb. It is looked
-at much more often than a machine, so that tests do not wait.
+at every $FAKE_LOOK_S, which is much more often than a machine, so that tests do not wait.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ def install(file: Path) -> None:
 
     agent.watching = watching
     agent.POLITE_WAIT_S = 0.3
-    lookout.LOOK_S = 0.05
+    lookout.LOOK_S = float(os.environ.get("FAKE_LOOK_S", "0.05"))
     manners.HOLD_LEAST_S = 0.2
 
 

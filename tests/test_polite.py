@@ -3,6 +3,7 @@
 The coordinator is played by script, the child trains without torch, and a file says what the agent sees of its machine.
 """
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -182,6 +183,29 @@ def test_work_that_comes_as_the_rest_begins_is_given_back_undone(plays: Scripted
 
 def _wait_said(worker: Polite, words: str) -> None:
     wait_until(words, lambda: words in worker.said)
+
+
+def test_memory_that_others_took_before_the_lookout_saw_them_is_not_the_tasks_fault(
+    plays: ScriptedCoordinator, worker: Polite
+) -> None:
+    failing = worker.control / "fail-train"
+    failing.write_text(json.dumps({"code": "out_of_memory", "sentence": "CUDA out of memory", "detail": ""}))
+    hold = worker.hold("open")
+    plays.hand_out(assignment())
+    worker.start("--only-idle", FAKE_LOOK_S="3600")
+    wait_until("the child to be asked", lambda: "open" in worker.asked())
+    worker.sees(device="GPU 0", others_on_gpu=[GAMER])
+    hold.unlink()
+    assert plays.wait_call("abandon").body["code"] == "released"
+    plays.wait_for("a poll that says so", lambda: "another process" in last_poll(plays)["resting"])
+
+
+def test_memory_that_nobody_else_took_is_the_tasks_fault(plays: ScriptedCoordinator, worker: Polite) -> None:
+    failing = worker.control / "fail-train"
+    failing.write_text(json.dumps({"code": "out_of_memory", "sentence": "CUDA out of memory", "detail": ""}))
+    plays.hand_out(assignment())
+    worker.start("--only-idle")
+    assert plays.wait_call("abandon").body["code"] == "out_of_memory"
 
 
 # ---------------------------------------------------------------- heat

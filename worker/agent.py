@@ -518,6 +518,9 @@ class Agent:
                 yield heart
         except TaskFailure as failure:
             log.warning("%s: %s", label, failure.sentence)
+            if failure.code == "out_of_memory" and self._lookout.look().act == "rest":
+                self._put_aside(heart, label)  # another process took the memory before the lookout saw it
+                return
             number = plan.errno_in(failure.sentence) if failure.code == "worker_error" else None
             self._give_back(heart, number, room, failure.code, failure.sentence, failure.detail)
         except NoRoom as short:

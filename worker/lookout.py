@@ -52,7 +52,7 @@ class Lookout(threading.Thread):
         self._blind = False
         self._manner = Manner()
         self._order: Order = "work"
-        self._judging = threading.Lock()
+        self._judging = threading.RLock()
         self._ended = threading.Event()
 
     @property
@@ -85,11 +85,12 @@ class Lookout(threading.Thread):
         self._order = order
         self.judge()
 
-    def look(self) -> None:
+    def look(self) -> Manner:
         """Measure, and judge."""
-        if self._rules.measuring:
-            self._measured = self._measure()
-        self.judge()
+        with self._judging:
+            if self._rules.measuring:
+                self._measured = self._measure()
+            return self.judge()
 
     def judge(self) -> Manner:
         """Judge anew by what was measured last, since the time or what is under way is another."""
