@@ -60,6 +60,9 @@ WORKER_COLUMNS = (
 )  # fmt: skip
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
+JobOrNone = Annotated[str | None, typer.Argument(metavar="JOB", help="The job's id.")]
+WorkerArgument = Annotated[str, typer.Argument(metavar="WORKER", help="The worker's id or name.")]
+WorkerOption = Annotated[str | None, typer.Option("--worker", metavar="WORKER", help="A worker's id or name instead.")]
 
 
 class PassedOn(TyperCommand):
@@ -375,17 +378,51 @@ def cancel(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_jso
 
 
 @app.command()
-def pause(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
-    """Hand out no more work of a job until it is resumed."""
+def pause(
+    job: JobOrNone = None,
+    worker: WorkerOption = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hand out no more work of a job until it is resumed; or have a worker out of the way at once.
+
+    A paused worker gives its work back and frees its GPU at its next heartbeat, and stays joined.
+
+    \b
+    Examples:
+      lydian pause digits-4f2a
+      lydian pause --worker gpu-box
+    """
+    chosen = _job_or_worker(job, worker)
     with coordinator(url, token) as api:
-        _print_job(api.pause(job), as_json=as_json)
+        if worker is not None:
+            _print_worker(api.pause_worker(worker), as_json=as_json)
+        else:
+            _print_job(api.pause(chosen), as_json=as_json)
 
 
 @app.command()
-def resume(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
-    """Go on with a paused job where it stood."""
+def resume(
+    job: JobOrNone = None,
+    worker: WorkerOption = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a paused job where it stood; or give a paused or drained worker work again.
+
+    \b
+    Examples:
+      lydian resume digits-4f2a
+      lydian resume --worker gpu-box
+    """
+    chosen = _job_or_worker(job, worker)
     with coordinator(url, token) as api:
-        _print_job(api.resume(job), as_json=as_json)
+        if worker is not None:
+            _print_worker(api.resume_worker(worker), as_json=as_json)
+        else:
+            _print_job(api.resume(chosen), as_json=as_json)
 
 
 @app.command()
@@ -435,35 +472,20 @@ def workers(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
 
 
 @app.command()
-def drain(
-    worker: Annotated[str, typer.Argument(metavar="WORKER", help="The worker's id.")],
-    url: Url = DEFAULT_URL,
-    token: Token = None,
-    as_json: AsJson = False,
-) -> None:
-    """Let a worker finish what it does and give it nothing more."""
+def drain(worker: WorkerArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Let a worker finish what it does and give it nothing more, until `lydian resume --worker WORKER`.
+
+    It stays joined, with its GPU free; a restart of the coordinator or of the worker does not end that.
+    """
     with coordinator(url, token) as api:
-        view = api.drain(worker)
-    if as_json:
-        print_message(view)
-    else:
-        typer.echo(shown.one_line(f"{view.name} is {view.state}: {view.reason}"))
+        _print_worker(api.drain(worker), as_json=as_json)
 
 
 @app.command()
-def readmit(
-    worker: Annotated[str, typer.Argument(metavar="WORKER", help="The worker's id.")],
-    url: Url = DEFAULT_URL,
-    token: Token = None,
-    as_json: AsJson = False,
-) -> None:
-    """Give a worker work again that was set aside or drained; its refused results are forgiven."""
+def readmit(worker: WorkerArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Give a worker work again that was set aside, drained or paused; its refused results are forgiven."""
     with coordinator(url, token) as api:
-        view = api.readmit(worker)
-    if as_json:
-        print_message(view)
-    else:
-        typer.echo(shown.one_line(f"{view.name} is {view.state}: {view.reason}"))
+        _print_worker(api.readmit(worker), as_json=as_json)
 
 
 @token_app.command()
@@ -497,6 +519,24 @@ def _print_job(view: "JobView", *, as_json: bool) -> None:
         print_message(view)
     else:
         typer.echo(shown.one_line(f"{view.id} is {view.state}: {view.reason}"))
+
+
+def _job_or_worker(job: str | None, worker: str | None) -> str:
+    """The one that is named.
+
+    Raises:
+        typer.BadParameter: both are, or neither.
+    """
+    if (job is None) == (worker is None):
+        raise typer.BadParameter("name a JOB, or a worker with --worker WORKER: one of the two")
+    return job or worker or ""
+
+
+def _print_worker(view: "WorkerView", *, as_json: bool) -> None:
+    if as_json:
+        print_message(view)
+    else:
+        typer.echo(shown.one_line(f"{view.name} is {view.state}: {view.reason}"))
 
 
 def _job_cells(job: "JobView") -> list[str]:

@@ -259,11 +259,19 @@ class CoordinatorApi:
         return _understood(self._send("GET", "/v1/workers"), _WORKERS.validate_json)
 
     def drain(self, worker: str) -> WorkerView:
-        """Let a worker finish what it does and give it nothing more."""
+        """Let a worker finish what it does and give it nothing more until it is resumed. By id or name."""
         return self._ask(WorkerView, "POST", f"/v1/workers/{_part(worker)}/drain")
 
+    def pause_worker(self, worker: str) -> WorkerView:
+        """Have a worker out of the way at once, until it is resumed."""
+        return self._ask(WorkerView, "POST", f"/v1/workers/{_part(worker)}/pause")
+
+    def resume_worker(self, worker: str) -> WorkerView:
+        """Give a worker work again that was drained or paused."""
+        return self._ask(WorkerView, "POST", f"/v1/workers/{_part(worker)}/resume")
+
     def readmit(self, worker: str) -> WorkerView:
-        """Give a worker work again that was set aside or drained."""
+        """Give a worker work again that was set aside, drained or paused."""
         return self._ask(WorkerView, "POST", f"/v1/workers/{_part(worker)}/readmit")
 
     def new_token(self, request: TokenRequest) -> TokenAnswer:

@@ -22,6 +22,8 @@ TOGETHER = 1 << 20
 """Bytes of a model or an update up to which it travels in the call that speaks of it: a round trip less. One that is
 larger travels alone, since it may have to be resumed."""
 Trust = Literal["none", "listed", "any"]
+Order = Literal["work", "drain", "pause"]
+"""An operator's to a worker: nothing but work; finish what is under way and take no more; out of the way at once."""
 
 
 class Message(BaseModel):
@@ -335,6 +337,8 @@ class PollRequest(Message):
     together: Count = Field(0, description="a base model of at most so many bytes may come with the answer; 0: none")
     models: tuple[Digest, ...] = Field((), max_length=100, description="models that the worker has")
     link: Link | None = Field(None, description="the last that it measured; None: none yet")
+    resting: str = Field("", max_length=500, description="why its owner lets it take none now: no fault; empty: it may")
+    obeys: Order = Field("work", description="the operator's order that it knows of: another one is answered at once")
 
 
 class Preparation(Message):
@@ -353,6 +357,7 @@ class PollAnswer(Message):
     settled: tuple[Holding, ...] = Field((), description="kept updates that are needed no more: delete them")
     wanted: tuple[Holding, ...] = Field((), description="kept updates whose bytes are lost here: hand them in again")
     prepare: Preparation | None = Field(None, description="a job to load before there is work of it; never with work")
+    order: Order = Field("work", description="an operator's, which holds until another comes")
 
 
 class Progress(Message):
@@ -373,12 +378,13 @@ class Heartbeat(Message):
     assignment: Name
     attempt: int = Field(ge=1)
     progress: Progress
+    held: str = Field("", max_length=500, description="why the work stands still for now; empty: it goes on")
 
 
 class HeartbeatAnswer(Message):
     """What the worker is to do with the assignment."""
 
-    order: Literal["continue", "drain", "superseded", "cancelled"]
+    order: Literal["continue", "drain", "pause", "superseded", "cancelled"]
     reason: str
 
 
@@ -481,7 +487,7 @@ class WorkerView(Message):
 
     id: str
     name: str
-    state: Literal["idle", "working", "gone", "draining", "degraded", "set aside"]
+    state: Literal["idle", "working", "gone", "draining", "paused", "resting", "degraded", "set aside"]
     reason: str
     last_seen_s: float = Field(description="seconds since its last call")
     version: str

@@ -41,6 +41,7 @@ from common.messages import (
     Holding,
     JobRequest,
     ModelRef,
+    Order,
     PollAnswer,
     PollRequest,
     Preparation,
@@ -70,6 +71,7 @@ from server.tailnet import Tailnet
 from server.uploads import Key, Uploads
 
 PROTOCOLS = (PROTOCOL - 1, PROTOCOL)  # served; the newest last
+ORDERS_SINCE = 2  # the protocol that has operators' orders to workers
 REAPER_S = 1.0  # between two looks at leases and deadlines; less where leases are short
 HEADER_ROOM = 1 << 20  # bytes that an update's file may be larger than its base's
 
@@ -130,8 +132,9 @@ class Coordinator:
                 recent[stored.fact.worker] = (stored.job, stored.fact.round)
         for row in journal.workers():
             self.fleet.workers[row.id] = Worker(
-                row.id, row.registration, set_aside=row.set_aside_reason, strikes=row.strikes
-            )
+                row.id, row.registration, set_aside=row.set_aside_reason, strikes=row.strikes,
+                draining=row.ordered == "drain", paused=row.ordered == "pause",
+            )  # fmt: skip
         active = {job.id: job for job in self.jobs.values() if not job.over}
         for worker_id, (job_id, round_index) in recent.items():
             if job_id in active and round_index >= active[job_id].closed and worker_id in self.fleet.workers:
@@ -458,25 +461,46 @@ class Coordinator:
         except KeyError:
             raise NotFoundError(f"there is no worker {worker_id[:80]!r}", code="unknown_worker") from None
 
-    def drain(self, worker_id: str) -> Worker:
-        """Give a worker nothing more; what it does, it finishes."""
-        worker = self.worker(worker_id)
-        worker.draining = True
-        self._wake()
-        return worker
+    def named(self, name: str) -> Worker:
+        """The worker of this id, or the only one of this name.
 
-    def readmit(self, worker_id: str) -> Worker:
-        """Give a worker work again: its strikes are forgiven, and it may come from another machine."""
-        worker = self.worker(worker_id)
-        self.tailnet.unpin(worker_id)
-        self.journal.worker_judged(worker_id, 0, None)
-        if worker.set_aside is not None or worker.draining:
-            log.info("%s is readmitted", worker.name)
-        worker.set_aside, worker.strikes, worker.draining = None, 0, False
+        Raises:
+            NotFoundError: there is none.
+            ConflictError: several have the name (ambiguous_name).
+        """
+        if name in self.fleet.workers:
+            return self.fleet.workers[name]
+        found = [worker for worker in self.fleet.workers.values() if worker.name == name]
+        if len(found) > 1:
+            ids = ", ".join(sorted(worker.id for worker in found))
+            raise ConflictError(
+                f"{len(found)} workers are called {name}: {ids}",
+                code="ambiguous_name",
+                advice="Name the one you mean by its id; `lydian workers` shows what each of them does.",
+            )
+        return found[0] if found else self.worker(name)
+
+    def give_order(self, name: str, order: Order) -> Worker:
+        """Have a worker finish and take no more (drain), be out of the way at once (pause), or work. Twice is once."""
+        worker = self.named(name)
+        if worker.order != order:
+            self.journal.worker_ordered(worker.id, order)
+            log.info("%s is ordered by an operator to %s", worker.name, order)
+        worker.draining, worker.paused = order == "drain", order == "pause"
         self._run_queue()
         self._settle_all()
         self._wake()
         return worker
+
+    def readmit(self, name: str) -> Worker:
+        """Give a worker work again, from whichever machine; its strikes are forgiven, and it is under no order."""
+        worker = self.named(name)
+        self.tailnet.unpin(worker.id)
+        self.journal.worker_judged(worker.id, 0, None)
+        if worker.set_aside is not None:
+            log.info("%s is readmitted", worker.name)
+        worker.set_aside, worker.strikes = None, 0
+        return self.give_order(worker.id, "work")
 
     def leave(self, worker_id: str, start_id: str) -> None:
         """A worker says goodbye: nobody waits for it."""
@@ -493,7 +517,8 @@ class Coordinator:
     ) -> PollAnswer | None:
         """Wait for work. Answered the moment there is some; None when `wait_s` have passed without."""
         worker = self._called(worker_id, request.start_id)
-        worker.degraded, worker.link = request.degraded, request.link or worker.link
+        worker.degraded, worker.resting = request.degraded, request.resting
+        worker.link = request.link or worker.link
         until = self.clock() + min(request.wait_s, self.settings.poll_s)
         worker.polling += 1
         try:
@@ -502,8 +527,10 @@ class Coordinator:
                 if self._stopping:
                     raise UnavailableError("the coordinator is stopping", code="stopping")
                 changed = self._changed
+                if worker.order != request.obeys and worker.registration.protocol >= ORDERS_SINCE:
+                    return PollAnswer(order=worker.order)
                 if (answer := self._claim(worker, request)) is not None:
-                    return answer
+                    return answer.model_copy(update={"order": worker.order})
                 left = until - self.clock()
                 if left <= 0:
                     return None
@@ -666,9 +693,20 @@ class Coordinator:
             return HeartbeatAnswer(order="superseded", reason=f"{task} is not with this worker any more")
         self.fleet.renew(lease, beat.progress, now)
         self.hub.touch(job_id)
+        lease.held = beat.held
+        if worker.paused:
+            return self._pause(worker, lease)
         if worker.draining:
-            return HeartbeatAnswer(order="drain", reason="finish this, then leave")
+            return HeartbeatAnswer(order="drain", reason="finish this; no more work comes then")
         return HeartbeatAnswer(order="continue", reason=job.reason)
+
+    def _pause(self, worker: Worker, lease: Lease) -> HeartbeatAnswer:
+        """A paused worker gives back what it does; one that knows no such order is told that it counts no more."""
+        reason = f"an operator paused {worker.name}"
+        if worker.registration.protocol >= ORDERS_SINCE:
+            return HeartbeatAnswer(order="pause", reason=reason)
+        self._give_back(lease, "released", reason)
+        return HeartbeatAnswer(order="superseded", reason=reason)
 
     def _may_have_back(self, job: Job, task: Task, attempt: int, worker_id: str) -> bool:
         """Whether a lease that ran out may live again: nobody else got the task meanwhile."""

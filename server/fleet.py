@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.messages import Link, Progress, Registration
+from common.messages import Link, Order, Progress, Registration
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
@@ -39,6 +39,7 @@ class Lease:
     expires_at: float  # monotonic seconds
     claim_key: str = ""
     progress: Progress | None = None
+    held: str = ""  # why the work stands still for now, as its worker says
 
 
 @dataclass
@@ -50,11 +51,13 @@ class Worker:
     seen_at: float | None = None  # monotonic seconds of its last call; None: not since the coordinator started
     polling: int = 0  # polls that wait for work right now
     left: bool = False  # said goodbye
-    draining: bool = False
+    draining: bool = False  # by an operator's order, as is `paused`
+    paused: bool = False
     set_aside: str | None = None
     strikes: int = 0
     degraded: str = ""  # why it can take no work now, as it says itself
     link: Link | None = None  # to it, as it measured it last
+    resting: str = ""  # why its owner lets it take none now, likewise
     preparing: str | None = None  # the job that it was asked to load by the answer to its last call
     rival_at: float | None = None  # monotonic seconds at which an older process of the same name last called
 
@@ -62,6 +65,11 @@ class Worker:
     def name(self) -> str:
         """The name its owner gave it."""
         return self.registration.name
+
+    @property
+    def order(self) -> Order:
+        """What an operator ordered."""
+        return "pause" if self.paused else "drain" if self.draining else "work"
 
 
 @dataclass
@@ -83,6 +91,7 @@ class Fleet:
         if known is not None:
             worker.set_aside, worker.strikes, worker.polling = known.set_aside, known.strikes, known.polling
             worker.rival_at, worker.link = known.rival_at, known.link
+            worker.draining, worker.paused = known.draining, known.paused
         self.workers[worker_id] = worker
         if reborn:
             self.unask(worker_id)
@@ -270,7 +279,8 @@ class Fleet:
 
 def may_work(worker: Worker) -> bool:
     """Whether a worker that is there may be given work."""
-    return worker.set_aside is None and not worker.draining and not worker.degraded
+    ordered = worker.draining or worker.paused
+    return worker.set_aside is None and not (ordered or worker.degraded or worker.resting)
 
 
 def workers_needed(job: Job, serving: int) -> int:
@@ -306,7 +316,7 @@ def why_not(worker: Worker, job: Job) -> str | None:
 class Standing:
     """How a worker is shown: its state and why."""
 
-    state: Literal["idle", "working", "gone", "draining", "degraded", "set aside"]
+    state: Literal["idle", "working", "gone", "draining", "paused", "resting", "degraded", "set aside"]
     reason: str
 
 
@@ -322,11 +332,15 @@ def standing(fleet: Fleet, worker: Worker, now: float, describe: Callable[[Lease
         return Standing("gone", away)
     if worker.degraded and lease is None:
         return Standing("degraded", worker.degraded)
+    if worker.paused:
+        return Standing("paused", f"giving back {describe(lease)}" if lease else "by an operator, until it is resumed")
     if worker.draining:
-        return Standing("draining", describe(lease) if lease else "takes no more work")
+        return Standing("draining", describe(lease) if lease else "takes no more work until it is resumed")
+    if worker.resting and lease is None:
+        return Standing("resting", worker.resting)
     if lease is None:
         return Standing("idle", f"loading {worker.preparing}" if worker.preparing else "waiting for work")
-    return Standing("working", describe(lease))
+    return Standing("working", describe(lease) + (f", stands still: {lease.held}" if lease.held else ""))
 
 
 def why_nobody(fleet: Fleet, job: Job, now: float) -> str:

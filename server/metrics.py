@@ -11,7 +11,7 @@ from common.messages import State
 from server.coordinator import Coordinator
 from server.fleet import standing
 
-_WORKERS = ("idle", "working", "draining", "set aside", "gone")
+_WORKERS = ("idle", "working", "draining", "paused", "resting", "degraded", "set aside", "gone")
 _JOBS: tuple[State, ...] = (
     "queued", "initialising", "training", "aggregating", "evaluating", "paused", "finished", "failed", "cancelled",
 )  # fmt: skip

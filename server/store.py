@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from common import __version__
 from common.errors import ConflictError, DiskFullError, LydianError, NotFoundError, UnavailableError
 from common.facts import FACT, Fact, HandedBack
-from common.messages import Kind, Registration, TailnetNode
+from common.messages import Kind, Order, Registration, TailnetNode
 from server.ballast import Ballast
 
 SCHEMA = 3  # of the file, in PRAGMA user_version
@@ -61,7 +61,8 @@ CREATE TABLE workers (
     created_at TEXT NOT NULL,
     set_aside_reason TEXT,
     strikes INTEGER NOT NULL DEFAULT 0,
-    node TEXT
+    node TEXT, -- the machine that the credential is good from: a TailnetNode as JSON
+    ordered TEXT NOT NULL DEFAULT 'work' -- an operator's order: messages.Order
 );
 CREATE TABLE tokens (
     id TEXT PRIMARY KEY,
@@ -78,12 +79,13 @@ def _count_strikes(database: sqlite3.Connection) -> None:
     database.execute("ALTER TABLE workers ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0")
 
 
-def _pin_nodes(database: sqlite3.Connection) -> None:
-    database.execute("ALTER TABLE workers ADD COLUMN node TEXT")  # a TailnetNode as JSON
+def _pin_nodes_and_keep_orders(database: sqlite3.Connection) -> None:
+    database.execute("ALTER TABLE workers ADD COLUMN node TEXT")
+    database.execute("ALTER TABLE workers ADD COLUMN ordered TEXT NOT NULL DEFAULT 'work'")
 
 
 # schema -> the step from it to the next one
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_strikes, 2: _pin_nodes}
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_strikes, 2: _pin_nodes_and_keep_orders}
 
 # Literal types, so that SQLite can use the partial indexes. Initialised is early among its job's facts: it needs none.
 _RESULTS: dict[Kind, str] = {
@@ -137,6 +139,7 @@ class StoredWorker:
     created_at: str
     set_aside_reason: str | None
     strikes: int  # results refused since it was last readmitted
+    ordered: Order
 
 
 class Journal:
@@ -313,10 +316,7 @@ class Journal:
         Raises:
             NotFoundError: there is no such worker.
         """
-        values = (node.model_dump_json() if node else None, worker_id)
-        changed = self._write(lambda: self._database.execute("UPDATE workers SET node = ? WHERE id = ?", values))
-        if changed.rowcount == 0:
-            raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+        self._set_of_worker(worker_id, "UPDATE workers SET node = ? WHERE id = ?", node and node.model_dump_json())
 
     def pins(self) -> dict[str, TailnetNode]:
         """Worker id -> the machine that its credential is good from, for those that have one."""
@@ -327,11 +327,23 @@ class Journal:
         except ValidationError as error:
             raise self._damaged("a node of workers", error) from error
 
+    def worker_ordered(self, worker_id: str, order: Order) -> None:
+        """Keep what an operator ordered a worker to do.
+
+        Raises:
+            NotFoundError: there is no such worker.
+        """
+        self._set_of_worker(worker_id, "UPDATE workers SET ordered = ? WHERE id = ?", order)
+
+    def _set_of_worker(self, worker_id: str, statement: str, value: str | None) -> None:
+        if self._write(lambda: self._database.execute(statement, (value, worker_id))).rowcount == 0:
+            raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+
     def workers(self) -> list[StoredWorker]:
         """All workers that ever joined, in that order."""
         with _sentences(self.path):
-            statement = "SELECT id, registration, created_at, set_aside_reason, strikes FROM workers ORDER BY rowid"
-            rows = self._database.execute(statement).fetchall()
+            columns = "id, registration, created_at, set_aside_reason, strikes, ordered"
+            rows = self._database.execute(f"SELECT {columns} FROM workers ORDER BY rowid").fetchall()  # noqa: S608
         return [StoredWorker(row[0], self._registration(row[0], row[1]), *row[2:]) for row in rows]
 
     def _registration(self, worker_id: str, text: str) -> Registration:

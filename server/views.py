@@ -22,6 +22,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "settled": True,
             "wanted": True,
             "prepare": True,
+            "order": True,
             "assignment": {"steps": True, "optimizer_of": True, "together": True, "spec": spec},
         }
     )

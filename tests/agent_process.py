@@ -5,6 +5,7 @@ costs half a second of a core each time. It reads a JSON object a line: {"argume
 agent and is answered with its process id; {"wait": pid} is answered with its exit code (negative: the signal).
 
 While the file $SLOW_DISK exists, every fsync of the spool waits; $SLOW_DISK.log gets the name of each synced file.
+With $FAKE_SENSES the agent sees what that file says (tests/fake_senses.py).
 """
 
 import json
@@ -14,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tests import fake_senses
 from worker import child, spool
 from worker.__main__ import app
 
@@ -36,6 +38,8 @@ def become(asked: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(asked["environment"])
+    if "FAKE_SENSES" in os.environ:
+        fake_senses.install(Path(os.environ["FAKE_SENSES"]))
     app(asked["arguments"], prog_name="lydian work")
 
 

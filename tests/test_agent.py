@@ -101,8 +101,9 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def start(self, *options: str) -> None:
+    def start(self, *options: str, **environment: str) -> None:
         given = {"LYDIAN_TOKEN": self.token, "FAKE_CHILD": str(self.control), "SLOW_DISK": str(self.slow_disk)}
+        given |= environment
         arguments = [self.url, "--name", "w", "--state-dir", str(self.state), "--threads", "1", *options]
         self.pid = self.starter.ask(arguments=arguments, environment=given, log=str(self.log))
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,16 @@ def children(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Chi
 
     def start_all() -> None:
         environment = {**os.environ, "LYDIAN_TOKEN": "secret", "LYDIAN_URL": "http://nowhere"}
-        for name in ("living", "crashes", "is killed", "hangs", "lacks its device", "is left alone", "hears noise"):
+        for name in (
+            "living",
+            "crashes",
+            "is killed",
+            "hangs",
+            "lacks its device",
+            "is left alone",
+            "hears noise",
+            "is held",
+        ):
             started[name] = Child.start(
                 device="cuda:99" if name == "lacks its device" else "cpu",
                 threads=1,
@@ -106,6 +116,50 @@ def test_a_child_ends_with_its_agent_even_one_that_died_while_it_wrote(children:
     wait_until(lambda: not child.alive, "the child's own end")
     assert child._process.returncode == -signal.SIGKILL  # by its own hand, and its group with it
     assert "is no command" not in child.log_path.read_text()
+
+
+def test_a_held_child_stands_still_with_all_that_it_started_and_is_not_taken_for_one_that_hangs(
+    children: dict[str, Child], tmp_path: Path
+) -> None:
+    child, ended, stall_s = children["is held"], list[object](), 0.3
+    started = 'subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)'
+    act = f"other = {started}; print('OTHER', other.pid, flush=True)\n    while not context.done: context.step(1.0, 1)"
+    command = get_ready(child, tmp_path, act)
+
+    def train() -> None:
+        try:
+            child.ask(command, on_progress=lambda _: None, stall_s=stall_s if ended else STALL_S)
+        except TaskStopped as stopped:
+            ended.append(stopped)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    wait_until(lambda: "OTHER " in child.log_path.read_text(), "the process that it starts")
+    processes = [
+        psutil.Process(child.pid),
+        psutil.Process(int(child.log_path.read_text().split("OTHER ")[1].split()[0])),
+    ]
+    child.hold()
+    for process in processes:
+        wait_until(lambda process=process: process.status() == psutil.STATUS_STOPPED, f"{process} to stand still")  # type: ignore[misc]
+    child.go_on()
+    for process in processes:
+        wait_until(lambda process=process: process.status() != psutil.STATUS_STOPPED, f"{process} to go on")  # type: ignore[misc]
+    child.hold()
+    child.stop()  # which it can only do when it goes on
+    thread.join(BOUND_S)
+    assert len(ended) == 1
+    child.hold()
+    again = threading.Thread(target=train)
+    again.start()
+    again.join(5 * stall_s)  # the time in which one that hangs is killed
+    assert again.is_alive()
+    assert child.alive
+    child.kill()
+    again.join(BOUND_S)
+    assert len(ended) == 2
+    with suppress(psutil.NoSuchProcess):
+        processes[1].kill()
 
 
 def test_hello_tells_the_build_and_outlives_the_thread_that_started_the_child(children: dict[str, Child]) -> None:

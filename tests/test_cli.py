@@ -169,6 +169,14 @@ def canned_app(canned: Canned) -> FastAPI:
     async def drain(worker: str) -> dict[str, Any]:
         return WORKER | {"state": "draining", "reason": "finishes round 2"}
 
+    @web.post("/v1/workers/{worker}/pause")
+    async def pause_worker(worker: str) -> dict[str, Any]:
+        return WORKER | {"state": "paused", "reason": f"{worker} gives back round 2"}
+
+    @web.post("/v1/workers/{worker}/resume")
+    async def resume_worker(worker: str) -> dict[str, Any]:
+        return WORKER | {"state": "idle", "reason": "waiting for work"}
+
     @web.post("/v1/tokens")
     async def tokens() -> dict[str, str]:
         return {"token": "lyd_join_new"}
@@ -545,12 +553,24 @@ def test_logs_are_whole_and_cannot_steer_the_terminal(lydian: Lydian) -> None:
         (("resume", "digits-1"), "digits-1 is training: waiting for 2 updates"),
         (("drain", "w-1"), "gpu-box is draining: finishes round 2"),
         (("readmit", "w-1"), "gpu-box is idle: waiting for work"),
+        (("pause", "--worker", "w-1"), "gpu-box is paused: w-1 gives back round 2"),
+        (("resume", "--worker", "w-1"), "gpu-box is idle: waiting for work"),
     ],
 )
 def test_an_order_is_answered_with_the_state_that_followed(
     lydian: Lydian, arguments: tuple[str, ...], line: str
 ) -> None:
     assert lydian(*arguments) == (0, f"{line}\n", "")
+
+
+@pytest.mark.parametrize("command", ["pause", "resume"])
+@pytest.mark.parametrize("named", [(), ("digits-1", "--worker", "w-1")])
+def test_an_order_to_both_a_job_and_a_worker_or_to_neither_is_wrong_usage(
+    lydian: Lydian, command: str, named: tuple[str, ...]
+) -> None:
+    code, out, err = lydian(command, *named)
+    assert (code, out) == (2, "")
+    assert "one of the two" in err
 
 
 def test_a_reader_that_goes_away_is_no_traceback(coordinator: Canned) -> None:

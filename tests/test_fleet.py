@@ -278,7 +278,11 @@ def test_why_nobody_speaks_only_when_no_live_worker_can() -> None:
         ({"left": True}, "gone", "it said goodbye"),
         ({"seen_at": None}, "gone", "not seen since the coordinator started"),
         ({"seen_at": -50.0}, "gone", "no call for a lease time"),
-        ({"draining": True}, "draining", "takes no more work"),
+        ({"draining": True}, "draining", "takes no more work until it is resumed"),
+        ({"paused": True}, "paused", "by an operator, until it is resumed"),
+        ({"resting": "outside its hours"}, "resting", "outside its hours"),
+        ({"resting": "outside its hours", "draining": True}, "draining", "takes no more work until it is resumed"),
+        ({"paused": True, "left": True}, "gone", "it said goodbye"),
     ],
 )
 def test_a_workers_standing_says_why(change: dict[str, Any], state: str, reason: str) -> None:
@@ -295,6 +299,36 @@ def test_a_worker_at_work_is_shown_with_its_task() -> None:
     assert standing(some, some.workers["a"], 0.0, _describe).reason == "j round 1, shard 0"
     some.workers["a"].draining = True
     assert standing(some, some.workers["a"], 0.0, _describe).state == "draining"
+    some.workers["a"].paused = True
+    assert standing(some, some.workers["a"], 0.0, _describe).reason == "giving back j round 1, shard 0"
+
+
+def test_a_worker_that_stands_still_is_shown_at_work_with_the_reason() -> None:
+    some = fleet("a")
+    some.grant("j", TASK, 1, "a", 0.0).held = "GPU 0 is at 81 °C"
+    shown = standing(some, some.workers["a"], 0.0, _describe)
+    assert (shown.state, shown.reason) == ("working", "j round 1, shard 0, stands still: GPU 0 is at 81 °C")
+
+
+@pytest.mark.parametrize("change", [{"paused": True}, {"draining": True}, {"resting": "not its hours"}])
+def test_a_worker_that_is_to_do_nothing_gets_no_work_and_no_place(change: dict[str, Any]) -> None:
+    some, job = fleet("a", "b"), running("j")
+    for key, value in change.items():
+        setattr(some.workers["a"], key, value)
+    assert some.choose("a", [job]) is None
+    assert some.live(0.0) == ["b"]
+    assert some.places(job, 0.0) == ["b"]
+    assert some.choose("b", [job]) is not None
+
+
+@pytest.mark.parametrize("order", ["drain", "pause"])
+def test_an_order_outlives_the_worker_process(order: str) -> None:
+    some = fleet("a")
+    some.workers["a"].draining, some.workers["a"].paused = order == "drain", order == "pause"
+    some.register("a", registration("a", start_id="another"), 1.0)
+    assert some.workers["a"].order == order
+    some.workers["a"].draining = some.workers["a"].paused = False
+    assert some.workers["a"].order == "work"
 
 
 def _describe(lease: Lease) -> str:

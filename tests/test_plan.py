@@ -265,6 +265,8 @@ def test_only_what_the_coordinator_may_lose_is_kept_after_the_receipt(kind: Kind
         ("drain", 1, "go on"),
         ("continue", 2, "give back"),
         ("drain", 7, "give back"),
+        ("pause", 1, "leave"),
+        ("pause", 2, "leave"),
         ("superseded", 1, "drop"),
         ("cancelled", 2, "drop"),
     ],

@@ -330,6 +330,7 @@ def test_a_journal_of_the_first_schema_is_read_with_nobody_having_a_strike(path:
         journal.append("a", [late(1)])
     by_hand(path, "ALTER TABLE workers DROP COLUMN node")
     by_hand(path, "ALTER TABLE workers DROP COLUMN strikes")
+    by_hand(path, "ALTER TABLE workers DROP COLUMN ordered")
     by_hand(path, "UPDATE written_by SET schema = 1")
     by_hand(path, "PRAGMA user_version = 1")
     with closing(Journal.open(path)) as journal:
@@ -370,6 +371,32 @@ def test_a_pin_that_cannot_be_read_is_a_damaged_journal(journal: Journal) -> Non
     with pytest.raises(LydianError) as damaged:
         journal.pins()
     assert damaged.value.code == "journal_damaged"
+
+
+def test_a_journal_of_the_second_schema_is_read_with_nobody_under_an_order(path: Path) -> None:
+    with closing(Journal.open(path)) as journal:
+        journal.worker_put("w1", registration())
+        journal.worker_judged("w1", 2, "2 refused")
+    by_hand(path, "ALTER TABLE workers DROP COLUMN ordered")
+    by_hand(path, "UPDATE written_by SET schema = 2")
+    by_hand(path, "PRAGMA user_version = 2")
+    with closing(Journal.open(path)) as journal:
+        assert [(one.strikes, one.set_aside_reason, one.ordered) for one in journal.workers()] == [
+            (2, "2 refused", "work")
+        ]
+
+
+def test_an_order_is_kept_until_another_one_comes_and_when_the_worker_registers_anew(path: Path) -> None:
+    with closing(Journal.open(path)) as journal:
+        journal.worker_put("w1", registration())
+        journal.worker_ordered("w1", "pause")
+        journal.worker_put("w1", registration())
+    with closing(Journal.open(path)) as journal:
+        assert journal.workers()[0].ordered == "pause"
+        journal.worker_ordered("w1", "work")
+        assert journal.workers()[0].ordered == "work"
+        with pytest.raises(NotFoundError, match="no worker 'w2'"):
+            journal.worker_ordered("w2", "drain")
 
 
 def test_a_process_that_died_before_the_tables_were_made_is_no_obstacle(path: Path) -> None:

@@ -16,10 +16,11 @@ from common.api import CoordinatorApi
 from common.errors import LydianError
 from common.places import machine_name
 from common.tailscale import SOCKET
-from worker import pin, plan
+from worker import manners, pin, plan
 from worker.agent import Agent
 from worker.hardware import usable_cores
 from worker.identity import Identity, default_folder, trust_file, trusted_digests
+from worker.manners import Rules
 from worker.options import Options
 from worker.spool import Spool
 
@@ -77,6 +78,62 @@ def work(
     tailscaled: Annotated[
         Path, typer.Option(help="tailscaled's socket on this machine.", envvar="LYDIAN_TAILSCALED")
     ] = SOCKET,
+    only_idle: Annotated[
+        bool,
+        typer.Option(
+            "--only-idle",
+            help="Only while no other process uses its GPU, and others use little of the processors.",
+            envvar="LYDIAN_ONLY_IDLE",
+        ),
+    ] = False,
+    idle_load: Annotated[
+        str,
+        typer.Option(metavar="SHARE", help="What others may use of the processors then.", envvar="LYDIAN_IDLE_LOAD"),
+    ] = "25%",
+    hours: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[DAYS@]HH:MM-HH:MM",
+            help="Only then, by this machine's clock; may be repeated.",
+            envvar="LYDIAN_HOURS",
+        ),
+    ] = None,
+    max_temperature: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="C", help="Stand still above this, in °C.", envvar="LYDIAN_MAX_TEMPERATURE"),
+    ] = None,
+    max_power: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            metavar="W",
+            help="Stand still while the GPU's mean power is above this, in watts.",
+            envvar="LYDIAN_MAX_POWER",
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|SIZE",
+            help="Out of the way when all together use more of the machine's memory.",
+            envvar="LYDIAN_MAX_MEMORY",
+        ),
+    ] = None,
+    max_gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|SIZE", help="What training may take of the GPU's memory.", envvar="LYDIAN_MAX_GPU_MEMORY"
+        ),
+    ] = None,
+    quiet_for: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="S",
+            help="Seconds that the machine must be left alone before work is taken again.",
+            envvar="LYDIAN_QUIET_FOR",
+        ),
+    ] = 60.0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_say_version)
@@ -97,6 +154,10 @@ def work(
     `lydian work http://gpu-box:8470 --device cuda:1 --data mnist=/data/mnist`
 
     `lydian work http://gpu-box:8470 --trust listed --allow my_task.py`
+
+    `lydian work http://gpu-box:8470 --only-idle --hours mon-fri@19:00-08:00 --hours sat,sun@00:00-24:00`
+
+    `lydian work http://gpu-box:8470 --max-temperature 80 --max-power 200 --max-gpu-memory 50%`
     """
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO,
@@ -118,11 +179,28 @@ def work(
             pin=named,
             checkpoint_every_s=checkpoint_every,
             grace_s=grace,
+            rules=Rules(
+                hours=tuple(manners.hours(text) for text in hours or ()),
+                only_idle=only_idle,
+                idle_load=_share("--idle-load", idle_load),
+                max_temperature=max_temperature,
+                max_power=max_power,
+                max_memory=manners.amount("--max-memory", max_memory) if max_memory else None,
+                quiet_s=quiet_for,
+            ),
+            gpu_memory=manners.amount("--max-gpu-memory", max_gpu_memory).number if max_gpu_memory else 1.0,
         )
         _agent(url, name, state_dir, data or [], allow or [], options, tailscaled).run()
     except LydianError as error:
         typer.echo(error.lines(), err=True)
         raise typer.Exit(exit_code(error)) from error
+
+
+def _share(flag: str, text: str) -> float:
+    found = manners.amount(flag, text)
+    if not found.share:
+        raise LydianError(f"{flag} {text} is no share", code="bad_amount", advice=f"e.g. {flag} 25% or {flag} 0.25.")
+    return found.number
 
 
 def exit_code(error: LydianError) -> int:
@@ -159,6 +237,8 @@ def _agent(
         identity.repin(wanted)
     options = replace(options, name=shown, data=data_folders(data), trusted=trusted_digests(folder), pin=wanted)
     os.environ.pop("LYDIAN_TOKEN", None)  # nothing that this process starts needs it
+    if options.rules.measuring:  # the driver is asked about a GPU by its number: CUDA must count as it does
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return Agent(CoordinatorApi(url, options.join_token), identity, Spool.open(folder), options, folder)
 
 

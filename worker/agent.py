@@ -45,12 +45,17 @@ from worker.departure import Departure, Leaving
 from worker.heart import Heart, Watch
 from worker.identity import Identity, usable
 from worker.line import Line
+from worker.lookout import Lookout
+from worker.manners import Manner
 from worker.options import Options
+from worker.senses import watching
 from worker.spool import Attempt, Durability, Spool, Trained, Untrained
 from worker.training import NoRoom, Trainer
 from worker.waiting import Waiting
 
 log = logging.getLogger("lydian.worker")
+
+POLITE_WAIT_S = 5.0  # a poll cannot be broken off when the owner's rules say something else
 
 WHY_LIMIT, SENTENCE_LIMIT, DETAIL_LIMIT = 500, 2_000, 200_000  # characters, as the messages take them
 
@@ -99,12 +104,14 @@ class Agent:
         self._departure = Departure(options.grace_s, self._doing, self._let_go)
         self._waiting = Waiting()
         self._idle = True  # the last poll brought no work
-        self._resting = True  # and nothing else: there is time for the line
-        self._drained = False
+        self._at_leisure = True  # the last poll brought nothing: there is time for the line
         self._welcome: Welcome | None = None  # None: not registered, so there is nobody to say goodbye to
         self._heart: Heart | None = None
         self._degraded: Degraded | None = None
         self._line = Line(api)
+        self._preparing: Watch | None = None
+        self._resting = False  # the child is ended, to be out of the way
+        self._lookout = Lookout(options.rules, lambda: self._heart is not None, self._behave)
 
     # ------------------------------------------------------------ life
 
@@ -132,9 +139,10 @@ class Agent:
             self._trainer.ready()  # torch loads while the coordinator is asked
         self._check_version()
         self._register()
-        self._take_up_spool()
-        while not (self._departure.told or self._drained):
-            if self._resting and self._line.is_due:
+        self._hand_in_trained()
+        while not self._departure.told:
+            self._rest_or_carry_on()
+            if self._at_leisure and self._line.is_due:
                 with self._departure.may_leave():
                     self._line.measure()
             answer = self._poll()
@@ -152,6 +160,7 @@ class Agent:
             self.spool.close()
 
     def _say_goodbye(self) -> None:
+        self._lookout.close()
         self._trainer.close()
         if self._welcome is not None:
             self.api.leave(self._welcome.worker_id, self.identity.start_id)
@@ -184,6 +193,7 @@ class Agent:
     def _register(self) -> None:
         with usable(self.spool.folder), self._departure.may_leave():
             build = self._trainer.ready().hello  # waits for torch to be loaded
+        self._lookout.open(watching(build.device, self.options.rules))
         url = self.identity.url
         unsent = [held.holding for held in self.spool.trained(url)]
         unsent += [held.holding for held in self.spool.untrained(url)]
@@ -304,18 +314,29 @@ class Agent:
 
     # ------------------------------------------------------------ what an earlier life left
 
-    def _take_up_spool(self) -> None:
-        """Hand in what was trained, and carry on what was not, before any new work."""
+    def _hand_in_trained(self) -> None:
+        """Hand in what an earlier life has trained, before any other work."""
         for trained in self.spool.trained(self.identity.url):
             place = trained.place
             log.info("%s was trained before this start: handing it in", place.assignment)
             with self._attempt(place.assignment, place.attempt, place.assignment) as heart:
                 self._hand_in(trained, self._durable(trained), heart, maybe_there=True)
+
+    def _rest_or_carry_on(self) -> None:
+        """Out of the way: end the child, so that all of its memory is free. Else: go on with what lies unfinished."""
+        if self._lookout.judge().act == "rest":
+            self._trainer.close()
+            self._resting = True
+            return
+        if self._resting:
+            self._resting = False
+            with self._disk_trouble():
+                self._trainer.ready()  # torch loads while the coordinator is asked
         for untrained in self.spool.untrained(self.identity.url):
             self._carry_on(untrained)
 
     def _carry_on(self, held: Untrained) -> None:
-        """Go on with an attempt that the last life left unfinished, if it is still wanted from here."""
+        """Go on with an attempt that the last life or a rest left unfinished, if it is still wanted from here."""
         place = held.place
         beat = Heartbeat(
             start_id=self.identity.start_id,
@@ -333,10 +354,14 @@ class Agent:
         else:
             then = plan.resumption(answer, held.starts)
         if then.action == "go on":
-            log.info("%s was begun before this start: going on with it", place.assignment)
+            log.info("%s was begun before: going on with it", place.assignment)
             self._do(held.assignment, known=held)
             return
-        log.info("%s was begun before this start, and is dropped: %s", place.assignment, then.why)
+        if then.action == "leave":
+            self._lookout.obey("pause")
+            self._abandon(place.assignment, place.attempt, "released", f"{self.options.name}: {then.why}")
+            return
+        log.info("%s was begun before, and is dropped: %s", place.assignment, then.why)
         if then.action == "give back":
             self._abandon(place.assignment, place.attempt, "task_exited", f"{self.options.name}: {then.why}")
         self._drop(held)
@@ -348,7 +373,7 @@ class Agent:
 
     def _poll(self) -> PollAnswer | None:
         self._look_whether_well()
-        kept, degraded = self._kept(), self._degraded
+        kept, degraded, manner = self._kept(), self._degraded, self._lookout.manner
         request = PollRequest(
             start_id=self.identity.start_id,
             claim_key=secrets.token_hex(8),
@@ -356,16 +381,20 @@ class Agent:
             holding=plan.told([], kept),
             degraded=degraded.why[:WHY_LIMIT] if degraded else "",
             link=self._line.link,
+            resting="" if manner.reason.kind == "order" else manner.why[:WHY_LIMIT],  # its order it knows
+            obeys=self._lookout.order,
+            **({"wait_s": POLITE_WAIT_S} if self.options.rules.watching else {}),
         )
         if self._idle:
             awaited = "work" if degraded is None else f"the disk: {degraded.why}"
+            awaited = f"the end of a rest: {manner.why}" if manner.why else awaited
             updates = f"; {len(kept)} {'update is' if len(kept) == 1 else 'updates are'} kept until settled"
             self._waiting.say(f"waiting for {awaited}{updates if kept else ''}")
         with self._departure.may_leave():
             answer = self._ask_for_work(request)
         if degraded is not None:
             self._degraded = replace(degraded, told=True)
-        self._idle, self._resting = answer is None or answer.assignment is None, answer is None
+        self._idle, self._at_leisure = answer is None or answer.assignment is None, answer is None
         if not self._idle:
             self._waiting.over()
         return answer
@@ -388,6 +417,7 @@ class Agent:
     def _follow(self, answer: PollAnswer) -> None:
         """Do what the coordinator answered: forget, delete, send again, then the new work or what may become work."""
         url = self.identity.url
+        self._lookout.obey(answer.order)
         with self._disk_trouble():
             for job in answer.forget:
                 self.spool.drop_job(job, url)
@@ -411,11 +441,15 @@ class Agent:
             Leaving: a signal came.
         """
         log.info("%s: loading it before there is work of it", asked.job)
+        self._preparing = watch = Watch()
         try:
+            self._make_way(watch)
             with self._disk_trouble(), self._departure.may_leave():
-                self._trainer.prepare(asked, Watch())
+                self._trainer.prepare(asked, watch)
         except (TaskFailure, TaskStopped, Dropped, Unfinished) as ended:
             log.info("%s is not loaded: %s", asked.job, ended)
+        finally:
+            self._preparing = None
 
     def _send_again(self, wanted: tuple[Holding, ...]) -> None:
         """Hand in kept updates once more: a power cut took the coordinator's bytes."""
@@ -452,12 +486,39 @@ class Agent:
             self._send_again(wanted)
             self._trainer.check_trust(assignment.task)
             begun = self.spool.start_again(known) if known else self.spool.begin(assignment, self.identity.url)
+            self._make_way(heart)
             durability = self.spool.durability(begun)
             heart.on_first_beat = durability.begin
             trained = self._trainer.carry_out(begun, durability, heart)
             self._hand_in(trained, durability, heart, together=assignment.together)
             log.info("%s: %d samples in %.2f s", label, trained.submission.samples, trained.submission.seconds)
-        self._drained = self._drained or heart.order == "drain"
+
+    def _make_way(self, watch: Watch) -> None:
+        """Begin no work that the worker is not to do: the lookout may have said so before it saw this watch.
+
+        Raises:
+            TaskStopped: out of the way.
+        """
+        manner = self._lookout.manner
+        if manner.act == "rest":
+            watch.put_aside(manner.why)
+            raise TaskStopped(manner.why)
+
+    def _behave(self, manner: Manner) -> None:
+        """The lookout found that the worker is to behave in another way. Called from any thread."""
+        heart = self._heart
+        match manner.act:
+            case "rest":
+                if (watch := heart or self._preparing) is not None:
+                    watch.put_aside(manner.why)
+                self._trainer.kill()
+            case "hold" if heart is not None:
+                heart.held = manner.why
+                self._trainer.hold()
+            case _:
+                if heart is not None:
+                    heart.held = ""
+                self._trainer.go_on()
 
     @contextlib.contextmanager
     def _attempt(self, assignment: str, attempt: int, label: str, room: int = 0) -> Iterator[Heart]:
@@ -471,6 +532,7 @@ class Agent:
         """
         welcome = self._known_as
         heart = Heart(self.api, welcome.worker_id, self.identity.start_id, assignment, attempt, welcome.heartbeat_s)
+        heart.on_pause = lambda: self._lookout.obey("pause")
         self._heart = heart
         try:
             with heart:  # it has stopped when the work is given back: a beat would take it again
@@ -479,6 +541,9 @@ class Agent:
                 yield heart
         except TaskFailure as failure:
             log.warning("%s: %s", label, failure.sentence)
+            if failure.code == "out_of_memory" and self._lookout.look().act == "rest":
+                self._put_aside(heart, label)  # another process took the memory before the lookout saw it
+                return
             number = plan.errno_in(failure.sentence) if failure.code == "worker_error" else None
             self._give_back(heart, number, room, failure.code, failure.sentence, failure.detail)
         except NoRoom as short:
@@ -495,6 +560,7 @@ class Agent:
             raise
         finally:
             self._heart = None
+            self._trainer.go_on()
 
     def _end(self, heart: Heart, label: str, ended: Exception) -> None:
         """The attempt was stopped, or its result is not wanted."""
@@ -503,6 +569,9 @@ class Agent:
         if self._departure.time_is_up.is_set() and not isinstance(ended, Dropped):
             self._release(heart)
             raise Leaving from ended
+        if heart.aside and not (heart.order_reason or isinstance(ended, Dropped)):
+            self._put_aside(heart, label)
+            return
         log.info("%s: dropped: %s", label, heart.order_reason or ended)
         late = isinstance(ended.__cause__, LateError)  # also said of what counted in a round that is closed
         self._drop(self.spool.find(heart.assignment, heart.attempt), may_count=late)
@@ -537,6 +606,17 @@ class Agent:
             return
         self._abandon(heart.assignment, heart.attempt, "disk_full", sentence)
         self._drop(held)
+
+    def _put_aside(self, heart: Heart, label: str) -> None:
+        """Out of the way: give the work back, for another worker to take; gone on with later if none has."""
+        self._trainer.close()  # before anybody is told: its memory is what somebody waits for
+        log.info("%s: given back: %s", label, heart.aside)
+        sentence = f"{self.options.name} is out of the way: {heart.aside}"
+        self._abandon(heart.assignment, heart.attempt, "released", sentence)
+        held = self.spool.find(heart.assignment, heart.attempt)
+        if isinstance(held, Untrained):
+            with self._disk_trouble():
+                self.spool.put_aside(held)
 
     def _release(self, heart: Heart) -> None:
         """Leaving: what is trained stays in the spool for the next start, anything less goes to another worker.

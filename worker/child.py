@@ -25,6 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
+import psutil  # type: ignore[import-untyped]
+
 from common.errors import LydianError
 from common.messages import Progress, TorchBuild
 
@@ -92,6 +94,7 @@ class Child:
         self._burying = threading.Lock()  # guards the process's number: after reaping it may belong to a stranger
         self._busy = False  # a command is under way and was not asked to stop
         self._reaped = False
+        self._holding = self._was_held = False  # it is made to stand still; it was since its last sign of life
         self._end: TaskFailure | TaskStopped | None = None  # why there is nothing more to ask; the first reason stays
         self._hello: TorchBuild | None = None
         self._keeper: threading.Thread
@@ -99,7 +102,13 @@ class Child:
 
     @classmethod
     def start(
-        cls, *, device: str, threads: int, log_path: Path, environment: Mapping[str, str] | None = None
+        cls,
+        *,
+        device: str,
+        threads: int,
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        gpu_memory: float = 1.0,
     ) -> "Child":
         """Start a training process. Returns at once; `hello` or the first ask() waits until it is ready.
 
@@ -107,6 +116,7 @@ class Child:
             device: cpu, cuda, cuda:N, mps, xpu or auto.
             threads: CPU threads that it computes with; 0 leaves torch's choice.
             log_path: its prints, warnings and stacks are appended here; the folder is made.
+            gpu_memory: the most of the device's memory that it may take: a share up to 1, or bytes.
             environment: its environment, this process's if None; LYDIAN_* (tokens!) never reaches it either way.
 
         Raises:
@@ -115,6 +125,7 @@ class Child:
         log_path.parent.mkdir(parents=True, exist_ok=True)
         child = cls(log_path)
         command = [sys.executable, "-P", "-u", str(HOST), "--device", device, "--threads", str(threads)]
+        command += ["--gpu-memory", str(gpu_memory)] if gpu_memory != 1 else []
         launched: queue.Queue[subprocess.Popen[bytes] | OSError] = queue.Queue()
         child._keeper = threading.Thread(
             target=child._keep, args=(command, scrubbed(environment), launched), name="child-keeper", daemon=True
@@ -199,10 +210,37 @@ class Child:
 
     def stop(self) -> None:
         """Ask the command under way to stop at its next step. Without one, nothing happens."""
+        self.go_on()
         with self._writing:
             if self._busy:
                 self._write({"do": "stop"})
                 self._busy = False
+
+    def hold(self) -> None:
+        """Have it stand still where it is, with all that it started, until `go_on`; it keeps its memory. May be killed.
+
+        Not where signals cannot do that (Windows): there it goes on.
+        """
+        self._holding = True
+        self._signal_all("SIGSTOP")
+
+    def go_on(self) -> None:
+        """Undo `hold`. Without one, nothing happens."""
+        if self._holding:
+            self._holding, self._was_held = False, True
+            self._signal_all("SIGCONT")
+
+    def _signal_all(self, name: str) -> None:
+        """A signal to the process and all that it started, some of it in sessions of its own."""
+        with self._burying:
+            if self._reaped or not hasattr(signal, name):
+                return
+            with suppress(psutil.NoSuchProcess):
+                own = psutil.Process(self._process.pid)
+                own.send_signal(getattr(signal, name))  # first, so that it starts no more of them
+                for process in own.children(recursive=True):
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(getattr(signal, name))
 
     def kill(self) -> None:
         """Kill the process and all that it started, and wait until it is reaped. Again is harmless."""
@@ -310,6 +348,9 @@ class Child:
             try:
                 event = self._next(stall_s)
             except queue.Empty:
+                if self._holding or self._was_held:  # it could not give a sign of life all that time
+                    self._was_held = False
+                    continue
                 self._ask_for_stacks()
                 sentence = f"the task gave no sign of life for {stall_s:g} s in '{command['do']}', while {doing}"
                 raise self._fatal("task_stalled", f"{sentence}: killed") from None
@@ -317,6 +358,7 @@ class Child:
                 raise self._fatal("task_exited", f"the task's process {event.words()} in '{command['do']}'")
             if event["event"] != "progress":
                 return event
+            self._was_held = False
             progress = Progress.model_validate({name: value for name, value in event.items() if name != "event"})
             doing = progress.doing
             on_progress(progress)

@@ -18,6 +18,7 @@ from worker.waiting import Waiting
 
 log = logging.getLogger("lydian.worker")
 
+WHY_LIMIT = 500  # characters of a reason, as the messages take them
 STOP_GRACE_S = 10.0  # for the child to stop at its next step, before it is killed
 
 
@@ -28,13 +29,20 @@ class Watch:
         """Nothing is ordered yet."""
         self.progress = Progress(doing="loading")
         self.order_reason = ""
-        self.ordered = threading.Event()  # the work is to be dropped
+        self.ordered = threading.Event()  # the work is to be dropped, or put aside
+        self.aside = ""  # why it is put aside: it may be gone on with later; empty: it is not
         self._child: Child | None = None
         self._acting = threading.Lock()  # an answer that comes late must not stop what the child does next
 
     def see(self, progress: Progress) -> None:
         """The child reported."""
         self.progress = progress
+
+    def put_aside(self, why: str) -> None:
+        """End the child at once, and keep what it left. Any thread may call this; again is harmless."""
+        self.aside = self.aside or why
+        self.ordered.set()
+        self._act(Child.kill)
 
     def use(self, child: Child) -> None:
         """This child does the work from now on.
@@ -45,7 +53,12 @@ class Watch:
         with self._acting:
             self._child = child
         if self.ordered.is_set():
-            raise TaskStopped(self.order_reason or "the work is to be dropped")
+            raise TaskStopped(self.order_reason or self.aside or "the work is to be dropped")
+
+    def _act(self, action: Callable[[Child], None]) -> None:
+        with self._acting:
+            if self._child is not None:
+                action(self._child)
 
 
 class Heart(Watch, threading.Thread):
@@ -59,6 +72,8 @@ class Heart(Watch, threading.Thread):
         Watch.__init__(self)
         self.assignment, self.attempt = assignment, attempt
         self.on_first_beat: Callable[[], None] = lambda: None  # the work is not that short, so worth being kept
+        self.on_pause: Callable[[], None] = lambda: None  # an operator wants the worker out of the way
+        self.held = ""  # why the child stands still; empty: it does not
         self.order = "continue"
         self.fatal: LydianError | None = None  # the coordinator will take nothing from this process any more
         self._api, self._worker, self._start_id, self._period_s = api, worker, start_id, period_s
@@ -103,10 +118,16 @@ class Heart(Watch, threading.Thread):
                 self._obey(answer.order, answer.reason)
                 return
             self.order = answer.order
+            if answer.order == "pause":
+                self.on_pause()
 
     def _beat(self) -> Heartbeat:
         return Heartbeat(
-            start_id=self._start_id, assignment=self.assignment, attempt=self.attempt, progress=self.progress
+            start_id=self._start_id,
+            assignment=self.assignment,
+            attempt=self.attempt,
+            progress=self.progress,
+            held=self.held[:WHY_LIMIT],
         )
 
     def _obey(self, order: str, reason: str) -> None:
@@ -115,8 +136,3 @@ class Heart(Watch, threading.Thread):
         self._act(Child.stop)
         if not self._ended.wait(STOP_GRACE_S):  # a step longer than that, or a loop of its own that never looks
             self._act(Child.kill)
-
-    def _act(self, action: Callable[[Child], None]) -> None:
-        with self._acting:
-            if self._child is not None:
-                action(self._child)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common.messages import Trust
+from worker.manners import Rules
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,5 @@ class Options:
     pin: str | None = None  # StableID of the coordinator's machine, from the join token
     checkpoint_every_s: float = 30.0  # 0: never
     grace_s: float = 60.0  # to finish what is under way after the first SIGTERM
+    rules: Rules = field(default_factory=Rules)  # when and how it may use this machine
+    gpu_memory: float = 1.0  # the most of the device's memory that the child takes: a share up to 1, or bytes

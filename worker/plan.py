@@ -9,6 +9,7 @@ Pure: no network, disk, clock or tensor. Randomness is passed in.
                                                            incomplete, damaged: send the bytes that are missing there
     not trained to the end   heartbeat                     continue, drain: go on from the checkpoint
                                                            superseded, cancelled: drop
+                                                           pause: leave it lie for later
                                                            the third start of the same attempt: give it back
     handed in                poll                          settled: delete; wanted: send it again
 """
@@ -237,9 +238,9 @@ def stays(kind: Kind) -> bool:
 
 @dataclass(frozen=True)
 class Resumption:
-    """What becomes of an attempt that the last life of the agent did not train to the end."""
+    """What becomes of an attempt that the last life of the agent, or a rest, did not let be trained to the end."""
 
-    action: Literal["go on", "give back", "drop"]
+    action: Literal["go on", "leave", "give back", "drop"]
     why: str
 
 
@@ -252,6 +253,8 @@ def resumption(answer: HeartbeatAnswer, starts: int) -> Resumption:
     """
     if answer.order in ("superseded", "cancelled"):
         return Resumption("drop", answer.reason)
+    if answer.order == "pause":
+        return Resumption("leave", answer.reason)
     if starts >= STARTS:
         times = f"{starts} times"
         sentence = f"the whole agent ended {times} in the middle of this work, so it is not started once more"

@@ -266,6 +266,17 @@ class Spool:
         self._attempts[place.folder] = again
         return again
 
+    def put_aside(self, held: Untrained) -> None:
+        """It was ended on purpose, in good order, and may be gone on with: that start does not count against it."""
+        again = replace(held, starts=held.starts - 1)
+        place = held.place
+        if again.starts:  # one is never written as none: a kill before its next start costs it one
+            _write(
+                place.folder / ASKED,
+                _Asked(coordinator=place.coordinator, starts=again.starts, assignment=held.assignment),
+            )
+        self._attempts[place.folder] = again
+
     def durability(self, held: Attempt) -> Durability:
         """What puts an attempt's files onto the disk."""
         return Durability(self._disk, held.place)

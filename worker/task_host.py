@@ -232,6 +232,38 @@ def ready_device(asked: str, threads: int) -> tuple[torch.device, dict[str, Any]
     return device, build
 
 
+def limit_memory(device: torch.device, most: float) -> None:
+    """Have torch take no more of the device's memory; what comes on top is the driver's own, some 300 to 500 MB.
+
+    Args:
+        device: as `ready_device` gave it.
+        most: a share of the device's memory up to 1, or bytes; 1: there is no limit.
+
+    Raises:
+        TaskError: torch can set no such limit for this kind of device; code worker_error.
+    """
+    if most == 1:
+        return
+    backend = getattr(torch, device.type, None)
+    limit = getattr(backend, "set_per_process_memory_fraction", None)
+    if limit is None:
+        sentence = f"--max-gpu-memory cannot be kept: torch {torch.__version__} knows no limit for {device}"
+        raise TaskError("worker_error", f"{sentence}; leave it out, or give another --device")
+    if most > 1:
+        most = min(most / total_memory(device), 1.0)
+    if device.type == "mps":  # there is one, and its limit has no device
+        limit(most)
+    else:
+        limit(most, device)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has."""
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    return int(getattr(torch, device.type).get_device_properties(device).total_memory)
+
+
 def ask_for_deterministic_kernels() -> None:
     """Have torch take deterministic kernels where it has them, and warn where not.
 
@@ -1440,6 +1472,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Trains for a Lydian worker; not meant to be run by hand.")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--gpu-memory", type=float, default=1.0)
     options = parser.parse_args()
 
     commands_in, events_out = take_pipes()
@@ -1452,6 +1485,7 @@ def main() -> int:
     events = Events(events_out)
     try:
         device, build = ready_device(options.device, options.threads)
+        limit_memory(device, options.gpu_memory)
     except TaskError as error:
         events.send(failure(error))
         return 1

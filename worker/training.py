@@ -83,7 +83,10 @@ class Trainer:
         if self._child is None or not self._child.alive:
             self.close()
             self._child = Child.start(
-                device=self._options.device, threads=self._options.threads, log_path=self._log_path
+                device=self._options.device,
+                threads=self._options.threads,
+                log_path=self._log_path,
+                gpu_memory=self._options.gpu_memory,
             )
         return self._child
 
@@ -95,6 +98,21 @@ class Trainer:
         """
         self._spool.put_model(digest, data)
         self._came = (digest, len(data))
+
+    def kill(self) -> None:
+        """End the child at once, whatever it does. Any thread may call this; `close` has still to be called."""
+        if (child := self._child) is not None:
+            child.kill()
+
+    def hold(self) -> None:
+        """Have the child stand still. Any thread may call this."""
+        if (child := self._child) is not None:
+            child.hold()
+
+    def go_on(self) -> None:
+        """Undo `hold`. Any thread may call this."""
+        if (child := self._child) is not None:
+            child.go_on()
 
     def close(self) -> None:
         """End the child, and forget the job that it had loaded."""

@@ -67,11 +67,23 @@ async def leave(
 
 @router.post("/{worker}/drain")
 async def drain(worker: str, coordinator: CoordinatorDep, _: AdminDep) -> WorkerView:
-    """Give a worker nothing more; what it does, it finishes."""
-    return views.worker_view(coordinator, coordinator.drain(worker))
+    """Give a worker nothing more until it is resumed; what it does, it finishes. By id or name, like the others."""
+    return views.worker_view(coordinator, coordinator.give_order(worker, "drain"))
+
+
+@router.post("/{worker}/pause")
+async def pause(worker: str, coordinator: CoordinatorDep, _: AdminDep) -> WorkerView:
+    """Have a worker out of the way at once, until it is resumed; what it does, it gives back."""
+    return views.worker_view(coordinator, coordinator.give_order(worker, "pause"))
+
+
+@router.post("/{worker}/resume")
+async def resume(worker: str, coordinator: CoordinatorDep, _: AdminDep) -> WorkerView:
+    """Give a worker work again that was drained or paused. POST, like its opposites: twice is once."""
+    return views.worker_view(coordinator, coordinator.give_order(worker, "work"))
 
 
 @router.post("/{worker}/readmit")
 async def readmit(worker: str, coordinator: CoordinatorDep, _: AdminDep) -> WorkerView:
-    """Give a worker work again that was set aside or drained."""
+    """Give a worker work again that was set aside, drained or paused."""
     return views.worker_view(coordinator, coordinator.readmit(worker))

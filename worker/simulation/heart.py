@@ -69,4 +69,5 @@ class SharedHeart(Heart):
         except LydianError as error:
             gone = plan.is_rival(error) or plan.after(error).action in ("drop", "stop")
             return ("superseded", str(error)) if gone else None
-        return (answer.order, answer.reason) if answer.order in ("superseded", "cancelled") else None
+        dropped = answer.order in ("pause", "superseded", "cancelled")
+        return (answer.order, answer.reason) if dropped else None

@@ -21,7 +21,7 @@ from typing import TypeVar
 from common import PROTOCOL, __version__
 from common.api import CoordinatorApi
 from common.errors import ConflictError, LydianError
-from common.messages import TOGETHER, Abandon, Hardware, PollAnswer, PollRequest, Registration, Welcome
+from common.messages import TOGETHER, Abandon, Hardware, Order, PollAnswer, PollRequest, Registration, Welcome
 from common.transfers import TransferStopped
 from worker import hardware, plan
 from worker.child import TaskFailure, TaskStopped
@@ -50,6 +50,7 @@ class Virtual:
     api: CoordinatorApi
     start_id: str
     id: str = ""
+    order: Order = "work"  # an operator's, as it last heard
 
 
 class Simulator:
@@ -179,10 +180,16 @@ class Simulator:
 
     def _poll(self, worker: Virtual, patience_s: float) -> PollAnswer | None:
         request = PollRequest(
-            start_id=worker.start_id, claim_key=secrets.token_hex(8), wait_s=patience_s, loaded=self._trainer.loaded
+            start_id=worker.start_id,
+            claim_key=secrets.token_hex(8),
+            wait_s=patience_s,
+            loaded=self._trainer.loaded,
+            obeys=worker.order,
         )
         together = request.model_copy(update={"together": TOGETHER, "models": self._spool.models})
         answer = self._insist(lambda: worker.api.poll(worker.id, together, keep=self._keep_model))
+        if answer is not None:
+            worker.order = answer.order
         if answer is not None and answer.forget:
             log.info("%s: over", ", ".join(answer.forget))
         return answer
