@@ -269,7 +269,8 @@ class Child:
             code = process.wait()
             self._reaped = True
         kill_marked(self._mark)
-        self._meeting.unlink(missing_ok=True)
+        with suppress(OSError):  # the next start removes it, or says why it cannot
+            self._meeting.unlink()
         with self._writing:
             cast("io.FileIO", process.stdin).close()
         reader.join(DRAIN_TIMEOUT_S)

@@ -426,7 +426,7 @@ class Ranks(Alone):
         """An exchange that fails has lost a rank, or the memory for it: this process can do nothing more."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             sys.stderr.write(f"an exchange between the ranks failed: {self._host.trace(error)}\n")
             sys.stderr.flush()
             # Whoever died first is the cause, and torchrun ends the others, this one too, once it has seen that.
@@ -520,9 +520,8 @@ class Ranks(Alone):
         shared = self._shared
         if shared is None:
             return loss
-        floats, whole = shared.floats, shared.whole
         has = [parameter.grad is not None for parameter in shared.parameters]
-        has += [self._changed(shared, *buffer) for buffer in [*floats, *whole]]
+        has += [self._changed(shared, *buffer) for buffer in [*shared.floats, *shared.whole]]
         for parameter in shared.parameters:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 sentence = "a gradient is sparse, and ranks sum dense ones alone"
@@ -536,9 +535,23 @@ class Ranks(Alone):
         time_is_up = seconds is not None and elapsed >= seconds
         vote = self.vote(samples, time_is_up=time_is_up, mark=zlib.crc32(bytes(has)))
         self._time_is_up = vote.time_is_up
-        if len(set(vote.marks)) > 1:
+        with self._exchanging():  # all of it: a rank that fails now leaves the others waiting for its numbers
+            self._combine(shared, told, has, samples / sum(vote.samples), same=len(set(vote.marks)) == 1)
+        return told
+
+    def _combine(self, shared: Shared, loss: Tensor, has: list[bool], weight: float, *, same: bool) -> None:
+        """Make loss, gradients and buffers those of the global batch.
+
+        Args:
+            shared: what is to be made so.
+            loss: of this rank's part.
+            has: for each parameter whether it has a gradient, then for each buffer whether it changed, on this rank.
+            weight: share of the batch that this rank's part is.
+            same: whether `has` is the same on all ranks.
+        """
+        floats, whole = shared.floats, shared.whole
+        if not same:
             has = self._any_rank_has(has)
-        weight = samples / sum(vote.samples)
         gradients = []
         for parameter, present in zip(shared.parameters, has, strict=False):
             if not present:
@@ -552,13 +565,12 @@ class Ranks(Alone):
         inexact = [buffer for buffer in changed if buffer is not None and buffer.is_floating_point()]
         exact = [buffer for buffer in changed if buffer is not None and not buffer.is_floating_point()]
         with torch.no_grad():
-            self._sum(shared, [told, *gradients, *inexact], weight)
+            self._sum(shared, [loss, *gradients, *inexact], weight)
             self._largest(exact)
         for module, name, _ in [*floats, *whole]:
             buffer = module._buffers[name]
             if buffer is not None:
                 shared.seen[id(module), name] = buffer, buffer._version
-        return told
 
     def _changed(self, shared: Shared, module: nn.Module, name: str, always: bool) -> bool:
         """Whether the forward pass may have changed a buffer. Some kernels of BatchNorm count no version up."""
@@ -569,8 +581,7 @@ class Ranks(Alone):
     def _any_rank_has(self, has: list[bool]) -> list[bool]:
         """What at least one rank has."""
         held = torch.tensor(has, dtype=torch.uint8)
-        with self._exchanging():
-            dist.all_reduce(held, dist.ReduceOp.MAX)
+        dist.all_reduce(held, dist.ReduceOp.MAX)
         return [bool(value) for value in held.tolist()]
 
     def _make_room(self, shared: Shared, loss: Tensor) -> None:
@@ -598,8 +609,7 @@ class Ranks(Alone):
                         place.view(tensor.shape).copy_(tensor).mul_(weight)
                     else:
                         place.zero_()  # no sample, no say: not even a NaN
-                with self._exchanging():
-                    dist.all_reduce(room[: sum(sizes)])
+                dist.all_reduce(room[: sum(sizes)])
                 for tensor, place in zip(held, places, strict=True):
                     tensor.copy_(place.view(tensor.shape))
 
@@ -608,8 +618,7 @@ class Ranks(Alone):
         if not buffers:
             return
         together = torch.cat([buffer.reshape(-1).to("cpu", torch.int64) for buffer in buffers])
-        with self._exchanging():
-            dist.all_reduce(together, dist.ReduceOp.MAX)
+        dist.all_reduce(together, dist.ReduceOp.MAX)
         places = torch.split(together, [buffer.numel() for buffer in buffers])
         for buffer, place in zip(buffers, places, strict=True):
             buffer.copy_(place.view(buffer.shape))
