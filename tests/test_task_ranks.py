@@ -2,6 +2,8 @@
 
 import io
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -355,6 +357,26 @@ def test_ranks_find_each_other_where_nobody_else_looks(pair: Pair) -> None:
         if connection.status == psutil.CONN_LISTEN
     }
     assert listening <= {"127.0.0.1", "::1"}
+
+
+AGENT = """
+import sys, threading
+from pathlib import Path
+from worker.child import Child
+child = Child.start(device="cpu:2", threads=2, log_path=Path(sys.argv[1]) / "log")
+print(child._mark, flush=True)
+threading.Event().wait()
+"""
+
+
+def test_ranks_end_with_an_agent_that_is_killed_while_they_start(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", AGENT, str(tmp_path)], stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        mark = agent.stdout.readline().strip()
+        wait_until(lambda: len(of_group(mark)) == 3, "torchrun and two ranks", 120.0)
+        agent.kill()
+        agent.wait()
+        wait_until(lambda: not of_group(mark), "the end of all ranks", 120.0)
 
 
 def test_a_rank_that_hangs_is_found_by_its_stack(groups: list[Child], tmp_path: Path) -> None:

@@ -1482,9 +1482,12 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--store", type=Path, help="where several processes find each other")
+    parser.add_argument("--parent", type=int, help="torchrun's number, for its ranks")
     options = parser.parse_args()
 
     die_with_the_agent()
+    if options.parent is not None and os.getppid() != options.parent:
+        return 1  # it died while torch was imported, and Linux tells only of deaths to come
     if not task_ranks.is_rank():
         try:
             devices = task_ranks.devices_of(options.device, task_ranks.count_devices)

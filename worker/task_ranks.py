@@ -710,6 +710,7 @@ def launch(script: Path, devices: Sequence[str], threads: int, store: Path) -> i
     sys.stderr.write(f"torchrun starts {len(devices)} ranks on {', '.join(devices)}, {each} CPU threads each\n")
     sys.stderr.flush()
     of_rank = ["--device", ",".join(devices), "--threads", str(each), "--store", str(store)]
+    of_rank += ["--parent", str(os.getpid())]
     program = [sys.executable, "-P", "-u", str(script), *of_rank]
     try:
         run.main(["--standalone", "--nproc-per-node", str(len(devices)), "--no-python", *program])
