@@ -37,6 +37,7 @@ ALLOWED = {
     ("sleep", "common/tailscale.py"): "waits between two questions to a tailscaled that starts",
     ("sleep", "client/running.py"): "waits between two looks at a file that another process writes",
     ("broad except", "worker/task_host.py"): "a user's code can raise anything, and its traceback is the answer",
+    ("broad except", "worker/task_ranks.py"): "an error that is not told to the other ranks leaves them waiting",
 }
 
 

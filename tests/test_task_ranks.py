@@ -7,7 +7,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from common.messages import Progress
+from client.main import _device
+from common.messages import Gpu, Progress, TorchBuild, WorkerView
 from tests.test_child import is_gone, wait_until
 from worker import child as child_module
 from worker import task_host
@@ -168,6 +170,17 @@ def test_rank_0_says_for_whom_it_waits(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(task_ranks, "MISSING_EVERY_S", 0.0)
     task_ranks.await_ranks(Store(), 0, 3)
     assert "rank 0 waits for rank 1, 2 of 3 to have torch and its device ready" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "shown"),
+    [("cpu", 2, "2 × cpu"), ("cuda:0", 4, "4 × cuda RTX"), ("cuda:0", 1, "cuda:0 RTX"), ("cpu", 1, "cpu")],
+)
+def test_people_see_how_many_devices_a_worker_trains_on(device: str, ranks: int, shown: str) -> None:
+    torch_build = TorchBuild(version="2.14.1", device=device, threads=1, ranks=ranks)
+    gpus = [Gpu(index=index, name="RTX", memory=1, driver="580", capability=(8, 9)) for index in range(4)]
+    worker = SimpleNamespace(hardware=SimpleNamespace(torch=torch_build, gpus=gpus))
+    assert _device(cast("WorkerView", worker)) == shown
 
 
 # ---------------------------------------------------------------- two real processes
