@@ -585,7 +585,9 @@ def _device(worker: "WorkerView") -> str:
     kind, _, number = device.partition(":")
     names = {gpu.index: gpu.name for gpu in worker.hardware.gpus}
     name = names.get(int(number or 0)) if kind == "cuda" and (number or len(names) == 1) else None
-    return f"{device} {name}" if name else device
+    ranks = worker.hardware.torch.ranks
+    shown_device = device if ranks == 1 else f"{ranks} × {kind}"
+    return f"{shown_device} {name}" if name else shown_device
 
 
 if __name__ == "__main__":

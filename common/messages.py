@@ -209,6 +209,7 @@ class TorchBuild(Message):
     cuda: str | None = Field(None, description="CUDA version of the build, None for a CPU build")
     architectures: tuple[str, ...] = Field((), description="what the build has kernels for, e.g. sm_86")
     threads: int = Field(ge=1, description="CPU threads that the child computes with")
+    ranks: int = Field(1, ge=1, description="processes that train together, each on a device of its own kind")
 
 
 class Hardware(Message):

@@ -316,7 +316,9 @@ class Journal:
         Raises:
             NotFoundError: there is no such worker.
         """
-        self._set_of_worker(worker_id, "UPDATE workers SET node = ? WHERE id = ?", node and node.model_dump_json())
+        self._set_of_worker(
+            worker_id, "UPDATE workers SET node = ? WHERE id = ?", node.model_dump_json() if node else None
+        )
 
     def pins(self) -> dict[str, TailnetNode]:
         """Worker id -> the machine that its credential is good from, for those that have one."""

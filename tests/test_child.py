@@ -54,11 +54,11 @@ def get_ready(child: Child, folder: Path, act: str) -> dict[str, Any]:
     return {**command, "seed": 1, "round": 1, "steps": 1_000_000}
 
 
-def wait_until(true: Callable[[], bool], what: str) -> None:
+def wait_until(true: Callable[[], bool], what: str, bound_s: float = BOUND_S) -> None:
     """Wait for something that another process does."""
-    deadline, pause = time.monotonic() + BOUND_S, threading.Event()
+    deadline, pause = time.monotonic() + bound_s, threading.Event()
     while not true():
-        assert time.monotonic() < deadline, f"not within {BOUND_S:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {bound_s:g} s: {what}"
         pause.wait(0.02)
 
 

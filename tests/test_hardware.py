@@ -327,6 +327,9 @@ def test_no_answer_of_a_driver_keeps_a_worker_from_registering(count: int, error
     [
         ("cpu", (), None, []),
         ("cuda:0", (RTX,), "13.0", []),
+        ("cuda:0", (RTX, RTX), "13.0", []),
+        ("cuda", (RTX,), "13.0", []),
+        ("cuda", (RTX, RTX), "13.0", ["one of 2 GPUs", "--device cuda:all"]),
         ("cpu", (RTX,), None, ["RTX 4090", "without CUDA", "2.14.1"]),
         ("cpu", (RTX, RTX), "12.6", ["RTX 4090, NVIDIA", "CUDA 12.6"]),
     ],

@@ -345,6 +345,7 @@ def test_a_journal_of_the_second_schema_is_read_with_nobody_pinned_to_a_machine(
     with closing(Journal.open(path)) as journal:
         journal.worker_put("w1", registration())
     by_hand(path, "ALTER TABLE workers DROP COLUMN node")
+    by_hand(path, "ALTER TABLE workers DROP COLUMN ordered")
     by_hand(path, "UPDATE written_by SET schema = 2")
     by_hand(path, "PRAGMA user_version = 2")
     with closing(Journal.open(path)) as journal:
@@ -378,6 +379,7 @@ def test_a_journal_of_the_second_schema_is_read_with_nobody_under_an_order(path:
         journal.worker_put("w1", registration())
         journal.worker_judged("w1", 2, "2 refused")
     by_hand(path, "ALTER TABLE workers DROP COLUMN ordered")
+    by_hand(path, "ALTER TABLE workers DROP COLUMN node")
     by_hand(path, "UPDATE written_by SET schema = 2")
     by_hand(path, "PRAGMA user_version = 2")
     with closing(Journal.open(path)) as journal:

@@ -56,7 +56,9 @@ def work(
     state_dir: Annotated[
         Path | None, typer.Option(help="Credential and files of this worker.", envvar="LYDIAN_STATE_DIR")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, mps, xpu, or auto (one); cuda:all, cuda:0,1 or cpu:2 (several).")
+    ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads to compute with (0: all that are usable).")] = 0,
     data: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a data folder; may be repeated.")] = None,
     trust: Annotated[TrustChoice, typer.Option(help="Task files that may run besides the built-in ones.")] = (
@@ -152,6 +154,8 @@ def work(
     `lydian work http://100.64.0.1:8470 --token lyd_join_…`
 
     `lydian work http://gpu-box:8470 --device cuda:1 --data mnist=/data/mnist`
+
+    `lydian work http://gpu-box:8470 --device cuda:all`
 
     `lydian work http://gpu-box:8470 --trust listed --allow my_task.py`
 

@@ -7,6 +7,9 @@
 Two threads a child. The keeper starts the process, waits for its end and reaps it together with all that it started; it
 lives as long as the child because Linux tells a child that its parent died when the *thread* that started it ends. The
 reader turns lines into events. Nothing here polls, except two seconds at the most for the stacks of a child that hangs.
+
+On several devices the process is torchrun, and rank 0, one of those that it starts, is the one that speaks. Each rank
+has a session of its own then, so they and what they start are known by a mark in their environment.
 """
 
 import io
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +42,7 @@ DRAIN_TIMEOUT_S = 2.0  # for the last lines of a child that has ended
 LOG_LINES = 200  # of the log, in the detail of a failure
 LOG_BYTES = 90_000  # at most; with the longest traceback that the child sends, still within DETAIL_LIMIT
 SENTENCE_LIMIT, DETAIL_LIMIT = 2_000, 200_000  # characters, as messages.Abandon takes them
+MARK = "TRAINING_PROCESSES"  # in the environment of a child and of all that it starts
 STACK_MARK = b"(most recent call first)"  # what faulthandler writes above each stack
 
 ADVICE = {
@@ -71,9 +76,12 @@ class Exited:
     """The last thing to come from a child."""
 
     code: int  # negative: the number of the signal that killed it
+    rank: str = ""  # where torchrun lost one of several: "rank 1 of 2", whose code it is
 
     def words(self) -> str:
         """How it ended, for a person."""
+        if self.rank:
+            return f"lost {self.rank}, which {Exited(self.code).words()}"
         if self.code >= 0:
             return f"ended with exit code {self.code}"
         known = -self.code in {member.value for member in signal.Signals}
@@ -97,6 +105,8 @@ class Child:
         self._holding = self._was_held = False  # it is made to stand still; it was since its last sign of life
         self._end: TaskFailure | TaskStopped | None = None  # why there is nothing more to ask; the first reason stays
         self._hello: TorchBuild | None = None
+        self._mark = uuid.uuid4().hex
+        self._lost: Exited | None = None  # what torchrun said of the rank that it lost
         self._keeper: threading.Thread
         self._process: subprocess.Popen[bytes]
 
@@ -113,8 +123,8 @@ class Child:
         """Start a training process. Returns at once; `hello` or the first ask() waits until it is ready.
 
         Args:
-            device: cpu, cuda, cuda:N, mps, xpu or auto.
-            threads: CPU threads that it computes with; 0 leaves torch's choice.
+            device: cpu, cuda, cuda:N, mps, xpu or auto; cuda:all, cuda:0,1 or cpu:N for a process on each.
+            threads: CPU threads that it computes with, all processes together; 0 leaves torch's choice.
             log_path: its prints, warnings and stacks are appended here; the folder is made.
             gpu_memory: the most of the device's memory that it may take: a share up to 1, or bytes.
             environment: its environment, this process's if None; LYDIAN_* (tokens!) never reaches it either way.
@@ -124,11 +134,15 @@ class Child:
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
         child = cls(log_path)
+        child._meeting.unlink(missing_ok=True)
         command = [sys.executable, "-P", "-u", str(HOST), "--device", device, "--threads", str(threads)]
-        command += ["--gpu-memory", str(gpu_memory)] if gpu_memory != 1 else []
+        command += ["--store", str(child._meeting), *(["--gpu-memory", str(gpu_memory)] if gpu_memory != 1 else [])]
         launched: queue.Queue[subprocess.Popen[bytes] | OSError] = queue.Queue()
         child._keeper = threading.Thread(
-            target=child._keep, args=(command, scrubbed(environment), launched), name="child-keeper", daemon=True
+            target=child._keep,
+            args=(command, {**scrubbed(environment), MARK: child._mark}, launched),
+            name="child-keeper",
+            daemon=True,
         )
         child._keeper.start()
         process = launched.get()
@@ -142,6 +156,11 @@ class Child:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.kill()
+
+    @property
+    def _meeting(self) -> Path:
+        """The file where several ranks find each other."""
+        return self.log_path.with_suffix(".ranks")
 
     @property
     def pid(self) -> int:
@@ -284,16 +303,22 @@ class Child:
             kill_group(process.pid)
             code = process.wait()
             self._reaped = True
+        kill_marked(self._mark)
+        with suppress(OSError):  # the next start removes it, or says why it cannot
+            self._meeting.unlink()
         with self._writing:
             cast("io.FileIO", process.stdin).close()
         reader.join(DRAIN_TIMEOUT_S)
-        self._inbox.put(Exited(code))
+        self._inbox.put(self._lost or Exited(code))
 
     def _read(self, stdout: IO[bytes]) -> None:
         """Put each event into the inbox; any other line (a library's, before its prints were turned) into the log."""
         with io.BufferedReader(cast("io.FileIO", stdout)) as lines:  # unbuffered, it would be read byte by byte
             for line in lines:
                 event = parsed(line)
+                if event is not None and event["event"] == "lost":
+                    self._lost = Exited(event["exit"], f"rank {event['rank']} of {event['ranks']}")
+                    continue
                 if event is not None:
                     self._inbox.put(event)
                     continue
@@ -365,11 +390,15 @@ class Child:
 
     def _ask_for_stacks(self) -> None:
         """Have a hanging child write its stacks to the log, and wait until they are there and complete."""
+        for pid in self._speakers():
+            self._ask_for_stacks_of(pid)
+
+    def _ask_for_stacks_of(self, pid: int) -> None:
         older = log_end(self.log_path).count(STACK_MARK)
         with self._burying:
             if self._reaped:
                 return
-            os.kill(self._process.pid, signal.SIGUSR1)
+            os.kill(pid, signal.SIGUSR1)
         deadline, written, pause = time.monotonic() + STACKS_TIMEOUT_S, b"", threading.Event()
         while time.monotonic() < deadline:
             pause.wait(0.05)  # a file that grows wakes nobody up
@@ -377,6 +406,14 @@ class Child:
             if now.count(STACK_MARK) > older and now == written:
                 return
             written = now
+
+    def _speakers(self) -> list[int]:
+        """The processes that run the task: torchrun's children, where it is torchrun."""
+        if self._hello is None or self._hello.ranks == 1:
+            return [self._process.pid]
+        with suppress(psutil.NoSuchProcess):
+            return [child.pid for child in psutil.Process(self._process.pid).children() if carries(child, self._mark)]
+        return []
 
     def _fatal(self, code: str, sentence: str, detail: str = "") -> TaskFailure:
         """A failure that ends the child; every later question gets it as its answer."""
@@ -406,6 +443,23 @@ def kill_group(group: int) -> None:
     """SIGKILL to every process of the group, if there is any."""
     with suppress(ProcessLookupError, PermissionError):  # macOS answers EPERM when only zombies are left
         os.killpg(group, signal.SIGKILL)
+
+
+def kill_marked(mark: str) -> None:
+    """SIGKILL to every process whose environment has this mark, until there is none, whatever group it went into."""
+    while found := [process for process in psutil.process_iter() if carries(process, mark)]:
+        for process in found:
+            with suppress(psutil.NoSuchProcess):  # psutil looks that the number is still the same process's
+                process.kill()
+        psutil.wait_procs(found, timeout=BURY_TIMEOUT_S)
+
+
+def carries(process: psutil.Process, mark: str) -> bool:
+    """Whether the process runs and was started with this mark in its environment."""
+    try:
+        return bool(process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE)
+    except (psutil.Error, OSError):  # it is gone, or somebody else's
+        return False
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:

@@ -74,7 +74,9 @@ def cpu_name(cpuinfo: Path = CPUINFO) -> tuple[str, str]:
 
 
 def unused_gpus(torch: TorchBuild, device: str, gpus: tuple[Gpu, ...]) -> str:
-    """A sentence when the machine has GPUs and the worker trains on the CPU all the same; empty otherwise."""
+    """A sentence when GPUs lie idle and nobody chose that; empty otherwise."""
+    if device == "cuda" and len(gpus) > 1:
+        return f"training on one of {len(gpus)} GPUs: `--device cuda:all` has one worker train on all of them"
     if device != "cpu" or not gpus:
         return ""
     build = f"built for CUDA {torch.cuda}" if torch.cuda else "built without CUDA"

@@ -12,7 +12,7 @@ class Options:
     """Set once, at the start."""
 
     name: str
-    device: str = "auto"
+    device: str = "auto"  # or several of a kind, each with a process: cuda:all, cuda:0,1, cpu:2
     threads: int = 1
     data: Mapping[str, str] = field(default_factory=dict)  # name -> folder
     trust: Trust = "none"

@@ -3,6 +3,7 @@
 A script, run as `python -P -u …/task_host.py --device D --threads N`. It imports the standard library, torch, numpy and
 safetensors, and must never import this repository, or let the task file reach it by accident: the task's own `common`
 or `server` is the task's. Nothing is pickled. One command at a time; the model and the data stay loaded between them.
+With several devices it is the parent of one such process for each (worker/task_ranks.py); what follows is then rank 0.
 
     agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "train_many" | "evaluate" | "close", …};
                       {"do": "stop"} ends each of them
@@ -63,6 +64,7 @@ def beside(name: str) -> ModuleType:
 
 
 task_checkpoint = beside("task_checkpoint")
+task_ranks = beside("task_ranks")
 task_stacked = beside("task_stacked")
 
 PROGRESS_EVERY_S = 0.2  # a person's eye and a heartbeat need no more
@@ -229,6 +231,13 @@ def ready_device(asked: str, threads: int) -> tuple[torch.device, dict[str, Any]
         "architectures": torch.cuda.get_arch_list(),
         "threads": torch.get_num_threads(),
     }
+    return device, build
+
+
+def limited_device(asked: str, threads: int, memory: float) -> tuple[torch.device, dict[str, Any]]:
+    """A device made ready (`ready_device`), of whose memory torch takes no more than this (`limit_memory`)."""
+    device, build = ready_device(asked, threads)
+    limit_memory(device, memory)
     return device, build
 
 
@@ -777,6 +786,7 @@ class Context:
     _drawn: int = 0  # batches that the loader gave
     _settled: bool = True  # the last batch that it gave was stepped on, or its pass is over
     _batch_samples: int = 0  # in that batch
+    _own_samples: int = 0  # of them, those of this rank
     _taken: int = 0  # calls of step()
     _samples: int = 0
     _loss_sum: float = 0.0
@@ -788,6 +798,7 @@ class Context:
     _fresh: bool | None = None  # whether the optimiser began without the state of an earlier round; None: nobody asked
     _rates: list[Any] = field(default_factory=list)  # learning rate of each group of the optimiser, before any step
     _keep: Callable[["Context"], None] | None = None  # keeps a checkpoint if one is due; holds no context: no cycle
+    _ranks: Any = field(default_factory=lambda: task_ranks.Alone(threading.Event()))  # those who train this together
 
     @property
     def global_step(self) -> int | None:
@@ -824,7 +835,7 @@ class Context:
             return self._taken >= self.steps
         if self.seconds is not None:
             began = self._settled and (self._taken or self._drawn) > 0  # one step at least
-            return began and time.monotonic() - self._began >= self.seconds
+            return began and bool(self._ranks.time_is_up(time.monotonic() - self._began, self.seconds))
         return self._settled and self._drawn >= (self.epochs or 1) * self._batches
 
     def step(self, loss: Tensor | float, samples: int | None = None) -> bool:
@@ -906,10 +917,16 @@ class Context:
             self._keep(self)
         return True
 
-    def gave(self, samples: int) -> None:
-        """The loader gave a batch of so many samples."""
+    def gave(self, samples: int, own: int | None = None) -> None:
+        """The loader gave a batch of so many samples, `own` of them to this rank (None: all)."""
         self._drawn, self._settled, self._batch_samples = self._drawn + 1, False, samples
+        self._own_samples = samples if own is None else own
         self._at += 1
+
+    def of_all_ranks(self, loss: Tensor | None) -> Any:  # noqa: ANN401 - a Tensor
+        """The loss of the whole batch, and its gradients in the model: this rank had a part of it, or None."""
+        elapsed = time.monotonic() - self._began
+        return self._ranks.mean(loss, self._own_samples, elapsed, self.seconds)
 
     def next_pass(self) -> None:
         """The loader begins another pass."""
@@ -975,14 +992,18 @@ class ShardLoader:
             context.next_pass()
         self._begun = True
         number, first = context.place()
-        seed, workers = pass_seed(context.seed, number), context.config.get("loader_workers", 0)
+        ranks, workers = context._ranks, context.config.get("loader_workers", 0)
+        seed = ranks.own_seed(pass_seed(context.seed, number))
         parts = torch.tensor_split(pass_order(self._shard, context.seed, number), self._ends[:-1])[first:]
-        batches = read_batches(self._dataset, parts, context.device, workers=workers, seed=seed)
-        for part in parts:
+        own = [ranks.part(part) for part in parts]
+        read = [part for part in own if len(part)]
+        batches = read_batches(self._dataset, read, context.device, workers=workers, seed=seed)
+        for place, part in enumerate(parts):
             if not context.wants_more():
                 return
-            batch = next(batches)
-            context.gave(len(part))
+            ranks.seed_step(context.seed, number, first + place)
+            batch = next(batches) if len(own[place]) else None  # a batch of fewer samples than there are ranks
+            context.gave(len(part), len(own[place]))
             yield batch
         context.passed()
 
@@ -993,8 +1014,11 @@ def default_train(task: Task, model: nn.Module, loader: ShardLoader, context: Co
     while not context.done:
         for batch in loader:
             context.optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(task, model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss = None
+            if batch is not None:
+                loss = loss_of(task, model, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+            loss = context.of_all_ranks(loss)
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             context.follow_schedule()
@@ -1058,10 +1082,17 @@ def digest_of_file(path: Path) -> str:
 class Host:
     """Carries out commands, and keeps the task, its model and its data between them."""
 
-    def __init__(self, device: torch.device, events: Events, stopping: threading.Event) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        events: Events,
+        stopping: threading.Event,
+        ranks: Any = None,  # noqa: ANN401 - a task_ranks.Alone
+    ) -> None:
         self._device = device
         self._events = events
-        self._stopping = stopping
+        self._ranks = ranks or task_ranks.Alone(stopping)
+        self._stopping = self._ranks.stopping
         self._task: Task | None = None
         self._model: nn.Module | None = None
         self._splits: dict[str, Any] = {}
@@ -1082,15 +1113,15 @@ class Host:
         name = command.pop("do")
         if name not in self._commands:
             return failure(TaskError("worker_error", f"the training process knows no command {name!r}"))
+        own_loop = self._task.file.name if self._task is not None and self._task.has("train") else ""
         try:
-            return {"event": "done", **self._commands[name](**command)}
+            return {"event": "done", **self._ranks.carry_out(name, self._commands[name], command, own_loop)}
         except Stopped:
             return {"event": "stopped"}
         except TaskError as error:
             return failure(error)
         except Exception as error:  # noqa: BLE001 - a full disk, a torn file, a bug of ours: told to the agent, not lost
-            sentence = f"{type(error).__name__} in the training process while it did {name!r}: {first_line(error)}"
-            return failure(TaskError("worker_error", sentence, trace(error)))
+            return failure(unexpected(error, name))
 
     def open(self, task: str, config: dict[str, Any]) -> dict[str, Any]:
         """Import the task file; forget the one before, its model and its data."""
@@ -1166,9 +1197,11 @@ class Host:
             base_digest: what the base is known by; without one, the file is hashed.
         """
         self._events.progress("loading")
-        task, dataset = self._opened(), self._split("train")
+        task, ranks = self._opened(), self._ranks
+        dataset = ranks.first_rank_0(partial(self._split, "train"))
         shard = read_shard(indices, len(dataset))
         model = self._loaded(base, seed)
+        ranks.begin(model)
         has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         ends = batch_ends(len(shard), int(task.config.get("batch_size", 32)), join_last_one=has_batch_norm)
         context = Context(
@@ -1184,6 +1217,7 @@ class Host:
             _stopping=self._stopping,
             _batches=len(ends),
             total_steps=total_steps,
+            _ranks=ranks,
         )
         context._rates = [group.get("lr") for group in getattr(context.optimizer, "param_groups", [])]
         if optimizer is not None:
@@ -1192,12 +1226,14 @@ class Host:
         if checkpoint is not None and self._resumable(context.optimizer):
             base_digest = base_digest or digest_of_file(Path(base))
             facts = [base_digest, seed, round, context.epochs, steps, seconds, total_steps, optimizer_of]
+            facts += [ranks.world] if ranks.joint else []  # other ranks draw other numbers
             command = identity(task, self._device, facts, shard)
             kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
             began = self._go_on(kept, model, Path(base), context)
             context._keep = partial(self._keep, kept, model)
         if optimizer_of and not began:  # one state at a time is in memory: a checkpoint has its own
             self._take_up(Path(optimizer_from), optimizer_of, model, context)
+        ranks.agree("where to begin", context.place(), context._taken, context._fresh, len(dataset))
         context.report()
         loader = ShardLoader(dataset, shard, ends, context)
         with task.watched("train"):
@@ -1209,11 +1245,12 @@ class Host:
         if not result["steps"]:
             raise TaskError("task_failed", "train() returned and never called context.step(loss) after a step")
         model.zero_grad(set_to_none=True)
-        save_state(model, Path(out))
-        if optimizer is not None:
-            self._leave(Path(optimizer), model, context)
-        if kept is not None:
-            kept.remove()
+        if ranks.rank == 0:  # all have the same
+            save_state(model, Path(out))
+            if optimizer is not None:
+                self._leave(Path(optimizer), model, context)
+            if kept is not None:
+                kept.remove()
         return {"samples": len(shard), **result}
 
     def _resumable(self, optimizer: Any) -> bool:  # noqa: ANN401 - a task may bring its own kind
@@ -1278,8 +1315,8 @@ class Host:
         return True
 
     def _keep(self, kept: Any, model: nn.Module, context: Context) -> None:  # noqa: ANN401 - a Checkpoint
-        """Keep a checkpoint, if one is due."""
-        if not kept.due:
+        """Keep a checkpoint, if one is due: rank 0's holds for all."""
+        if self._ranks.rank or not kept.due:
             return
         try:
             with self._opened().watched("optimizer"):
@@ -1297,7 +1334,8 @@ class Host:
     def evaluate(self, base: str, batch_size: int) -> dict[str, Any]:
         """Measure the base model on the whole test split. Sums that are not finite are left out."""
         self._events.progress("loading")
-        task, dataset = self._opened(), self._split("test")
+        task, ranks = self._opened(), self._ranks
+        dataset = ranks.first_rank_0(partial(self._split, "test"))
         if dataset is None or not len(dataset):
             raise TaskError("bad_task", "there is nothing to evaluate on: dataset(config, 'test') has no samples")
         model = self._loaded(base, seed=0)
@@ -1307,22 +1345,26 @@ class Host:
         ends = batch_ends(len(dataset), batch_size, join_last_one=False)
         parts = torch.tensor_split(torch.arange(len(dataset)), ends[:-1])
         workers = task.config.get("loader_workers", 0)
-        sums: Metrics = {}
-        seen = 0
+        measured = []
         with torch.no_grad(), task.watched("metrics"):
-            for number, batch in enumerate(read_batches(dataset, parts, self._device, workers=workers, seed=0)):
+            own = ranks.own_batches(parts)
+            for number, batch in enumerate(read_batches(dataset, own, self._device, workers=workers, seed=0)):
                 if self._stopping.is_set():
                     raise Stopped
-                for name, (total, count) in metrics_of(task, model, batch, len(parts[number])).items():
-                    held = sums.setdefault(name, [0.0, 0.0])
-                    held[0], held[1] = held[0] + total, held[1] + count
-                seen += len(parts[number])
-                rate = seen / max(time.monotonic() - began, 1e-9)
+                measured.append(metrics_of(task, model, batch, len(own[number])))
+                ranks.keep_pace()
+                step = min((number + 1) * ranks.world, len(parts))
+                rate = ends[step - 1] / max(time.monotonic() - began, 1e-9)
                 self._events.progress(
-                    "evaluating", step=number + 1, steps=len(parts), samples=seen, samples_per_s=rate, loss=None
+                    "evaluating", step=step, steps=len(parts), samples=ends[step - 1], samples_per_s=rate, loss=None
                 )
+        sums: Metrics = {}
+        for metrics in ranks.gathered(measured, len(parts)):
+            for name, (total, count) in metrics.items():
+                held = sums.setdefault(name, [0.0, 0.0])
+                held[0], held[1] = held[0] + total, held[1] + count
         usable = {name: held for name, held in sums.items() if all(map(math.isfinite, held))}
-        return {"metrics": usable, "samples": seen, "seconds": time.monotonic() - began}
+        return {"metrics": usable, "samples": len(dataset), "seconds": time.monotonic() - began}
 
     def _opened(self) -> Task:
         """The task that is open."""
@@ -1409,6 +1451,12 @@ def read_shard(indices: str | None, samples: int) -> Tensor:
     return shard
 
 
+def unexpected(error: BaseException, command: str) -> TaskError:
+    """What is told of an error that is neither the task's nor one of those foreseen here."""
+    sentence = f"{type(error).__name__} in the training process while it did {command!r}: {first_line(error)}"
+    return TaskError("worker_error", sentence, trace(error))
+
+
 def failure(error: TaskError) -> dict[str, Any]:
     """The error event."""
     return {"event": "error", "code": error.code, "sentence": str(error)[:SENTENCE_LIMIT], "detail": error.detail}
@@ -1468,24 +1516,51 @@ def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any
 
 
 def main() -> int:
-    """Say hello, then serve. Returns the exit code."""
+    """Train on one device, or be the parent of those that train on several. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Trains for a Lydian worker; not meant to be run by hand.")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--gpu-memory", type=float, default=1.0)
+    parser.add_argument("--store", type=Path, help="where several processes find each other")
+    parser.add_argument("--parent", type=int, help="torchrun's number, for its ranks")
     options = parser.parse_args()
 
-    commands_in, events_out = take_pipes()
     die_with_the_agent()
+    if options.parent is not None and os.getppid() != options.parent:
+        return 1  # it died while torch was imported, and Linux tells only of deaths to come
+    if not task_ranks.is_rank():
+        try:
+            devices = task_ranks.devices_of(options.device, task_ranks.count_devices)
+        except ValueError as error:
+            Events(take_pipes()[1]).send(failure(TaskError("worker_error", f"--device: {error}")))
+            return 1
+        if len(devices) > 1:
+            more = ["--gpu-memory", str(options.gpu_memory)]
+            return int(task_ranks.launch(HERE, devices, options.threads, options.store, more))
+        options.device = devices[0]
+    return train_for_the_agent(options)
+
+
+def train_for_the_agent(options: argparse.Namespace) -> int:
+    """Say hello, then serve, alone or as one of several ranks. Returns the exit code."""
+    several = task_ranks.is_rank()
+    talks = not several or task_ranks.own_rank() == 0
+    commands_in, events_out = take_pipes()
     show_stacks_when_asked()
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
     stopping = threading.Event()
-    reader = threading.Thread(target=read_commands, args=(commands_in, commands, stopping), name="stdin", daemon=True)
-    reader.start()
+    if talks:
+        arguments = (commands_in, commands, stopping)
+        threading.Thread(target=read_commands, args=arguments, name="stdin", daemon=True).start()
+    else:
+        commands_in.close()
+        events_out.close()
+        events_out = Path(os.devnull).open("wb")  # noqa: SIM115 - as long as the process lives
+        sys.stdout, sys.stderr = task_ranks.prefixed(sys.stderr)
     events = Events(events_out)
+    ready = partial(limited_device, task_ranks.own_device(options.device), options.threads, options.gpu_memory)
     try:
-        device, build = ready_device(options.device, options.threads)
-        limit_memory(device, options.gpu_memory)
+        device, build, ranks = task_ranks.joined(sys.modules[__name__], options.store, ready, stopping)
     except TaskError as error:
         events.send(failure(error))
         return 1
@@ -1493,7 +1568,7 @@ def main() -> int:
     sys.dont_write_bytecode = True  # the task file's folder is not ours to write into
     events.send({"event": "hello", "torch": build})
     ask_for_deterministic_kernels()
-    return serve(Host(device, events, stopping), device, commands, events)
+    return serve(Host(device, events, stopping, ranks), device, ranks.commands(commands), events)
 
 
 if __name__ == "__main__":
