@@ -352,7 +352,7 @@ def workers(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
     if as_json:
         print_messages(found)
     elif found:
-        header = ["WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "DOING", "SPEED", "REASON"]
+        header = ["WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "PRECISION", "DOING", "SPEED", "REASON"]
         shown.print_table(header, [_worker_cells(worker) for worker in found], right={"SEEN", "SPEED"})
     else:
         typer.echo("no worker yet: `lydian serve` prints the line that starts one", err=True)
@@ -439,11 +439,19 @@ def _worker_cells(worker: "WorkerView") -> list[str]:
         f"{shown.duration(worker.last_seen_s)} ago" if worker.last_seen_s >= 0 else shown.NOTHING,
         _device(worker),
         torch.version,
+        _precision(worker),
         worker.assignment or shown.NOTHING,
         shown.NOTHING if speed is None else f"{speed:,.0f}/s",
         worker.reason,
     ]
     return [shown.one_line(cell) for cell in cells]
+
+
+def _precision(worker: "WorkerView") -> str:
+    """What `precision = auto` is there and why; before it what is computed in, where that is something else."""
+    torch, now = worker.hardware.torch, worker.progress.precision if worker.progress else None
+    best = f"{torch.precision} ({torch.precision_reason})" if torch.precision_reason else torch.precision
+    return best if now in (None, torch.precision) else f"{now}, best {best}"
 
 
 def _device(worker: "WorkerView") -> str:
