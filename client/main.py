@@ -55,7 +55,7 @@ token_app = new_app("Tokens for workers.")
 app.add_typer(token_app, name="token")
 
 WORKER_COLUMNS = (
-    "WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "NODE", "PATH", "DOWN", "UP", "LATENCY", "DOING", "SPEED",
+    "WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "PRECISION", "NODE", "PATH", "DOWN", "UP", "LATENCY", "DOING", "SPEED",
     "REASON",
 )  # fmt: skip
 
@@ -555,6 +555,7 @@ def _worker_cells(worker: "WorkerView") -> list[str]:
         f"{shown.duration(worker.last_seen_s)} ago" if worker.last_seen_s >= 0 else shown.NOTHING,
         _device(worker),
         torch.version,
+        _precision(worker),
         f"{worker.node.name} ({worker.node.owner})" if worker.node else shown.NOTHING,
         _path(worker.path),
         *_link_cells(worker.link),
@@ -577,6 +578,13 @@ def _link_cells(link: "Link | None") -> list[str]:
     if link is None:
         return [shown.NOTHING] * 3
     return [shown.line_rate(link.down), shown.line_rate(link.up), shown.latency(link.latency_s)]
+
+
+def _precision(worker: "WorkerView") -> str:
+    """What `precision = auto` is there and why; before it what is computed in, where that is something else."""
+    torch, now = worker.hardware.torch, worker.progress.precision if worker.progress else None
+    best = f"{torch.precision} ({torch.precision_reason})" if torch.precision_reason else torch.precision
+    return best if now in (None, torch.precision) else f"{now}, best {best}"
 
 
 def _device(worker: "WorkerView") -> str:

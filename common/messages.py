@@ -45,7 +45,15 @@ class TrainSection(Message):
     local_epochs: int | None = Field(None, ge=1, description="passes over the shard in a round (default 1)")
     local_steps: int | None = Field(None, ge=1, description="optimiser steps in a round, instead of epochs")
     local_seconds: float | None = Field(None, gt=0, description="seconds of training in a round, instead of epochs")
-    batch_size: int = Field(32, ge=1, description="samples a step")
+    batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        32,
+        description="samples a step; auto: up to 256, as each worker's memory allows, lr (meant for 32) following it",
+    )
+    precision: Literal["fp32", "auto", "bf16", "fp16"] = Field(
+        "fp32",
+        description="what forward and backward passes compute in, the weights being float32: auto is the best that a "
+        "worker's device has; one that lacks bf16 or fp16 takes fp32",
+    )
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="the default optimiser, unless the task has its own")
     lr: float = Field(0.1, gt=0, description="learning rate of the default optimiser (adamw: 0.0004 unless set)")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd: momentum")
@@ -86,11 +94,12 @@ class TrainSection(Message):
 
     @property
     def new_keys(self) -> tuple[str, ...]:
-        """Which of NEW_IN_TRAIN this job needs."""
-        return tuple(name for name in NEW_IN_TRAIN if getattr(self, name) != type(self).model_fields[name].default)
+        """Which of NEW_IN_TRAIN this job needs, and an old key that has a new value."""
+        new = [name for name in NEW_IN_TRAIN if getattr(self, name) != type(self).model_fields[name].default]
+        return (*new, *(["batch_size"] if self.batch_size == "auto" else []))
 
 
-NEW_IN_TRAIN = ("optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer")
+NEW_IN_TRAIN = ("precision", "optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer")
 """Keys of [train] that protocol 2 brought."""
 NEW_KEYS = {
     "round": ("fsync",),
@@ -173,7 +182,7 @@ class JobSpec(Message):
     @property
     def beyond_protocol_1(self) -> str:
         """What of this job a worker of protocol 1 cannot do, or not even read; empty: nothing."""
-        beyond = [f"train.{name}" for name in self.train.new_keys]
+        beyond = [f"train.{name}{' = auto' if name == 'batch_size' else ''}" for name in self.train.new_keys]
         known = {"update": "fp32", "algorithm": "fedavg"}
         values = {name: getattr(self.aggregation, name) for name in known}
         beyond += [f"aggregation.{name} = {value}" for name, value in values.items() if value != known[name]]
@@ -207,9 +216,21 @@ class TorchBuild(Message):
     version: str
     device: str = Field(description="the device that the child trains on: cpu, cuda, cuda:1, mps, xpu")
     cuda: str | None = Field(None, description="CUDA version of the build, None for a CPU build")
+    rocm: str | None = Field(None, description="HIP version of the build, None where it is not for AMD GPUs")
     architectures: tuple[str, ...] = Field((), description="what the build has kernels for, e.g. sm_86")
     threads: int = Field(ge=1, description="CPU threads that the child computes with")
     ranks: int = Field(1, ge=1, description="processes that train together, each on a device of its own kind")
+    name: str = Field("", max_length=200, description="the device's name, where it has one")
+    capability: tuple[int, int] | None = Field(None, description="CUDA: compute capability of the device")
+    memory: Count = Field(0, description="bytes of the device's memory that this process may use; 0: not known")
+    free: Count = Field(0, description="bytes of it that were free when the child started")
+    dtypes: tuple[str, ...] = Field(
+        (), description="of fp32, bf16, fp16: in which a matrix product and its gradient came out right on the device"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="what precision = auto is there")
+    precision_reason: str = Field("", max_length=500)
+    compiles: bool = Field(False, description="whether torch.compile can work there")
+    compiles_reason: str = Field("", max_length=500)
 
 
 class Hardware(Message):
@@ -364,12 +385,13 @@ class PollAnswer(Message):
 class Progress(Message):
     """Where the worker stands with its assignment. Shown, never journalled."""
 
-    doing: Literal["downloading", "loading", "training", "evaluating", "uploading"]
+    doing: Literal["downloading", "loading", "measuring", "training", "evaluating", "uploading"]
     step: Count = 0
     steps: Count | None = Field(None, description="steps in all, when that is known")
     samples: Count = Field(0, description="samples done so far")
     samples_per_s: float | None = None
     loss: float | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="what a training computes in")
 
 
 class Heartbeat(Message):

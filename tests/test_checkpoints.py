@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.messages import Progress
+from worker import task_device
 from worker.child import Child, TaskStopped
+from worker.task_batches import Stepper
 from worker.task_checkpoint import Checkpoint, UnkeepableError, generators, pack, set_generators, unpack
 from worker.task_host import Context, Events, Host
 
@@ -349,6 +351,7 @@ def a_thousand_seconds() -> Context:
         steps=None,
         seconds=1000.0,
         optimizer=None,
+        _stepper=Stepper(CPU, "fp32", task_device),
         _events=Events(io.BytesIO()),
         _stopping=threading.Event(),
         _batches=BATCHES,

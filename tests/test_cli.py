@@ -23,11 +23,11 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 
 from client import running, submit_job
 from client.calling import Ending, run_program, whole_url
-from client.main import app
+from client.main import _precision, app
 from client.running import Children, wait_for_line
 from common import __version__
 from common.errors import LydianError, NotFoundError, UnauthenticatedError
-from common.messages import JobRequest, JobView
+from common.messages import JobRequest, JobView, Progress, WorkerView
 from common.weights import Notes, file_digest, save
 from tests.privileges import interruptible
 
@@ -483,6 +483,25 @@ def test_jobs_in_a_pipe_are_aligned_text(lydian: Lydian) -> None:
     assert header.split() == ["JOB", "NAME", "TASK", "STATE", "ROUND", "ACCURACY", "REASON"]
     assert row.split()[:6] == ["digits-1", "numbers", "digits", "training", "1/2", "0.900"]
     assert header.index("REASON") == row.index("waiting for 2 updates")
+
+
+@pytest.mark.parametrize(
+    ("best", "reason", "now", "cell"),
+    [
+        ("fp32", "", None, "fp32"),  # a worker of protocol 1
+        ("bf16", "compute capability 8.6", None, "bf16 (compute capability 8.6)"),
+        ("bf16", "compute capability 8.6", "bf16", "bf16 (compute capability 8.6)"),
+        ("bf16", "compute capability 8.6", "fp32", "fp32, best bf16 (compute capability 8.6)"),
+    ],
+)
+def test_a_worker_shows_what_it_computes_in_and_what_it_could(
+    best: str, reason: str, now: str | None, cell: str
+) -> None:
+    view = WorkerView.model_validate(WORKER)
+    torch = view.hardware.torch.model_copy(update={"precision": best, "precision_reason": reason})
+    hardware = view.hardware.model_copy(update={"torch": torch})
+    progress = Progress(doing="training", precision=now)  # type: ignore[arg-type]
+    assert _precision(view.model_copy(update={"hardware": hardware, "progress": progress})) == cell
 
 
 def test_workers_in_a_pipe_name_the_gpu_that_is_used(lydian: Lydian) -> None:

@@ -34,7 +34,9 @@ def queued(job_id: str = "q", **keys: Any) -> Job:
 # ---------------------------------------------------------------- who is there
 
 
-@pytest.mark.parametrize("train", [{}, {"optimizer": "adamw"}, {"clip": 1.0}, {"keep_optimizer": True}])
+@pytest.mark.parametrize(
+    "train", [{}, {"optimizer": "adamw"}, {"clip": 1.0}, {"keep_optimizer": True}, {"precision": "auto"}]
+)
 def test_a_worker_of_protocol_1_is_given_no_job_that_it_would_train_in_another_way(train: dict[str, Any]) -> None:
     some = fleet("old", protocol=1)
     why = fleets.why_not(some.workers["old"], running("j", train=train))
@@ -46,11 +48,19 @@ def test_a_worker_of_protocol_1_is_given_no_job_that_it_would_train_in_another_w
     assert set(NEW_IN_TRAIN) <= TrainSection.model_fields.keys()
 
 
-@pytest.mark.parametrize("given", [{"update": "int8"}, {"update": "auto"}, {"algorithm": "diloco"}])
-def test_a_worker_of_protocol_1_is_given_no_job_that_it_could_not_read(given: dict[str, str]) -> None:
-    some, job = fleet("old", protocol=1), running("j", aggregation=given)
+@pytest.mark.parametrize(
+    ("section", "given"),
+    [
+        ("aggregation", {"update": "int8"}),
+        ("aggregation", {"update": "auto"}),
+        ("aggregation", {"algorithm": "diloco"}),
+        ("train", {"batch_size": "auto"}),
+    ],
+)
+def test_a_worker_of_protocol_1_is_given_no_job_that_it_could_not_read(section: str, given: dict[str, str]) -> None:
+    some, job = fleet("old", protocol=1), running("j", **{section: given})
     ((key, value),) = given.items()
-    missing = f"old speaks protocol 1, which has no aggregation.{key} = {value}: upgrade it"
+    missing = f"old speaks protocol 1, which has no {section}.{key} = {value}: upgrade it"
     assert fleets.why_not(some.workers["old"], job) == missing
     assert fleets.why_not(fleet("new").workers["new"], job) is None
 

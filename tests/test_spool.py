@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from common.errors import LydianError
 from common.messages import Assignment, JobSpec, ModelRef, Range, Submission, TaskRef
 from tests.privileges import needs_mounts
-from worker.spool import MODELS_KEPT, Attempt, Kept, Spool, Trained, Untrained
+from worker.spool import MODELS_KEPT, Attempt, Kept, Sizes, Spool, Trained, Untrained
 
 URL = "http://127.0.0.1:8470"
 UPDATE = b"an update " * 100
@@ -523,3 +523,25 @@ def test_a_broken_disk_is_not_taken_for_a_full_one(spool: Spool, monkeypatch: py
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="Input/output error"):
         spool.trouble(0)
+
+
+def test_sizes_are_known_in_the_next_life_for_their_device_until_the_job_is_over(tmp_path: Path, spool: Spool) -> None:
+    assert spool.sizes("job-1", URL, "cuda:0 RTX 3060") == Sizes(device="cuda:0 RTX 3060")
+    sizes = Sizes(device="cuda:0 RTX 3060", batch_size=64, samples_per_s=812.5, fits=16)
+    spool.remember_sizes("job-1", URL, sizes)
+    spool.remember_sizes("job-10", URL, sizes)
+    with next_life(tmp_path) as found:
+        assert found.sizes("job-1", URL, "cuda:0 RTX 3060") == sizes
+        assert found.sizes("job-1", URL, "cpu") == Sizes(device="cpu")
+        assert found.sizes("job-1", "http://other:1", "cuda:0 RTX 3060").batch_size == 0
+        assert found.jobs_with_state(URL) == ["job-1", "job-10"]
+        found.drop_job("job-1", URL)
+        assert found.jobs_with_state(URL) == ["job-10"]
+        assert found.sizes("job-1", URL, "cuda:0 RTX 3060").batch_size == 0
+
+
+def test_sizes_that_cannot_be_read_are_measured_again(spool: Spool) -> None:
+    spool.remember_sizes("job-1", URL, Sizes(device="cpu", batch_size=64))
+    (path,) = spool.folder.glob("sizes/*/*")
+    path.write_text('{"device": "cpu"')
+    assert spool.sizes("job-1", URL, "cpu") == Sizes(device="cpu")

@@ -39,6 +39,7 @@ def describe(torch: TorchBuild, device: str) -> Hardware:
     for why in (no_gpus, no_cpu, unused_gpus(torch, device, gpus)):
         if why:
             log.info("%s", why)
+    log.info("%s", abilities(torch))
     return Hardware(
         hostname=platform.node() or "unknown",
         system=f"{platform.system()}-{platform.release()}-{platform.machine()}",
@@ -49,6 +50,14 @@ def describe(torch: TorchBuild, device: str) -> Hardware:
         gpus=gpus,
         torch=torch,
     )
+
+
+def abilities(torch: TorchBuild) -> str:
+    """One line on what the device can do, and why not more."""
+    name = f"{torch.device} ({torch.name})" if torch.name else torch.device
+    compiles = "works" if torch.compiles else "cannot work"
+    best = f"precision auto is {torch.precision} ({torch.precision_reason})"
+    return f"torch {torch.version} on {name}: {best}; torch.compile {compiles} ({torch.compiles_reason})"
 
 
 def usable_cores() -> int:

@@ -37,7 +37,18 @@ from common.errors import (
     UnavailableError,
     VersionSkewError,
 )
-from common.messages import Assignment, HeartbeatAnswer, Holding, JobSpec, Kind, StepRef, TaskRef, Trust, VersionView
+from common.messages import (
+    Assignment,
+    HeartbeatAnswer,
+    Holding,
+    JobSpec,
+    Kind,
+    StepRef,
+    TaskRef,
+    TrainSection,
+    Trust,
+    VersionView,
+)
 from common.sharding import derived_seed
 
 FIRST_WAIT_S = 0.1
@@ -83,7 +94,20 @@ def child_config(spec: JobSpec, builtin: Mapping[str, Any], data: Mapping[str, s
     folders = dict(data)
     if spec.data.name is not None and spec.data.name in data:  # the owner's name for what the task calls by its own
         folders[spec.task] = data[spec.data.name]
-    return {**spec.train.model_dump(exclude_none=True), **builtin, **spec.config, "data": folders}
+    train = {**spec.train.model_dump(exclude_none=True), "batch_size": batch_size(spec, found=0)}
+    return {**train, **builtin, **spec.config, "data": folders}
+
+
+def batch_size(spec: JobSpec, *, found: int) -> int:
+    """Samples a step of a job here.
+
+    Args:
+        spec: the job's.
+        found: by a probe of this machine's memory; 0: there was none, or not yet.
+    """
+    if spec.train.batch_size != "auto":
+        return spec.train.batch_size
+    return found or int(TrainSection.model_fields["batch_size"].default)
 
 
 def train_command(
@@ -96,6 +120,8 @@ def train_command(
     checkpoint_every_s: float = 0.0,
     optimizer: str = "",
     optimizer_from: str = "",
+    found: int = 0,
+    fits: int = 0,
 ) -> dict[str, Any]:
     """What the child is asked to train.
 
@@ -111,8 +137,13 @@ def train_command(
         checkpoint_every_s: seconds between two checkpoints; 0: none is written, nor gone on from.
         optimizer: path of the optimiser's state at the end, where the job keeps it.
         optimizer_from: path of the state that the newest round of this shard that counted here left.
+        found: samples a step that a probe found, where the job leaves that to each machine.
+        fits: samples that this machine's memory takes at once; 0: as far as is known, any.
     """
     train = assignment.spec.train
+    sizes: dict[str, Any] = {"fits": fits} if fits else {}
+    if train.batch_size == "auto":
+        sizes["batch_size"] = batch_size(assignment.spec, found=found)
     epochs = train.local_epochs
     if epochs is None and train.local_steps is None and train.local_seconds is None:
         epochs = 1
@@ -135,7 +166,14 @@ def train_command(
         "seconds": train.local_seconds,
         "total_steps": None if train.local_steps is None else assignment.spec.rounds * train.local_steps,
         **keeping,
+        **sizes,
     }
+
+
+def probe_command(assignment: Assignment, *, base: str, indices: str | None) -> dict[str, Any]:
+    """What the child is asked before a job whose batch is left to each machine."""
+    seed = derived_seed(assignment.spec.seed, "train", assignment.round, assignment.shard)
+    return {"do": "probe", "base": base, "indices": indices, "seed": seed}
 
 
 def init_seed(spec: JobSpec) -> int:

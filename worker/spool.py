@@ -15,6 +15,7 @@
         submission.json                  written last: the update is whole, and this is how it is handed in
         accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
     FOLDER/errors/COORDINATOR/JOB.SHARD  what accepted updates have left out, added to the next one
+    FOLDER/sizes/COORDINATOR/JOB.json    how much of a job this machine's memory takes at once
 
         ──begin──▶ Untrained ──finish──▶ Trained ──keep──▶ Kept ──settled──▶ (gone)
 
@@ -53,6 +54,7 @@ JSON_LIMIT = 16 << 20  # bytes; a job's whole configuration is in an assignment
 PROBE_BYTES = 4096  # what a disk must take to count as well again
 
 _PLACE = re.compile(r"([A-Za-z0-9._-]{1,63})\.([1-9][0-9]{0,8})")
+_SIZES = re.compile(r"[A-Za-z0-9._-]{1,63}\.json")
 _ERROR = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}")
 _STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}\.[0-9]{1,16}")
 
@@ -81,6 +83,15 @@ class _Done(Message):
     round: Count = 0
     size: Count = Field(description="bytes of the update; 0: there is none")
     submission: Submission
+
+
+class Sizes(Message):
+    """How much of a job the memory of this worker's device takes: measured once, and known after a restart too."""
+
+    device: str = Field(description="the device that it is true of")
+    batch_size: Count = Field(0, description="samples a step that were found for batch_size = auto; 0: not looked for")
+    samples_per_s: float | None = Field(None, description="speed of whole steps of that size, when it was found")
+    fits: Count = Field(0, description="samples at once, since more ran out of memory; 0: none did")
 
 
 # ---------------------------------------------------------------- one attempt
@@ -208,7 +219,7 @@ class Spool:
             LydianError: it cannot be written (code folder_unusable).
         """
         with usable(folder):
-            for name in ("models", "optimizers", "tasks", "work", "errors"):
+            for name in ("models", "optimizers", "tasks", "work", "errors", "sizes"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             self = cls(folder)
             self._probe()
@@ -387,6 +398,17 @@ class Spool:
         """Where the optimiser's state after an accepted update of this shard is, or would be."""
         return self._of_coordinator("optimizers", place.coordinator) / f"{place.job}.{place.shard}.{round_index}"
 
+    def sizes(self, job: str, coordinator: str, device: str) -> Sizes:
+        """What is known of a job's sizes on this device; nothing, where they were measured on another one."""
+        known = _parse(self._of_coordinator("sizes", coordinator) / f"{job}.json", Sizes)
+        return known if known is not None and known.device == device else Sizes(device=device)
+
+    def remember_sizes(self, job: str, coordinator: str, sizes: Sizes) -> None:
+        """Keep them until the job is over."""
+        path = self._of_coordinator("sizes", coordinator) / f"{job}.json"
+        path.parent.mkdir(exist_ok=True)
+        _write(path, sizes)
+
     def jobs_with_state(self, coordinator: str) -> list[str]:
         """The jobs of a coordinator that something is kept for from round to round."""
         return sorted({job for _, job in self._states(coordinator)} - self._over)
@@ -395,7 +417,10 @@ class Spool:
         """Everything that is kept from round to round, and the job that it is of."""
         folder = self._of_coordinator("errors", coordinator)
         errors = [path for path in folder.iterdir() if _ERROR.fullmatch(path.name)] if folder.is_dir() else []
+        folder = self._of_coordinator("sizes", coordinator)
+        sizes = [path for path in folder.iterdir() if _SIZES.fullmatch(path.name)] if folder.is_dir() else []
         return [
+            *((path, path.stem) for path in sizes),
             *((path, path.name.rsplit(".", 1)[0]) for path in errors),
             *((path, path.name.rsplit(".", 2)[0]) for path in self._optimizers(coordinator)),
         ]

@@ -5,7 +5,7 @@ safetensors, and must never import this repository, or let the task file reach i
 or `server` is the task's. Nothing is pickled. One command at a time; the model and the data stay loaded between them.
 With several devices it is the parent of one such process for each (worker/task_ranks.py); what follows is then rank 0.
 
-    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "train" | "train_many" | "evaluate" | "close", …};
+    agent ──stdin──▶  {"do": "open" | "init" | "describe" | "probe" | "train" | "train_many" | "evaluate" | "close", …};
                       {"do": "stop"} ends each of them
     agent ◀──stdout── {"event": "hello"}, then for each command any number of {"event": "progress"}
                       and exactly one {"event": "done" | "stopped" | "error"}
@@ -21,7 +21,6 @@ command that was killed in the middle and is given again goes on from the checkp
 import argparse
 import ctypes
 import faulthandler
-import gc
 import hashlib
 import importlib.util
 import io
@@ -36,7 +35,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.machinery import ModuleSpec, PathFinder
@@ -63,9 +62,14 @@ def beside(name: str) -> ModuleType:
     return module
 
 
+task_batches = beside("task_batches")
 task_checkpoint = beside("task_checkpoint")
 task_ranks = beside("task_ranks")
+task_device = beside("task_device")
+task_precision = beside("task_precision")
 task_stacked = beside("task_stacked")
+
+is_out_of_memory = task_device.is_out_of_memory
 
 PROGRESS_EVERY_S = 0.2  # a person's eye and a heartbeat need no more
 SENTENCE_LIMIT = 1_000  # characters
@@ -112,7 +116,7 @@ class Events:
         """Whether progress is worth telling: something else is done now, or the last report is old."""
         return doing != self._doing or time.monotonic() - self._reported_at >= PROGRESS_EVERY_S
 
-    def progress(self, doing: str, **fields: float | None) -> None:
+    def progress(self, doing: str, **fields: float | str | None) -> None:
         """Tell where the command stands, if that is due. Numbers that are not finite are sent as null."""
         if not self.due(doing):
             return
@@ -120,9 +124,9 @@ class Events:
         self.send({"event": "progress", "doing": doing, **{name: finite(value) for name, value in fields.items()}})
 
 
-def finite(value: float | None) -> float | None:
-    """The number, or None where JSON has no word for it."""
-    return value if value is not None and math.isfinite(value) else None
+def finite(value: float | str | None) -> float | str | None:
+    """The value, or None where JSON has no word for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def take_command(command: dict[str, Any], commands: "queue.Queue[dict[str, Any]]", stopping: threading.Event) -> None:
@@ -176,62 +180,17 @@ def read_commands(stream: BinaryIO, commands: "queue.Queue[dict[str, Any]]", sto
 # ---------------------------------------------------------------- the device
 
 
-def pick_device(asked: str) -> torch.device:
-    """The device to train on; `auto` is the first kind of accelerator that torch finds, else the CPU.
-
-    Raises:
-        RuntimeError: no such kind of device.
-    """
-    if asked != "auto":
-        return torch.device(asked)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.xpu.is_available():
-        return torch.device("xpu")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def run_kernel(device: torch.device) -> None:
-    """Run one small matrix product on the device, and wait for it.
-
-    Raises:
-        RuntimeError: the device does not work with this torch.
-        AssertionError: this torch was built without that kind of device.
-    """
-    product = torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
-    if product.sum().item() != 512:
-        raise RuntimeError(f"a matrix product on {device} came out wrong: {product.sum().item()} instead of 512")
-
-
 def ready_device(asked: str, threads: int) -> tuple[torch.device, dict[str, Any]]:
-    """Set torch up for the device and try it.
-
-    Args:
-        asked: cpu, cuda, cuda:N, mps, xpu or auto.
-        threads: CPU threads to compute with; 0 leaves torch's choice.
-
-    Returns:
-        the device, and what hello says about this torch (messages.TorchBuild).
+    """Set torch up for the device and try it; what hello says of it.
 
     Raises:
         TaskError: the device does not work; code worker_error.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; without it cuBLAS is not deterministic
-    if threads:
-        torch.set_num_threads(threads)
     try:
-        device = pick_device(asked)
-        run_kernel(device)
-    except (RuntimeError, AssertionError) as error:
-        raise TaskError("worker_error", broken_device(asked, error), trace(error)) from error
-    build = {
-        "version": torch.__version__,
-        "device": str(device),
-        "cuda": torch.version.cuda,
-        "architectures": torch.cuda.get_arch_list(),
-        "threads": torch.get_num_threads(),
-    }
-    return device, build
+        ready: tuple[torch.device, dict[str, Any]] = task_device.ready_device(asked, threads, task_precision)
+    except task_device.BrokenDeviceError as error:
+        raise TaskError("worker_error", str(error), trace(error)) from error
+    return ready
 
 
 def limited_device(asked: str, threads: int, memory: float) -> tuple[torch.device, dict[str, Any]]:
@@ -274,27 +233,13 @@ def total_memory(device: torch.device) -> int:
 
 
 def ask_for_deterministic_kernels() -> None:
-    """Have torch take deterministic kernels where it has them, and warn where not.
+    """Have torch take deterministic kernels where it has them, and warn where not; float32 is float32 on every card.
 
     Takes two seconds the first time: it imports torch's compiler, as the first optimiser would. Hello goes before.
-
     """
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions alone: 10 bits, and only on new cards
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs a pass over memory
-
-
-def broken_device(asked: str, error: BaseException) -> str:
-    """One sentence on a device that does not work: which card, which build, what the driver said."""
-    card = asked
-    kind, _, number = asked.partition(":")
-    if kind in {"cuda", "auto"} and torch.cuda.is_available():
-        index = int(number) if number.isdigit() else 0
-        if index < torch.cuda.device_count():
-            major, minor = torch.cuda.get_device_capability(index)
-            card = f"{asked} ({torch.cuda.get_device_name(index)}, sm_{major}{minor})"
-    kernels = " ".join(torch.cuda.get_arch_list()) or "no GPU that it can see"
-    build = f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}, kernels for {kernels})"
-    return f"device {card} does not work with {build}: {first_line(error)}; --device cpu always works"
 
 
 # ---------------------------------------------------------------- errors of the task, in words
@@ -310,16 +255,6 @@ def trace(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))[-TRACEBACK_LIMIT:]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the device or in the machine."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # Two allocators of torch say it only in words.
-    return isinstance(error, RuntimeError) and any(
-        words in str(error) for words in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
-
-
 def explain(error: BaseException, hook: str, own_hook: bool, task: Path, config: dict[str, Any]) -> TaskError:
     """What the error event says about an exception that came out of the task's code.
 
@@ -330,6 +265,10 @@ def explain(error: BaseException, hook: str, own_hook: bool, task: Path, config:
         task: the task file.
         config: the task's configuration, for its batch size.
     """
+    if isinstance(error, task_batches.OneSampleError):
+        sentence = f"out of memory in {hook}() with as few samples as can be computed at once: {first_line(error)}"
+        sentence += "; use a smaller model, smaller samples or a larger machine"
+        return TaskError("out_of_memory", sentence, trace(error))
     if is_out_of_memory(error):
         sentence = f"out of memory in {hook}() at batch_size {config.get('batch_size')}: {first_line(error)}"
         return TaskError("out_of_memory", f"{sentence}; lower train.batch_size or use a smaller model", trace(error))
@@ -779,6 +718,7 @@ class Context:
     steps: int | None
     seconds: float | None
     optimizer: Any
+    _stepper: Any  # a task_batches.Stepper
     _events: Events
     _stopping: threading.Event
     _batches: int  # in one pass
@@ -795,6 +735,7 @@ class Context:
     _at: int = 0  # batches given in that pass
     _resumed_at: int = 0  # the step of the checkpoint that this went on from
     total_steps: int | None = None  # of the whole job; None: not known
+    lr_scale: float = 1.0  # of the learning rate, where the batch size was found and not asked for
     _fresh: bool | None = None  # whether the optimiser began without the state of an earlier round; None: nobody asked
     _rates: list[Any] = field(default_factory=list)  # learning rate of each group of the optimiser, before any step
     _keep: Callable[["Context"], None] | None = None  # keeps a checkpoint if one is due; holds no context: no cycle
@@ -813,20 +754,31 @@ class Context:
 
     @property
     def lr_factor(self) -> float:
-        """What the job's schedule multiplies the learning rate with in the step under way; 1.0 without a schedule."""
+        """What schedule and batch multiply the learning rate with in the step under way; 1.0 where neither does."""
         step = self.global_step
         if not self.scheduled or step is None or self.total_steps is None:
-            return 1.0
+            return self.lr_scale
         cosine, warmup = self.config.get("schedule") == "cosine", self.config.get("warmup_steps", 0)
-        return lr_factor(step, warmup=warmup, cosine=cosine, total=self.total_steps)
+        return self.lr_scale * lr_factor(step, warmup=warmup, cosine=cosine, total=self.total_steps)
 
     def follow_schedule(self) -> None:
-        """Set the learning rate of the step under way; without a schedule, leave it as it is."""
-        if not self.scheduled:
+        """Set the learning rate of the step under way; where nothing changes it, leave it as it is."""
+        if not self.scheduled and self.lr_scale == 1.0:
             return
         factor = self.lr_factor
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Inside, a forward pass computes in the job's precision, as far as this device can; for fp32, as always."""
+        precision: AbstractContextManager[Any] = self._stepper.autocast()
+        return precision
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales a loss in float16, as torch's documentation of mixed precision has it; otherwise it does nothing."""
+        scaler: torch.amp.GradScaler = self._stepper.scaler
+        return scaler
 
     @property
     def done(self) -> bool:
@@ -876,6 +828,7 @@ class Context:
             samples=self._samples,
             samples_per_s=self._samples / elapsed if self._samples and elapsed else None,
             loss=loss,
+            precision=self._stepper.used,
         )
 
     def read_losses(self) -> float:
@@ -953,6 +906,7 @@ class Context:
             "loss_sum": self._loss_sum,
             "elapsed_s": time.monotonic() - self._began,
             "fresh": self._fresh,
+            "stepper": self._stepper.state(),
         }
 
     def go_on_from(self, position: dict[str, Any]) -> None:
@@ -964,6 +918,8 @@ class Context:
         self._began = time.monotonic() - position["elapsed_s"]
         self._resumed_at = self._taken
         self._fresh = position.get("fresh", self._fresh)
+        if "stepper" in position:
+            self._stepper.go_on_from(position["stepper"])
 
 
 class ShardLoader:
@@ -1010,19 +966,26 @@ class ShardLoader:
 
 def default_train(task: Task, model: nn.Module, loader: ShardLoader, context: Context) -> None:
     """Forward, backward, step, until the round is over."""
-    clip = context.config.get("clip")
+    stepper, clip = context._stepper, context.config.get("clip")
+
+    def before_step() -> None:
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        context.follow_schedule()
+
+    def clear() -> None:
+        context.optimizer.zero_grad(set_to_none=True)
+
     while not context.done:
         for batch in loader:
-            context.optimizer.zero_grad(set_to_none=True)
             loss = None
             if batch is not None:
-                loss = loss_of(task, model, batch)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss = stepper.gradients(partial(loss_of, task, model), batch, context._own_samples, clear)
+            else:  # this rank has no part of a small batch
+                clear()
+                stepper.scaler.scale(torch.zeros((), device=context.device))
             loss = context.of_all_ranks(loss)
-            if clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), clip)
-            context.follow_schedule()
-            context.optimizer.step()
+            stepper.step(context.optimizer, before_step)
             context.step(loss)
 
 
@@ -1036,6 +999,11 @@ def fresh_optimizer(task: Task, model: nn.Module, seed: int) -> Any:  # noqa: AN
     model.zero_grad(set_to_none=True)
     with task.watched("optimizer" if task.has("optimizer") else "model"):
         return optimizer_of(task, model)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether the model has a layer that cannot be trained on one sample."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def optimizer_digest(optimizer: Any, model: nn.Module) -> str:  # noqa: ANN401 - a task may bring its own kind
@@ -1097,11 +1065,14 @@ class Host:
         self._model: nn.Module | None = None
         self._splits: dict[str, Any] = {}
         self._said: str | None = None  # why this task's training cannot be resumed: said once, not once a round
+        self._computes: tuple[str, str] | None = None  # in which precision, and why: said when it changes
+        self._facts: Any = None  # of the device, for the choice of a precision
         self._many = task_stacked.Many(self, sys.modules[__name__])
         self._commands: dict[str, Callable[..., dict[str, Any]]] = {
             "open": self.open,
             "init": self.init,
             "describe": self.describe,
+            "probe": self.probe,
             "train": self.train,
             "evaluate": self.evaluate,
             "train_many": self.train_many,
@@ -1126,7 +1097,7 @@ class Host:
     def open(self, task: str, config: dict[str, Any]) -> dict[str, Any]:
         """Import the task file; forget the one before, its model and its data."""
         self._events.progress("loading")
-        self._task, self._model, self._splits, self._said = None, None, {}, None
+        self._task, self._model, self._splits, self._said, self._computes = None, None, {}, None, None
         self._many = task_stacked.Many(self, sys.modules[__name__])
         self._task = import_task(Path(task).resolve(), config)
         return {}
@@ -1134,7 +1105,7 @@ class Host:
     def close(self) -> dict[str, Any]:
         """Forget the task, its model and its data."""
         self._task, self._model, self._splits, self._said = None, None, {}, None
-        give_back_memory(self._device)
+        task_device.give_back_memory(self._device)
         return {}
 
     def init(self, seed: int, out: str, labels: str | None) -> dict[str, Any]:
@@ -1175,6 +1146,8 @@ class Host:
         checkpoint: str | None = None,
         checkpoint_every_s: float = 0.0,
         base_digest: str = "",
+        batch_size: int | None = None,
+        fits: int | None = None,
     ) -> dict[str, Any]:
         """Train the base model on a shard and write what came out. Without a length: one epoch.
 
@@ -1195,15 +1168,21 @@ class Host:
                 there from time to time, and removes them when `out` is written. None: it does nothing of the kind.
             checkpoint_every_s: seconds between two checkpoints, and before the first.
             base_digest: what the base is known by; without one, the file is hashed.
+            batch_size: samples a step, as `probe` found them; None: as the configuration says.
+            fits: samples that fit into memory at once, as an earlier `train` found; None: all of a batch, so far.
         """
         self._events.progress("loading")
-        task, ranks = self._opened(), self._ranks
+        task, ranks = self._sized(batch_size), self._ranks
         dataset = ranks.first_rank_0(partial(self._split, "train"))
         shard = read_shard(indices, len(dataset))
         model = self._loaded(base, seed)
         ranks.begin(model)
-        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        ends = batch_ends(len(shard), int(task.config.get("batch_size", 32)), join_last_one=has_batch_norm)
+        ends = batch_ends(len(shard), int(task.config.get("batch_size", 32)), join_last_one=has_batch_norm(model))
+        optimizer_made = fresh_optimizer(task, model, seed)
+        stepper = self._stepper(model, optimizer_made)
+        stepper.fits = fits
+        if not task.has("train"):
+            stepper.used = stepper.precision
         context = Context(
             device=self._device,
             config=task.config,
@@ -1212,20 +1191,24 @@ class Host:
             epochs=1 if epochs is None and steps is None and seconds is None else epochs,
             steps=steps,
             seconds=seconds,
-            optimizer=fresh_optimizer(task, model, seed),
+            optimizer=optimizer_made,
+            _stepper=stepper,
             _events=self._events,
             _stopping=self._stopping,
             _batches=len(ends),
             total_steps=total_steps,
             _ranks=ranks,
         )
+        if batch_size is not None:
+            adaptive = not isinstance(optimizer_made, torch.optim.SGD)
+            context.lr_scale = task_batches.lr_scale(min(batch_size, len(shard)), adaptive=adaptive)
         context._rates = [group.get("lr") for group in getattr(context.optimizer, "param_groups", [])]
         if optimizer is not None:
             context._fresh = True
         kept, began = None, False
         if checkpoint is not None and self._resumable(context.optimizer):
             base_digest = base_digest or digest_of_file(Path(base))
-            facts = [base_digest, seed, round, context.epochs, steps, seconds, total_steps, optimizer_of]
+            facts = [base_digest, seed, round, context.epochs, steps, seconds, total_steps, optimizer_of, batch_size]
             facts += [ranks.world] if ranks.joint else []  # other ranks draw other numbers
             command = identity(task, self._device, facts, shard)
             kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
@@ -1251,7 +1234,83 @@ class Host:
                 self._leave(Path(optimizer), model, context)
             if kept is not None:
                 kept.remove()
-        return {"samples": len(shard), **result}
+        if stepper.skipped:
+            sentence = f"{stepper.skipped} of {result['steps']} steps were skipped: their gradients were not finite"
+            task_batches.say(sentence, about="precision")
+        reason = self._computes[1] if self._computes else ""
+        if stepper.used != stepper.precision:
+            reason = f"its own train() does not ask for {stepper.precision}, by `with context.autocast():`"
+        used = {"precision": stepper.used, "precision_reason": reason}
+        return {"samples": len(shard), **result, **used, "fits": stepper.fits}
+
+    def probe(self, base: str, indices: str | None, seed: int) -> dict[str, Any]:
+        """Find the batch for this device: the largest that its memory has room for, within what a shard is good for.
+
+        Steps are taken with the job's own model, loss and optimiser, on the shard's own samples; nothing of them stays.
+
+        Args:
+            base: path of the model.
+            indices: path of the shard's samples, int64 .npy; None: all there are.
+            seed: of all generators.
+
+        Returns:
+            `batch_size`, and `why` that many; `samples_per_s` of the whole step, or None where a task's own train()
+            decides what a step is.
+        """
+        self._events.progress("measuring")
+        task, dataset = self._opened(), self._split("train")
+        shard = read_shard(indices, len(dataset))
+        if task.has("train"):
+            why = "the task has its own train(): what a step of it takes cannot be tried"
+            return {"batch_size": min(task_batches.REFERENCE, len(shard)), "why": why, "samples_per_s": None}
+        model = self._loaded(base, seed)
+        optimizer = fresh_optimizer(task, model, seed)
+        stepper, order, began = self._stepper(model, optimizer), pass_order(shard, seed, 0), time.monotonic()
+        done = 0
+
+        def step(size: int) -> None:
+            nonlocal done
+            if self._stopping.is_set():
+                raise Stopped
+            rows = order[torch.arange(done, done + size) % len(order)]
+            (batch,) = read_batches(dataset, [rows], self._device, workers=0, seed=seed)
+            optimizer.zero_grad(set_to_none=True)
+            stepper.once(partial(loss_of, task, model), batch)
+            stepper.step(optimizer, lambda: None)
+            done += size
+            self._events.progress("measuring", samples=done, samples_per_s=done / (time.monotonic() - began))
+
+        with task.watched("train"):
+            found, rate = task_batches.find(
+                step, shard=len(shard), least=stepper.least, device=self._device, memory=task_device
+            )
+        model.zero_grad(set_to_none=True)
+        task_batches.say(f"{found.batch_size} samples a step ({rate:,.0f} samples/s): {found.why}", about="batch")
+        return {"batch_size": found.batch_size, "why": found.why, "samples_per_s": rate}
+
+    def _sized(self, batch_size: int | None) -> Task:
+        """The task that is open, its configuration with the batch that was found for it."""
+        task = self._opened()
+        if batch_size is not None:
+            task = self._task = replace(task, config={**task.config, "batch_size": batch_size})
+        return task
+
+    def _stepper(self, model: nn.Module, optimizer: Any) -> Any:  # noqa: ANN401 - gives a task_batches.Stepper
+        """What takes the steps of this model, in the precision of the job on this device. Says it when it changes."""
+        if self._facts is None:
+            self._facts = task_device.facts_of(self._device, task_precision)
+        asked = self._opened().config.get("precision", "fp32")
+        choice = task_precision.unless_unfit(
+            task_precision.choose(asked, self._facts),
+            dtypes={str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad},
+            plain_optimizer=isinstance(optimizer, torch.optim.Optimizer),
+        )
+        if choice != self._computes and asked != "fp32":
+            own = ", where its own train() asks for it" if self._opened().has("train") else ""
+            task_batches.say(f"{choice[0]}{own}: {choice[1]}", about="precision")
+        self._computes = choice
+        least = 2 if has_batch_norm(model) else 1
+        return task_batches.Stepper(self._device, choice[0], task_device, least=least)
 
     def _resumable(self, optimizer: Any) -> bool:  # noqa: ANN401 - a task may bring its own kind
         """Whether training can go on from a checkpoint; if not, says so once for each task."""
@@ -1493,13 +1552,6 @@ def show_stacks_when_asked() -> None:
         faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
-def give_back_memory(device: torch.device) -> None:
-    """Give back to the device what nothing holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any]]", events: Events) -> int:
     """Carry out commands one by one; only a device that is lost ends this. Returns the exit code."""
     while True:
@@ -1507,9 +1559,9 @@ def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any
         events.send(answer)
         if answer["event"] == "done" or device.type == "cpu":
             continue
-        give_back_memory(device)
+        task_device.give_back_memory(device)
         try:
-            run_kernel(device)
+            task_device.run_kernel(device)
         except RuntimeError as error:  # an error inside a kernel spoils the device for this process, and only for it
             sys.stderr.write(f"{device} is lost to this process: {first_line(error)}\n")
             return 1

@@ -409,6 +409,8 @@ class Work:
         own = [hook for hook in ("train", "loss", "optimizer") if task.has(hook)]
         if own:
             return f"{task.file.name} has its own {own[0]}()"
+        if task.config.get("precision", "fp32") != "fp32":
+            return "a stack is trained in fp32"
         if self._common["seconds"] is not None:
             return "a round of seconds has no fixed number of steps"
         if self._house.row_reader(self._host._split("train")) is None:

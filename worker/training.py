@@ -24,7 +24,7 @@ from worker import plan
 from worker.child import Child, TaskFailure, TaskStopped
 from worker.heart import Heart, Watch
 from worker.options import Options
-from worker.spool import Durability, Spool, Trained, Untrained
+from worker.spool import Durability, Sizes, Spool, Trained, Untrained
 
 log = logging.getLogger("lydian.worker")
 
@@ -66,6 +66,7 @@ class Trainer:
         self._samples: dict[str, int] = {}  # job -> samples in its training set, for the job in the child
         self._cuts: dict[str, Partition] = {}  # job -> its training set in order, likewise
         self._came = ("", 0)  # the model that came with its assignment, and its bytes, until they are counted
+        self._computes = ("", "", "")  # job, precision and reason that the log has been told of
 
     # ------------------------------------------------------------ the child
 
@@ -227,6 +228,7 @@ class Trainer:
         trained = self._spool.finish(begun, submission)
         if assignment.kind == "train":
             durability.begin()  # beside the upload
+            self._learn(begun, child, done)
         return trained
 
     def _make_sure_of_room(self, assignment: Assignment) -> None:
@@ -305,18 +307,57 @@ class Trainer:
 
     def _command(self, child: Child, begun: Untrained, base: str, heart: Heart) -> dict[str, Any]:
         assignment, place = begun.assignment, begun.place
+        sizes = self._sizes(begun, child)
         if assignment.kind == "evaluate":
-            return {"do": "evaluate", "base": base, "batch_size": assignment.spec.train.batch_size}
+            size = plan.batch_size(assignment.spec, found=sizes.batch_size)
+            return {"do": "evaluate", "base": base, "batch_size": size}
+        indices = self._indices(child, begun, heart)
+        if assignment.spec.train.batch_size == "auto" and not sizes.batch_size:
+            sizes = self._probe(begun, child, plan.probe_command(assignment, base=base, indices=indices), heart)
         return plan.train_command(
             assignment,
             base=base,
-            indices=self._indices(child, begun, heart),
+            indices=indices,
             out=str(written_to(begun)),
             checkpoint=str(place.checkpoint),
             checkpoint_every_s=self._options.checkpoint_every_s,
             optimizer=str(place.optimizer),
             optimizer_from=str(self._spool.optimizer(place, assignment.optimizer_of)),
+            found=sizes.batch_size,
+            fits=sizes.fits,
         )
+
+    # ------------------------------------------------------------ what this machine's memory takes
+
+    def _sizes(self, begun: Untrained, child: Child) -> Sizes:
+        """What is known of a job's sizes on the device that trains."""
+        device = f"{child.hello.device} {child.hello.name}".strip()
+        return self._spool.sizes(begun.assignment.job, begun.place.coordinator, device)
+
+    def _probe(self, begun: Untrained, child: Child, command: dict[str, Any], heart: Heart) -> Sizes:
+        """Have the child find the batch for its device, and remember it for the job: once, not once a start."""
+        heart.progress = Progress(doing="measuring")
+        found, job = self._ask(child, command, heart), begun.assignment.job
+        rate = found["samples_per_s"]
+        speed = "" if rate is None else f" ({rate:,.0f} samples/s)"
+        log.info("%s: %d samples a step%s: %s", job, found["batch_size"], speed, found["why"])
+        update = {"batch_size": found["batch_size"], "samples_per_s": rate}
+        sizes = self._sizes(begun, child).model_copy(update=update)
+        self._spool.remember_sizes(job, begun.place.coordinator, sizes)
+        return sizes
+
+    def _learn(self, begun: Untrained, child: Child, done: dict[str, Any]) -> None:
+        """Note what a training came to know of this machine: what fits, and what it computed in."""
+        job, sizes = begun.assignment.job, self._sizes(begun, child)
+        fits = done.get("fits") or 0
+        if fits != sizes.fits:
+            log.warning("%s: memory takes %d samples at once, so a batch is trained in pieces, with the same gradients",
+                        job, fits)  # fmt: skip
+            self._spool.remember_sizes(job, begun.place.coordinator, sizes.model_copy(update={"fits": fits}))
+        computes = (job, done.get("precision", "fp32"), done.get("precision_reason", ""))
+        if begun.assignment.spec.train.precision != "fp32" and computes != self._computes:
+            log.info("%s is trained in %s: %s", *computes)
+            self._computes = computes
 
     def _init(self, child: Child, begun: Untrained, heart: Heart) -> Submission:
         assignment, out = begun.assignment, begun.place.update
