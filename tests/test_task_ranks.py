@@ -327,7 +327,7 @@ def test_seconds_end_for_all_ranks_at_the_same_step(pair: Pair) -> None:
         (
             "raise torch.OutOfMemoryError('none left')",
             "out_of_memory",
-            "rank 1 of 2: out of memory in train() at batch_size 10: none left",
+            "rank 1 of 2: out of memory in train() with as few samples as can be computed at once",
         ),
     ],
     ids=["error", "memory"],
