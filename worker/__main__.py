@@ -17,12 +17,14 @@ from common.api import CoordinatorApi
 from common.errors import LydianError
 from worker import plan
 from worker.agent import Agent
+from worker.fitting import UnfitError
 from worker.hardware import usable_cores
 from worker.identity import Identity, default_folder, trust_file, trusted_digests
 from worker.options import Options
 from worker.spool import Spool
 
 EXIT_RIVAL = 4
+EXIT_UNFIT = 5
 EXIT_DISK_BROKEN = 74  # EX_IOERR of sysexits.h, as the coordinator's
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -82,7 +84,8 @@ def work(
     that was killed goes on where it was.
 
     Exit codes: 0 left in good order · 1 refused, or cannot work here · 2 wrong usage · 4 another machine works with
-    this worker's credential · 74 the disk is broken. A coordinator that is away is waited for.
+    this worker's credential · 5 its torch does not run on the GPU · 74 the disk is broken. A coordinator that is away
+    is waited for.
 
     Examples:
 
@@ -121,6 +124,8 @@ def exit_code(error: LydianError) -> int:
     """What the process ends with: a supervisor restarts some ends and not others (deploy/lydian-worker.service)."""
     if plan.is_rival(error):
         return EXIT_RIVAL
+    if isinstance(error, UnfitError) and error.lasting:
+        return EXIT_UNFIT
     return EXIT_DISK_BROKEN if error.code == "disk_broken" else 1
 
 

@@ -26,6 +26,7 @@ from common.errors import ConflictError, LateError, LydianError, Unauthenticated
 from common.messages import (
     Abandon,
     Assignment,
+    GpuInventory,
     Heartbeat,
     Holding,
     PollAnswer,
@@ -41,6 +42,7 @@ from common.transfers import TransferStopped
 from worker import hardware, plan
 from worker.child import TaskFailure, TaskStopped
 from worker.departure import Departure, Leaving
+from worker.fitting import fit_device
 from worker.heart import Heart, Watch
 from worker.identity import Identity, usable
 from worker.options import Options
@@ -124,10 +126,11 @@ class Agent:
             self._leave()
 
     def _work(self) -> None:
+        found = hardware.inventory()  # before the child takes memory of a GPU
         with usable(self.spool.folder):
             self._trainer.ready()  # torch loads while the coordinator is asked
         self._check_version()
-        self._register()
+        self._register(found)
         self._take_up_spool()
         while not (self._departure.told or self._drained):
             answer = self._poll()
@@ -174,9 +177,9 @@ class Agent:
         if refusal is not None:
             raise refusal
 
-    def _register(self) -> None:
+    def _register(self, found: GpuInventory) -> None:
         with usable(self.spool.folder), self._departure.may_leave():
-            build = self._trainer.ready().hello  # waits for torch to be loaded
+            fitted = fit_device(self._trainer, self.options.device, found)  # waits for torch to be loaded
         url = self.identity.url
         unsent = [held.holding for held in self.spool.trained(url)]
         unsent += [held.holding for held in self.spool.untrained(url)]
@@ -185,7 +188,7 @@ class Agent:
             protocol=PROTOCOL,
             version=__version__,
             start_id=self.identity.start_id,
-            hardware=hardware.describe(build, build.device),
+            hardware=hardware.describe(fitted.build, found, fitted.reason),
             data=tuple(sorted(self.options.data)),
             trust=self.options.trust,
             trusted=self.options.trusted,

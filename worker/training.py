@@ -6,6 +6,7 @@ what the agent lends: fetching something, patiently.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ class Trainer:
                 device=self._options.device, threads=self._options.threads, log_path=self._log_path
             )
         return self._child
+
+    def use(self, device: str) -> None:
+        """From now on train on this device: the next child is started there."""
+        self.close()
+        self._options = replace(self._options, device=device)
 
     def close(self) -> None:
         """End the child, and forget the job that it had loaded."""
