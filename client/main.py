@@ -28,7 +28,7 @@ from client.calling import (
 from common import __version__
 
 if TYPE_CHECKING:
-    from common.messages import JobView, WorkerView
+    from common.messages import JobView, Link, WorkerView
 
 HELP = """Train one PyTorch model on all the machines you have.
 
@@ -352,8 +352,22 @@ def workers(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
     if as_json:
         print_messages(found)
     elif found:
-        header = ["WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "DOING", "SPEED", "REASON"]
-        shown.print_table(header, [_worker_cells(worker) for worker in found], right={"SEEN", "SPEED"})
+        header = [
+            "WORKER",
+            "NAME",
+            "STATE",
+            "SEEN",
+            "DEVICE",
+            "TORCH",
+            "DOWN",
+            "UP",
+            "LATENCY",
+            "DOING",
+            "SPEED",
+            "REASON",
+        ]
+        right = {"SEEN", "DOWN", "UP", "LATENCY", "SPEED"}
+        shown.print_table(header, [_worker_cells(worker) for worker in found], right=right)
     else:
         typer.echo("no worker yet: `lydian serve` prints the line that starts one", err=True)
 
@@ -439,11 +453,19 @@ def _worker_cells(worker: "WorkerView") -> list[str]:
         f"{shown.duration(worker.last_seen_s)} ago" if worker.last_seen_s >= 0 else shown.NOTHING,
         _device(worker),
         torch.version,
+        *_link_cells(worker.link),
         worker.assignment or shown.NOTHING,
         shown.NOTHING if speed is None else f"{speed:,.0f}/s",
         worker.reason,
     ]
     return [shown.one_line(cell) for cell in cells]
+
+
+def _link_cells(link: "Link | None") -> list[str]:
+    """What it carries from and to the coordinator, and its latency."""
+    if link is None:
+        return [shown.NOTHING] * 3
+    return [shown.line_rate(link.down), shown.line_rate(link.up), shown.latency(link.latency_s)]
 
 
 def _device(worker: "WorkerView") -> str:

@@ -36,6 +36,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes % 60} min" if not days else f"{days} d {hours % 24} h"
 
 
+def line_rate(bytes_per_s: float) -> str:
+    """What a line carries, in the unit that lines are sold in: 0.82 Mbit/s, 17.3 Mbit/s, 940 Mbit/s."""
+    mbit = bytes_per_s * 8e-6
+    return f"{mbit:.2f} Mbit/s" if mbit < 0.995 else f"{mbit:.1f} Mbit/s" if mbit < 99.95 else f"{mbit:,.0f} Mbit/s"
+
+
+def latency(seconds: float) -> str:
+    """Seconds, as 0.4 ms or 83 ms."""
+    return f"{seconds * 1e3:.1f} ms" if seconds < 0.00995 else f"{seconds * 1e3:.0f} ms"
+
+
 def count(number: int) -> str:
     """A whole number with its thousands set apart, as 60,000."""
     return f"{number:,}"

@@ -6,6 +6,7 @@ stream that outlives the coordinator; whoever calls decides how long to insist.
 """
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import httpx2
 from pydantic import TypeAdapter
 
 from common.errors import BadRequestError, UnavailableError
+from common.link import measure
 from common.messages import (
     OVER,
     Abandon,
@@ -25,10 +27,12 @@ from common.messages import (
     HeartbeatAnswer,
     JobRequest,
     JobView,
+    Link,
     LogEntry,
     Message,
     PollAnswer,
     PollRequest,
+    Probed,
     Receipt,
     Registration,
     Submission,
@@ -41,6 +45,8 @@ from common.messages import (
 from common.ranges import Ranges, parse_ranges
 from common.transfers import CONNECT_S, IDLE_S, Download, OnBytes, Upload, raise_for, reaching, unreachable
 
+PROBE_BLOCK = 256 << 10  # bytes
+PROBE_IDLE_S = 10.0  # without a byte, after which a measurement is given up
 POLL_SLACK_S = 15.0  # a long poll may take this much longer than was asked for before the line counts as dead
 
 M = TypeVar("M", bound=Message)
@@ -155,6 +161,32 @@ class CoordinatorApi:
     def leave(self, worker: str, start_id: str) -> None:
         """Say goodbye: nobody waits for this worker any more."""
         self._send("POST", f"/v1/workers/{worker}/leave?start_id={start_id}")
+
+    # ---------------------------------------------------------------- anyone with a token
+
+    def measure_link(self) -> Link:
+        """Use the line for about two seconds to see what it carries; less where it is fast.
+
+        Raises:
+            UnavailableError: others measure just now (`probe_busy`), or bytes got lost.
+        """
+        return measure(self._probe_down, self._probe_up, time.monotonic)
+
+    def _probe_down(self, size: int) -> None:
+        timeout = httpx2.Timeout(PROBE_IDLE_S, connect=CONNECT_S)
+        path = f"/v1/probe?bytes={size}"
+        with reaching(self.url), self._client.stream("GET", path, timeout=timeout) as answer:
+            raise_for(answer)
+            _check_probe(sum(len(piece) for piece in answer.iter_raw()), size)
+
+    def _probe_up(self, size: int) -> None:
+        block = memoryview(os.urandom(min(size, PROBE_BLOCK)))  # repeated: no help to a compressor all the same
+        body = (bytes(block[: size - at]) for at in range(0, size, PROBE_BLOCK))
+        timeout = httpx2.Timeout(PROBE_IDLE_S, connect=CONNECT_S)
+        with reaching(self.url):
+            answer = self._client.put("/v1/probe", content=body, headers={"Content-Length": str(size)}, timeout=timeout)
+        raise_for(answer)
+        _check_probe(_understood(answer, Probed.model_validate_json).bytes, size)
 
     # ---------------------------------------------------------------- people and scripts
 
@@ -284,6 +316,11 @@ def _understood(answer: httpx2.Response, read: Callable[[bytes], T]) -> T:
             code="unreadable",
             advice="Is this the address of a coordinator, and is `lydian --version` the same on both sides?",
         ) from error
+
+
+def _check_probe(came: int, sent: int) -> None:
+    if came != sent:
+        raise UnavailableError(f"of {sent} bytes to measure the line with, {came} came over", code="unreadable")
 
 
 def _ranges(answer: httpx2.Response) -> Ranges:

@@ -244,6 +244,14 @@ class MachineProbe(Message):
     failure: str = Field("", description="why no kernel ran on the device that was asked for; empty: it ran")
 
 
+class Link(Message):
+    """What one stream between a caller and the coordinator carries, as the caller measured it (common.link)."""
+
+    down: float = Field(gt=0, allow_inf_nan=False, description="bytes a second from the coordinator")
+    up: float = Field(gt=0, allow_inf_nan=False, description="bytes a second to the coordinator")
+    latency_s: float = Field(ge=0, allow_inf_nan=False, description="seconds from the smallest call to its answer")
+
+
 class Holding(Message):
     """An attempt that a worker has on its disk."""
 
@@ -343,6 +351,7 @@ class PollRequest(Message):
     loaded: tuple[Name, ...] = Field((), description="jobs of which it keeps data in memory, or an optimiser's state")
     holding: tuple[Holding, ...] = Field((), max_length=10_000, description="updates handed in and kept until settled")
     degraded: str = Field("", max_length=500, description="why the worker can take no work now; empty: it can")
+    link: Link | None = Field(None, description="the last that it measured; None: none yet")
 
 
 class Preparation(Message):
@@ -479,6 +488,13 @@ class WorkerView(Message):
     trust: Trust
     assignment: str | None = None
     progress: Progress | None = None
+    link: Link | None = Field(None, description="its line to the coordinator, as it measured it last")
+
+
+class Probed(Message):
+    """`PUT /v1/probe`: what of the body came."""
+
+    bytes: Count
 
 
 class TokenRequest(Message):

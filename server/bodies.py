@@ -18,11 +18,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import LydianError, TooLargeError, TooSlowError
+from common.link import LARGEST as PROBE_BYTES
 from server.settings import Settings
 
 MESSAGE_BYTES = 8 << 20  # of a body that is no upload: a task file and a traceback have far less
 WINDOW = 4  # the rate is looked at each time that so many idle limits were spent on waiting
 UPLOADS = "/v1/updates/"
+PROBE = "/v1/probe"
 CLOSES = {"Connection": "close"}
 
 log = logging.getLogger("lydian.bodies")
@@ -49,9 +51,7 @@ class BodyLimits:
         if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
             await self._app(scope, receive, send)
             return
-        upload = scope["method"] == "PUT" and scope["path"].startswith(UPLOADS)
-        most = None if upload else MESSAGE_BYTES
-        body = _Body(receive, self._settings.body_idle_s, self._settings.body_min_rate, most)
+        body = _Body(receive, self._settings.body_idle_s, self._settings.body_min_rate, _most(scope))
         answer = _Answer(send, body)
         try:
             body.check_announced(headers.get("content-length"))
@@ -63,6 +63,13 @@ class BodyLimits:
             log.info("%s %s: %s", scope["method"], scope["path"], body.ended_by)
             refusal = JSONResponse(body.ended_by.answer(), body.ended_by.status, headers=CLOSES)
             await refusal(scope, receive, send)
+
+
+def _most(scope: Scope) -> int | None:
+    """The bytes that a request's body may have; None: whoever reads it knows."""
+    if scope["method"] == "PUT" and scope["path"].startswith(UPLOADS):
+        return None
+    return PROBE_BYTES if scope["path"] == PROBE else MESSAGE_BYTES
 
 
 @dataclass

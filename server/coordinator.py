@@ -61,6 +61,7 @@ from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
 from server.inspection import inspect
 from server.naming import assignment_id, new_id, parse_assignment
+from server.probe import Probes
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
 from server.settings import Settings
 from server.store import DiskBrokenError, Journal, StoredFact
@@ -97,6 +98,7 @@ class Coordinator:
         self._limits = Limits(failures=self.settings.max_attempts, expiries=self.settings.max_expiries)
         self._by_key: dict[str, str] = {}  # idempotency key -> job id
         self._uploads = Uploads(self.blobs)
+        self.probes = Probes()
         self._spans: dict[
             Key, tuple[float, float]
         ] = {}  # of first models: monotonic seconds of the first and last byte
@@ -484,7 +486,7 @@ class Coordinator:
     ) -> PollAnswer | None:
         """Wait for work. Answered the moment there is some; None when `wait_s` have passed without."""
         worker = self._called(worker_id, request.start_id)
-        worker.degraded = request.degraded
+        worker.degraded, worker.link = request.degraded, request.link or worker.link
         until = self.clock() + min(request.wait_s, self.settings.poll_s)
         worker.polling += 1
         try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.messages import Progress, Registration
+from common.messages import Link, Progress, Registration
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
@@ -54,6 +54,7 @@ class Worker:
     set_aside: str | None = None
     strikes: int = 0
     degraded: str = ""  # why it can take no work now, as it says itself
+    link: Link | None = None  # to it, as it measured it last
     preparing: str | None = None  # the job that it was asked to load by the answer to its last call
     rival_at: float | None = None  # monotonic seconds at which an older process of the same name last called
 
@@ -81,7 +82,7 @@ class Fleet:
         worker = Worker(worker_id, registration, seen_at=now)
         if known is not None:
             worker.set_aside, worker.strikes, worker.polling = known.set_aside, known.strikes, known.polling
-            worker.rival_at = known.rival_at
+            worker.rival_at, worker.link = known.rival_at, known.link
         self.workers[worker_id] = worker
         if reborn:
             self.unask(worker_id)

@@ -105,6 +105,7 @@ def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
         trust=worker.registration.trust,
         assignment=_doing(lease) if lease else None,
         progress=lease.progress if lease else None,
+        link=worker.link,
     )
 
 

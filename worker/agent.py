@@ -45,6 +45,7 @@ from worker.departure import Departure, Leaving
 from worker.fitting import fit_device
 from worker.heart import Heart, Watch
 from worker.identity import Identity, usable
+from worker.line import Line
 from worker.options import Options
 from worker.spool import Attempt, Durability, Spool, Trained, Untrained
 from worker.training import NoRoom, Trainer
@@ -99,10 +100,12 @@ class Agent:
         self._departure = Departure(options.grace_s, self._doing, self._let_go)
         self._waiting = Waiting()
         self._idle = True  # the last poll brought no work
+        self._resting = True  # and nothing else: there is time for the line
         self._drained = False
         self._welcome: Welcome | None = None  # None: not registered, so there is nobody to say goodbye to
         self._heart: Heart | None = None
         self._degraded: Degraded | None = None
+        self._line = Line(api)
 
     # ------------------------------------------------------------ life
 
@@ -133,6 +136,9 @@ class Agent:
         self._register(found)
         self._take_up_spool()
         while not (self._departure.told or self._drained):
+            if self._resting and self._line.is_due:
+                with self._departure.may_leave():
+                    self._line.measure()
             answer = self._poll()
             if answer is not None:
                 self._follow(answer)
@@ -351,6 +357,7 @@ class Agent:
             loaded=tuple(dict.fromkeys([*self._trainer.loaded, *self.spool.jobs_with_state(self.identity.url)])),
             holding=plan.told([], kept),
             degraded=degraded.why[:WHY_LIMIT] if degraded else "",
+            link=self._line.link,
         )
         if self._idle:
             awaited = "work" if degraded is None else f"the disk: {degraded.why}"
@@ -360,7 +367,7 @@ class Agent:
             answer = self._insist(lambda: self.api.poll(self._known_as.worker_id, request))
         if degraded is not None:
             self._degraded = replace(degraded, told=True)
-        self._idle = answer is None or answer.assignment is None
+        self._idle, self._resting = answer is None or answer.assignment is None, answer is None
         if not self._idle:
             self._waiting.over()
         return answer
