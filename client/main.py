@@ -7,6 +7,7 @@ Exit codes: 0 fine · 1 the request failed, or the watched job did · 2 wrong us
 4 the watched job was cancelled · 130 interrupted.
 """
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -38,6 +39,7 @@ Examples:
   lydian simulate digits --clients 1000              the same with very many virtual clients
   lydian serve                                       start the coordinator
   lydian work http://gpu-box:8470 --token TOKEN      train for it, on every machine
+  lydian doctor http://gpu-box:8470                  see what keeps this machine from it, and what to do
   lydian submit fashion-mnist --rounds 20 --watch    send a job and watch it
   lydian pull JOB -o model.safetensors --best        fetch the model
 
@@ -237,6 +239,49 @@ def bench(context: typer.Context) -> None:
     from client.running import become
 
     become("bench", context.args)
+
+
+class Side(StrEnum):
+    """The parts of `lydian doctor`."""
+
+    machine = "machine"
+    training = "training"
+    coordinator = "coordinator"
+    tailnet = "tailnet"
+
+
+@app.command()
+def doctor(
+    url: Annotated[
+        str | None, typer.Argument(metavar="URL", envvar="LYDIAN_URL", help="The coordinator, if there is one.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(metavar="TEXT", envvar="LYDIAN_TOKEN", help="Any token. Better in LYDIAN_TOKEN.")
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", envvar="LYDIAN_STATE_DIR", help="The state folder of this machine's part."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="What a worker here is to train on.")] = "auto",
+    only: Annotated[list[Side] | None, typer.Option(help="Check this alone; repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, and the way from it to the coordinator: one line a check, and the one thing to do.
+
+    With --json a list of {side, check, verdict, sentence, fix}. Exit code 1 where anything failed; warnings may be.
+
+    \b
+    Examples:
+      lydian doctor                             before `lydian serve` or `lydian work`, on any machine
+      lydian doctor http://gpu-box:8470         the way to the coordinator as well
+      lydian doctor --only training --device cuda:1
+    """
+    from client.doctor.checks import Wish, run_doctor
+
+    wish = Wish(
+        url=url, token=token, state_dir=state_dir, device=device, sides=frozenset(side.value for side in only or ())
+    )
+    raise typer.Exit(run_doctor(wish, as_json=as_json))
 
 
 # ---------------------------------------------------------------- jobs

@@ -29,6 +29,8 @@ Verdict = Literal["ok", "warning", "failure"]
 LEAST_FREE = 512 << 20  # bytes of a GPU that a CUDA context and cuBLAS take before the first tensor of a model
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 """Major version of CUDA -> the first driver branch that runs what was built for it."""
+OLDEST_CARD = {11: (3, 5), 12: (5, 0), 13: (7, 5)}
+"""Major version of CUDA -> the first card that its compiler builds for."""
 PCI_ORDER = "PCI_BUS_ID"
 """Of CUDA_DEVICE_ORDER: cards are counted as nvidia-smi counts them, where CUDA would take the fastest first."""
 LAST_DRIVER = ((7, 2), 580)
@@ -209,23 +211,27 @@ def _torch_fit(gpu: Gpu, build: TorchBuild) -> Fit | None:
             f"{label(gpu)}: its driver does not tell its compute capability, so only a kernel can tell if it fits"
         )
         return Fit("warning", sentence, "upgrade the NVIDIA driver")
-    if build.architectures and not has_code(capability, build.architectures):
-        sentence = f"{label(gpu)} is {sm(capability)}; torch {build.version} has {_span(build.architectures)}"
+    if not _may_have_code(capability, build):
+        sentence = f"{label(gpu)} is {sm(capability)}; torch {build.version} has {_span(build)}"
         return Fit("failure", sentence, remedy_words(capability, gpu.driver, build), "no_code", lasting=True)
     if not drives(gpu.driver, build.cuda):
         sentence = (
             f"driver {gpu.driver} of {label(gpu)} is too old: torch {build.version} is built for CUDA {build.cuda}, "
             f"which needs driver {driver_for(build.cuda)} or newer"
         )
-        return Fit("failure", sentence, _for_old_driver(capability, build, gpu.driver), "old_driver", lasting=True)
+        return Fit("failure", sentence, _for_old_driver(capability, gpu.driver), "old_driver", lasting=True)
     return None
 
 
-def _for_old_driver(capability: Capability, build: TorchBuild, driver: str) -> str:
-    """Where torch fits the card, a new driver is the better way, and another torch the one that needs no root."""
-    usual = [one.architectures for one in SETS if branch_of(one.cuda) == branch_of(build.cuda or "")]
-    if not has_code(capability, build.architectures or [name for names in usual for name in names]):
-        return remedy_words(capability, driver, build)
+def _may_have_code(capability: Capability, build: TorchBuild) -> bool:
+    """Whether a build has code for a card; where its kernels are not known, whether it could."""
+    if build.architectures:
+        return has_code(capability, build.architectures)
+    return capability >= OLDEST_CARD.get(branch_of(build.cuda or "") or 0, (0, 0))
+
+
+def _for_old_driver(capability: Capability, driver: str) -> str:
+    """A new driver is the better way, and another torch the one that needs no root."""
     found = remedy(capability, driver)
     if found.requirements is None or found.driver is not None:
         return _upgrade(capability)
@@ -259,11 +265,13 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def _span(architectures: Sequence[str]) -> str:
+def _span(build: TorchBuild) -> str:
     """The kernels of a build in words: sm_75 and up, where it has the newest; else the first and the last."""
-    known = sorted(_parsed(name) for name in architectures if re.fullmatch(r"sm_\d{2,}", name))
+    if not build.architectures:
+        return f"CUDA {build.cuda}, which builds for {sm(OLDEST_CARD[branch_of(build.cuda or '') or 0])} and up"
+    known = sorted(_parsed(name) for name in build.architectures if re.fullmatch(r"sm_\d{2,}", name))
     if not known:
-        return f"kernels for {' '.join(architectures)} alone"
+        return f"kernels for {' '.join(build.architectures)} alone"
     if known[-1] >= _parsed(NEW.architectures[-1]):
         return f"{sm(known[0])} and up"
     return f"{sm(known[0])} to {sm(known[-1])}"

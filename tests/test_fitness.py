@@ -219,7 +219,13 @@ def test_a_card_that_is_too_old_is_told_the_legacy_file() -> None:
             "upgrade the NVIDIA driver to 580 or newer; without the right to, install requirements_legacy_gpu.txt",
         ),
         ("RTX 3090", "450.1", NEW_TORCH, "too old", "upgrade the NVIDIA driver to 580 or newer"),
-        ("GTX 1080", "535.1", NEW_TORCH.model_copy(update=BLIND), "too old", "install requirements_legacy_gpu.txt"),
+        (
+            "GTX 1080",
+            "580.1",
+            NEW_TORCH.model_copy(update=BLIND),
+            "is sm_61; torch 2.14.1 has CUDA 13.0, which builds for sm_75 and up",
+            "install requirements_legacy_gpu.txt",
+        ),
         (
             "GTX 1080",
             "470.1",
@@ -234,7 +240,7 @@ def test_a_card_that_is_too_old_is_told_the_legacy_file() -> None:
             "is sm_61",
             "upgrade the NVIDIA driver to 580, the last that knows this card, then install requirements_legacy_gpu.txt",
         ),
-        ("GTX 680", "440.1", LEGACY_TORCH.model_copy(update={**BLIND, "cuda": "11.8"}), "too old", "train on the CPU"),
+        ("GTX 680", "440.1", LEGACY_TORCH.model_copy(update={**BLIND, "cuda": "11.8"}), "is sm_30", "train on the CPU"),
         (
             "RTX 4090",
             "580.1",
