@@ -29,7 +29,7 @@ from client.calling import (
 from common import __version__
 
 if TYPE_CHECKING:
-    from common.messages import JobView, Link, WorkerView
+    from common.messages import JobView, Link, TailnetPath, WorkerView
 
 HELP = """Train one PyTorch model on all the machines you have.
 
@@ -54,6 +54,11 @@ Exit codes: 0 fine, 1 the request or the watched job failed, 2 wrong usage,
 app = new_app(HELP)
 token_app = new_app("Tokens for workers.")
 app.add_typer(token_app, name="token")
+
+WORKER_COLUMNS = (
+    "WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "NODE", "PATH", "DOWN", "UP", "LATENCY", "DOING", "SPEED",
+    "REASON",
+)  # fmt: skip
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
@@ -397,22 +402,11 @@ def workers(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
     if as_json:
         print_messages(found)
     elif found:
-        header = [
-            "WORKER",
-            "NAME",
-            "STATE",
-            "SEEN",
-            "DEVICE",
-            "TORCH",
-            "DOWN",
-            "UP",
-            "LATENCY",
-            "DOING",
-            "SPEED",
-            "REASON",
-        ]
-        right = {"SEEN", "DOWN", "UP", "LATENCY", "SPEED"}
-        shown.print_table(header, [_worker_cells(worker) for worker in found], right=right)
+        header, rows = shown.without_empty(WORKER_COLUMNS, [_worker_cells(worker) for worker in found], {"NODE"})
+        shown.print_table(header, rows, right={"SEEN", "DOWN", "UP", "LATENCY", "SPEED"})
+        for worker in found:
+            for warning in worker.warnings:
+                typer.echo(shown.one_line(f"warning: {worker.name}: {warning}"), err=True)
     else:
         typer.echo("no worker yet: `lydian serve` prints the line that starts one", err=True)
 
@@ -498,12 +492,21 @@ def _worker_cells(worker: "WorkerView") -> list[str]:
         f"{shown.duration(worker.last_seen_s)} ago" if worker.last_seen_s >= 0 else shown.NOTHING,
         _device(worker),
         torch.version,
+        f"{worker.node.name} ({worker.node.owner})" if worker.node else shown.NOTHING,
+        _path(worker.path),
         *_link_cells(worker.link),
         worker.assignment or shown.NOTHING,
         shown.NOTHING if speed is None else f"{speed:,.0f}/s",
         worker.reason,
     ]
     return [shown.one_line(cell) for cell in cells]
+
+
+def _path(path: "TailnetPath | None") -> str:
+    """How packets reach the worker, in few words."""
+    if path is None or path.kind == "unknown":
+        return shown.NOTHING
+    return f"relayed by {path.via}" if path.kind in ("relay", "peer relay") else path.kind
 
 
 def _link_cells(link: "Link | None") -> list[str]:

@@ -82,6 +82,14 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Coll
     return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)).rstrip() for line in lines]
 
 
+def without_empty(
+    header: Sequence[str], rows: Sequence[Sequence[str]], may_go: Collection[str]
+) -> tuple[list[str], list[list[str]]]:
+    """A table without those of the columns named in `may_go` that say nothing in any row."""
+    kept = [at for at, name in enumerate(header) if name not in may_go or any(row[at] != NOTHING for row in rows)]
+    return [header[at] for at in kept], [[row[at] for at in kept] for row in rows]
+
+
 def fancy() -> bool:
     """Whether stdout is a terminal that takes colours and lets its cursor be moved."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

@@ -5,7 +5,7 @@ Unknown fields are refused, bounds sit on the fields, and no torch is imported. 
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, in hex")]
@@ -474,6 +474,25 @@ class LogEntry(Message):
     detail: str
 
 
+class TailnetNode(Message):
+    """A machine of the tailnet, as tailscaled tells of it."""
+
+    stable_id: str = Field(description="stays when name, addresses and owner change")
+    name: str = Field(description="full name, without the last dot")
+    owner: str = Field(description="the login of its user, or its tags; a tagged machine has no user")
+    os: str = ""
+    key_expiry: AwareDatetime | None = Field(None, description="when it drops off the tailnet; None: never")
+
+
+class TailnetPath(Message):
+    """The way that packets take between the coordinator and a worker."""
+
+    kind: Literal["direct", "relay", "peer relay", "loopback", "other", "unknown"] = Field(
+        description="other: not over the tailnet; unknown: tailscaled has not said"
+    )
+    via: str = Field("", description="direct: address and port; relay: its region (DERP); peer relay: where it is")
+
+
 class WorkerView(Message):
     """One worker as `lydian workers` shows it."""
 
@@ -489,6 +508,11 @@ class WorkerView(Message):
     assignment: str | None = None
     progress: Progress | None = None
     link: Link | None = Field(None, description="its line to the coordinator, as it measured it last")
+    address: str | None = Field(None, description="where it called from last; None: not since the coordinator started")
+    node: TailnetNode | None = Field(None, description="whose address that is, where Tailscale knows it")
+    node_unknown: str = Field("", description="why node is not known")
+    path: TailnetPath | None = Field(None, description="the way to it; None: it has not called")
+    warnings: tuple[str, ...] = Field((), description="what about its line, its key or its identity needs a person")
 
 
 class Probed(Message):

@@ -1,7 +1,8 @@
-"""What tailscaled on this machine says about itself, asked through its LocalAPI on a Unix socket.
+"""What tailscaled on this machine says about itself and others, asked through its LocalAPI on a Unix socket.
 
     tailscale_status ──GET /localapi/v0/status──▶ tailscaled
-                     ◀── parse_status: tolerant, since Tailscale promises no stable shape
+    whois            ──GET /localapi/v0/whois───▶
+                     ◀── parse_status, parse_node: tolerant, since Tailscale promises no stable shape
 
 Reads only, and needs no rights: any local user may ask. A machine without Tailscale is a normal case and no error:
 there is no status then, and the reason says why. Nothing here decides anything.
@@ -13,12 +14,15 @@ import logging
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
+
+from common.messages import TailnetNode
 
 log = logging.getLogger("lydian.tailscale")
 
@@ -26,9 +30,24 @@ SOCKET = Path("/var/run/tailscale/tailscaled.sock")  # on Linux; elsewhere there
 TIMEOUT_S = 0.5  # for one answer
 PATIENCE_S = 60.0  # for a daemon that starts: it is asked again until it knows its address
 EXPIRY_WARNING = timedelta(days=14)
+EXPIRY_ADVICE = "run `tailscale up --force-reauth`, or disable key expiry for it in Tailscale's admin console"
 
 _URL = "http://local-tailscaled.sock"  # the host that tailscaled insists on
 _STARTING = ("Starting", "NoState")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another machine of the tailnet, and how this one reaches it."""
+
+    stable_id: str
+    addresses: tuple[str, ...]
+    direct: str = ""  # the address and port that packets go to; empty: none goes directly
+    peer_relay: str = ""  # address and port of another machine that passes packets on
+    relay: str = ""  # the DERP region that it can be reached through, in use or not
+    active: bool = False  # there were packets a short while ago
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,17 @@ class TailscaleStatus:
     addresses: tuple[str, ...] = ()  # this machine's on the tailnet, as tailscaled orders them: IPv4 first
     name: str | None = None  # full MagicDNS name without the last dot; None when the tailnet does not resolve names
     key_expiry: datetime | None = None  # None: never
+    stable_id: str | None = None  # this machine's
+    peers: tuple[Peer, ...] = ()  # only if they were asked for
+
+
+@dataclass(frozen=True)
+class Whois:
+    """Who has an address."""
+
+    node: TailnetNode | None
+    why: str = ""  # there is no node
+    asked: bool = True  # False: tailscaled could not be asked, so nothing is known
 
 
 @dataclass(frozen=True)
@@ -49,7 +79,7 @@ class _NoAnswer:
 
 
 def tailscale_status(
-    socket_path: Path = SOCKET, *, patience_s: float = PATIENCE_S, poll_s: float = 0.5
+    socket_path: Path = SOCKET, *, patience_s: float = PATIENCE_S, poll_s: float = 0.5, peers: bool = False
 ) -> tuple[TailscaleStatus | None, str]:
     """Ask tailscaled where it stands. One that starts, or is too busy to answer, is asked again for a while.
 
@@ -57,6 +87,7 @@ def tailscale_status(
         socket_path: tailscaled's Unix socket.
         patience_s: seconds after which whatever it said last is the answer.
         poll_s: seconds between two questions.
+        peers: tell of the other machines too.
 
     Returns:
         (status, "") or (None, why there is none). The state may be any, Starting included.
@@ -64,7 +95,7 @@ def tailscale_status(
     give_up_at = time.monotonic() + patience_s
     said = ""
     while True:
-        answer = _ask(socket_path)
+        answer = _status(socket_path, peers=peers)
         if isinstance(answer, TailscaleStatus):
             waiting = f"tailscaled is in state {answer.state}" if answer.state in _STARTING else ""
         else:
@@ -75,6 +106,48 @@ def tailscale_status(
             said = waiting
             log.info("%s; waiting up to %g s for the tailnet's address", waiting, patience_s)
         time.sleep(poll_s)  # between two questions: neither of the two calls that are relied on can wait
+
+
+def whois(address: str, port: int = 0, socket_path: Path = SOCKET) -> Whois:
+    """Ask tailscaled which machine has an address. One question, half a second at most.
+
+    Args:
+        address: IPv4 or IPv6.
+        port: of the caller's end of a connection; where tailscaled runs in userspace, callers come from loopback, and
+            only the port tells them apart. 0: the machine is asked for by its address alone.
+        socket_path: tailscaled's Unix socket.
+    """
+    asked = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    answer = _get(socket_path, "whois", {"addr": asked if port else address, "proto": "tcp"})
+    if isinstance(answer, _NoAnswer):
+        return Whois(None, answer.why, asked=False)
+    if answer.status_code == httpx2.codes.NOT_FOUND:
+        return Whois(None, f"{address} is no address of a machine of the tailnet")
+    node = _parsed(answer, parse_node)
+    if node is None:
+        shown = answer.text.strip()[:100]
+        return Whois(None, f"tailscaled answered HTTP {answer.status_code} and nobody: {shown!r}", asked=False)
+    return Whois(node)
+
+
+def parse_node(body: Any) -> TailnetNode | None:  # noqa: ANN401 - whatever the daemon sent
+    """Read a whois as the LocalAPI sends it. Never raises.
+
+    Returns:
+        None when it names nobody: there is no StableID.
+    """
+    node, profile = _object(_object(body).get("Node")), _object(_object(body).get("UserProfile"))
+    stable_id = _text(node.get("StableID"))
+    if not stable_id:
+        return None
+    tags = node.get("Tags") if isinstance(node.get("Tags"), list) else []  # they go before the user: it has none then
+    return TailnetNode(
+        stable_id=stable_id,
+        name=_text(node.get("Name")).rstrip(".") or stable_id,
+        owner=", ".join(_text(tag) for tag in tags or ()) or _text(profile.get("LoginName")),
+        os=_text(_object(node.get("Hostinfo")).get("OS")),
+        key_expiry=_moment(node.get("KeyExpiry")),
+    )
 
 
 def parse_status(body: Any) -> TailscaleStatus | None:  # noqa: ANN401 - whatever the daemon sent
@@ -96,6 +169,19 @@ def parse_status(body: Any) -> TailscaleStatus | None:  # noqa: ANN401 - whateve
         addresses=_addresses(body.get("TailscaleIPs")) or _addresses(me.get("TailscaleIPs")),
         name=name.rstrip(".") or None if isinstance(name, str) else None,
         key_expiry=_moment(me.get("KeyExpiry")),
+        stable_id=_text(me.get("ID")) or None,
+        peers=tuple(_peer(_object(peer)) for peer in _object(body.get("Peer")).values()),
+    )
+
+
+def _peer(body: dict[str, Any]) -> Peer:
+    return Peer(
+        stable_id=_text(body.get("ID")),
+        addresses=_addresses(body.get("TailscaleIPs")),
+        direct=_text(body.get("CurAddr")),
+        peer_relay=_text(body.get("PeerRelay")),
+        relay=_text(body.get("Relay")),
+        active=body.get("Active") is True,
     )
 
 
@@ -106,20 +192,43 @@ def expiry_warning(status: TailscaleStatus, *, now: datetime) -> str | None:
         status: of this machine.
         now: aware, the wall clock; it decides nothing but the sentence.
     """
-    if status.key_expiry is None or status.key_expiry - now > EXPIRY_WARNING:
+    when = expires(status.key_expiry, now=now)
+    if when is None:
         return None
-    left = (status.key_expiry - now) / timedelta(days=1)
-    when = f"expires in {left:.1f} days" if left > 0 else f"expired {-left:.1f} days ago"
-    return (
-        f"this machine's Tailscale key {when}, and no worker reaches it then: run `tailscale up --force-reauth`, "
-        "or disable key expiry for it in Tailscale's admin console"
-    )
+    return f"this machine's Tailscale key {when}, and no worker reaches it then: {EXPIRY_ADVICE}"
+
+
+def expires(key_expiry: datetime | None, *, now: datetime) -> str | None:
+    """`expires in 3.2 days` or `expired 0.1 days ago`; None: not within EXPIRY_WARNING."""
+    if key_expiry is None or key_expiry - now > EXPIRY_WARNING:
+        return None
+    left = (key_expiry - now) / timedelta(days=1)
+    return f"expires in {left:.1f} days" if left > 0 else f"expired {-left:.1f} days ago"
 
 
 # ---------------------------------------------------------------- the wire
 
 
-def _ask(socket_path: Path) -> TailscaleStatus | _NoAnswer:
+def _status(socket_path: Path, *, peers: bool) -> TailscaleStatus | _NoAnswer:
+    answer = _get(socket_path, "status", {"peers": "true" if peers else "false"})
+    if isinstance(answer, _NoAnswer):
+        return answer
+    status = _parsed(answer, parse_status)
+    if status is None:
+        shown = answer.text.strip()[:100]
+        return _NoAnswer(f"{socket_path} answered HTTP {answer.status_code} and no status: {shown!r}", again=False)
+    return status
+
+
+def _parsed(answer: httpx2.Response, parse: Callable[[Any], T | None]) -> T | None:
+    """What an answer says; None: it is an error, or says nothing of the kind."""
+    if answer.status_code == httpx2.codes.OK:
+        with contextlib.suppress(ValueError):  # not JSON says nothing
+            return parse(answer.json())
+    return None
+
+
+def _get(socket_path: Path, call: str, parameters: dict[str, str]) -> httpx2.Response | _NoAnswer:
     """One question, one answer."""
     if (why := _out_of_reach(socket_path)) is not None:
         return _NoAnswer(f"no tailscaled on {socket_path}: {why}", again=False)
@@ -127,19 +236,11 @@ def _ask(socket_path: Path) -> TailscaleStatus | _NoAnswer:
         # No TLS on this socket: a context without certificates saves the 40 ms that loading them takes.
         transport = httpx2.HTTPTransport(uds=str(socket_path), verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         with httpx2.Client(transport=transport, base_url=_URL, timeout=TIMEOUT_S, trust_env=False) as client:
-            answer = client.get("/localapi/v0/status", params={"peers": "false"})
+            return client.get(f"/localapi/v0/{call}", params=parameters)
     except httpx2.TimeoutException:
         return _NoAnswer(f"tailscaled did not answer on {socket_path} within {TIMEOUT_S} s", again=True)
     except httpx2.RequestError as error:
         return _NoAnswer(f"tailscaled broke off on {socket_path}: {error}", again=False)
-    status = None
-    if answer.status_code == httpx2.codes.OK:
-        with contextlib.suppress(ValueError):  # not JSON is not a status
-            status = parse_status(answer.json())
-    if status is None:
-        shown = answer.text.strip()[:100]
-        return _NoAnswer(f"{socket_path} answered HTTP {answer.status_code} and no status: {shown!r}", again=False)
-    return status
 
 
 def _out_of_reach(socket_path: Path) -> str | None:
@@ -155,6 +256,10 @@ def _out_of_reach(socket_path: Path) -> str | None:
 
 def _object(value: Any) -> dict[str, Any]:  # noqa: ANN401
     return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:  # noqa: ANN401
+    return value.encode(errors="replace").decode() if isinstance(value, str) else ""  # no half of a surrogate pair
 
 
 def _addresses(value: Any) -> tuple[str, ...]:  # noqa: ANN401

@@ -31,11 +31,12 @@ from server.store import Journal, lock_folder
 log = logging.getLogger("lydian.app")
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, *, pin: str | None = None) -> FastAPI:
     """The application. Nothing is read or written before it starts.
 
     Args:
         settings: where and how to run; None reads LYDIAN_* from the environment when the application starts.
+        pin: this machine's StableID, where workers reach it over a tailnet: they are told it with each join token.
     """
 
     @asynccontextmanager
@@ -46,6 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             except (LydianError, OSError) as error:
                 app.state.failed_start = error
                 raise
+            coordinator.tailnet.pin = pin
             app.state.coordinator = coordinator
             with _answering_waits_on_sigterm(coordinator):
                 yield

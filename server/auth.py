@@ -1,6 +1,7 @@
 """Tokens: who calls, and what they may.
 
     lyd_<scope>_<id>_<43 characters>      scopes: admin (people), join (new workers), work (one worker each)
+    lyd_join_<id>_<43 characters>@<StableID>    the same to us; tells a worker which machine of a tailnet we are
 
 The id is public: to find a token, to revoke it, to speak of it. The rest is 256 random bits that are shown once; only
 their SHA-256 is kept, and no slow hash is needed, since nobody guesses 256 bits. No secret goes into an error or a log.
@@ -21,7 +22,7 @@ from server.store import Journal, sync
 
 Scope = Literal["admin", "join", "work"]
 
-_TOKEN = re.compile(r"lyd_(admin|join|work)_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
+_TOKEN = re.compile(r"lyd_(admin|join|work)_([0-9a-f]{12})_([A-Za-z0-9_-]{43})(?:@[A-Za-z0-9]+)?")
 _BEARER = re.compile(r"bearer +([^ ]+)", re.IGNORECASE)
 _ANYWHERE = re.compile(r"lyd_([a-z]+)_([0-9a-f]+)_[A-Za-z0-9_-]+")
 

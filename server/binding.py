@@ -13,7 +13,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import LydianError
 from common.tailscale import TailscaleStatus
@@ -31,10 +31,16 @@ class Binding:
     hosts: tuple[str, ...]
     urls_host: str  # as it stands in a URL: an IPv6 address has its brackets
     reason: str
+    address: str = ""  # the same in a URL as an address, where `urls_host` is a name of the tailnet
+    pin: str | None = None  # this machine's StableID, where workers come over the tailnet
 
     def url(self, port: int) -> str:
         """The URL by which workers reach the coordinator."""
         return f"http://{self.urls_host}:{port}"
+
+    def address_url(self, port: int) -> str:
+        """The same without a name, for machines that do not resolve those of the tailnet; empty: there is none."""
+        return f"http://{self.address}:{port}" if self.address else ""
 
 
 def choose(
@@ -49,7 +55,8 @@ def choose(
 
     Args:
         host: what the user asked for; None: not said.
-        status: tailscaled's; None: there is none, or it was not asked.
+        status: tailscaled's; None: there is none, or it was not asked. Beside a host it only says whether that is one
+            of the tailnet.
         why_none: why there is no status.
         insecure: the user allowed every interface.
         machine: what other machines call this one, for URLs of a coordinator that listens on every interface.
@@ -59,7 +66,8 @@ def choose(
             cannot use (code tailnet_down).
     """
     if host is not None:
-        return _as_told(host, insecure, machine)
+        told = _as_told(host, insecure, machine)
+        return replace(told, pin=status.stable_id) if status is not None and told.hosts[0] in status.addresses else told
     if status is None:
         return Binding(
             (LOOPBACK,),
@@ -69,16 +77,19 @@ def choose(
         )
     if status.state != "Running" or not status.addresses:
         raise _not_on_the_tailnet(status)
-    urls_host = status.name or _in_url(status.addresses[0])
+    urls_host, pin = status.name or _in_url(status.addresses[0]), status.stable_id
+    address = _in_url(status.addresses[0]) if status.name else ""
     if not status.tun:
         return Binding(
             (LOOPBACK,),
             urls_host,
             f"listening on {LOOPBACK}: Tailscale runs without an interface here (userspace networking) and forwards "
             f"what comes for {urls_host} to it",
+            address,
+            pin,
         )
     hosts = (*status.addresses, LOOPBACK)
-    return Binding(hosts, urls_host, f"listening on the tailnet and loopback: {', '.join(hosts)}")
+    return Binding(hosts, urls_host, f"listening on the tailnet and loopback: {', '.join(hosts)}", address, pin)
 
 
 def open_sockets(hosts: Sequence[str], port: int) -> list[socket.socket]:

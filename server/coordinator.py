@@ -65,6 +65,7 @@ from server.probe import Probes
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
 from server.settings import Settings
 from server.store import DiskBrokenError, Journal, StoredFact
+from server.tailnet import Tailnet
 from server.uploads import Key, Uploads
 
 PROTOCOLS = (PROTOCOL - 1, PROTOCOL)  # served; the newest last
@@ -99,6 +100,9 @@ class Coordinator:
         self._by_key: dict[str, str] = {}  # idempotency key -> job id
         self._uploads = Uploads(self.blobs)
         self.probes = Probes()
+        given = self.settings
+        self.tailnet = Tailnet(given.tailscaled, self.journal, given.node_pin == "enforce", given.tailnet_s, self.clock)
+        self._watch: asyncio.Task[None] | None = None
         self._spans: dict[
             Key, tuple[float, float]
         ] = {}  # of first models: monotonic seconds of the first and last byte
@@ -144,6 +148,7 @@ class Coordinator:
             await self._verify(job)
             self._settle(job.id)
         self._start_reaper()
+        self._start_watch()
 
     def _active(self) -> list[Job]:
         return [job for job in self.jobs.values() if not job.over]
@@ -172,7 +177,7 @@ class Coordinator:
     async def stop(self) -> None:
         """Hand out nothing more; what is being averaged is averaged again by the next coordinator."""
         self.end_waits()
-        tasks = [*self._averaging.values(), *([self._reaper] if self._reaper else [])]
+        tasks = [*self._averaging.values(), *(task for task in (self._reaper, self._watch) if task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -460,8 +465,9 @@ class Coordinator:
         return worker
 
     def readmit(self, worker_id: str) -> Worker:
-        """Give a worker work again that was set aside or drained; its strikes are forgiven."""
+        """Give a worker work again: its strikes are forgiven, and it may come from another machine."""
         worker = self.worker(worker_id)
+        self.tailnet.unpin(worker_id)
         self.journal.worker_judged(worker_id, 0, None)
         if worker.set_aside is not None or worker.draining:
             log.info("%s is readmitted", worker.name)
@@ -1009,6 +1015,15 @@ class Coordinator:
         return needed
 
     # ------------------------------------------------------------ time
+
+    def _start_watch(self) -> None:
+        self._watch = asyncio.create_task(self.tailnet.watch(), name="tailnet")
+        self._watch.add_done_callback(self._watched)
+
+    def _watched(self, done: asyncio.Task[None]) -> None:
+        """Nothing of a job depends on it: a fault in it is logged, and it stays away."""
+        if not done.cancelled() and not self._stopping:
+            log.error("the tailnet is not watched any more", exc_info=done.exception())
 
     def _start_reaper(self) -> None:
         self._reaper = asyncio.create_task(self._reap(), name="reaper")

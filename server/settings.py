@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import platformdirs
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from common.errors import LydianError
+from common.tailscale import SOCKET
 
 PREFIX = "LYDIAN_"
 
@@ -51,6 +52,11 @@ class Settings:
     )
     strikes: Times = Field(default=3, description="a number from 1 on: refused results that set a worker aside")
     keep_models: Times = Field(default=5, description="a number from 1 on: newest models of a job that are kept")
+    tailscaled: Folder = Field(default=SOCKET, description="the path of tailscaled's socket")
+    tailnet_s: Seconds = Field(default=60.0, description="seconds above 0 between two looks at Tailscale's status")
+    node_pin: Literal["enforce", "warn"] = Field(
+        default="enforce", description="enforce or warn: what becomes of a worker's calls from another tailnet machine"
+    )
     insecure: bool = Field(default=False, description="true or false: listen on every address, without encryption")
 
     @model_validator(mode="after")

@@ -25,10 +25,10 @@ from pydantic import ValidationError
 from common import __version__
 from common.errors import ConflictError, DiskFullError, LydianError, NotFoundError, UnavailableError
 from common.facts import FACT, Fact, HandedBack
-from common.messages import Kind, Registration
+from common.messages import Kind, Registration, TailnetNode
 from server.ballast import Ballast
 
-SCHEMA = 2  # of the file, in PRAGMA user_version
+SCHEMA = 3  # of the file, in PRAGMA user_version
 BUSY_TIMEOUT_S = 5.0  # for a backup or a person's sqlite3 that holds the file
 PAGE = 200  # facts read at a time
 
@@ -60,7 +60,8 @@ CREATE TABLE workers (
     registration TEXT NOT NULL,
     created_at TEXT NOT NULL,
     set_aside_reason TEXT,
-    strikes INTEGER NOT NULL DEFAULT 0
+    strikes INTEGER NOT NULL DEFAULT 0,
+    node TEXT
 );
 CREATE TABLE tokens (
     id TEXT PRIMARY KEY,
@@ -77,8 +78,12 @@ def _count_strikes(database: sqlite3.Connection) -> None:
     database.execute("ALTER TABLE workers ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0")
 
 
+def _pin_nodes(database: sqlite3.Connection) -> None:
+    database.execute("ALTER TABLE workers ADD COLUMN node TEXT")  # a TailnetNode as JSON
+
+
 # schema -> the step from it to the next one
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_strikes}
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_strikes, 2: _pin_nodes}
 
 # Literal types, so that SQLite can use the partial indexes. Initialised is early among its job's facts: it needs none.
 _RESULTS: dict[Kind, str] = {
@@ -301,6 +306,26 @@ class Journal:
         changed = self._write(lambda: self._database.execute(statement, (strikes, set_aside_reason, worker_id)))
         if changed.rowcount == 0:
             raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+
+    def worker_pinned(self, worker_id: str, node: TailnetNode | None) -> None:
+        """Keep the machine that a worker's credential is good from; None: any.
+
+        Raises:
+            NotFoundError: there is no such worker.
+        """
+        values = (node.model_dump_json() if node else None, worker_id)
+        changed = self._write(lambda: self._database.execute("UPDATE workers SET node = ? WHERE id = ?", values))
+        if changed.rowcount == 0:
+            raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+
+    def pins(self) -> dict[str, TailnetNode]:
+        """Worker id -> the machine that its credential is good from, for those that have one."""
+        with _sentences(self.path):
+            rows = self._database.execute("SELECT id, node FROM workers WHERE node IS NOT NULL").fetchall()
+        try:
+            return {worker_id: TailnetNode.model_validate_json(text) for worker_id, text in rows}
+        except ValidationError as error:
+            raise self._damaged("a node of workers", error) from error
 
     def workers(self) -> list[StoredWorker]:
         """All workers that ever joined, in that order."""

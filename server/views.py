@@ -1,12 +1,14 @@
 """What people and scripts are shown of the coordinator's state. Reads, never changes."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 from common.facts import HandedBack, Now, WorkerNow
 from common.messages import NEW_KEYS, JobView, LogEntry, PollAnswer, WorkerView
-from server import rounds
+from server import paths, rounds
 from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody
+from server.paths import Verdict
 from server.rounds import Job, Paused, Queued, Task, Training, close_if_due
 
 
@@ -93,6 +95,12 @@ def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
     lease = coordinator.fleet.leases.get(worker.id)
     shown = standing(coordinator.fleet, worker, now, _doing)
     waiting = worker.polling > 0
+    tailnet = coordinator.tailnet
+    caller, refused = tailnet.callers.get(worker.id), tailnet.refused.get(worker.id)
+    node = caller.found.node if caller else None
+    there = caller if shown.state != "gone" else None
+    path = paths.path_to(there.address[0], node, tailnet.status) if there else None
+    verdict = refused.verdict if refused else Verdict()
     return WorkerView(
         id=worker.id,
         name=worker.name,
@@ -106,6 +114,11 @@ def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
         assignment=_doing(lease) if lease else None,
         progress=lease.progress if lease else None,
         link=worker.link,
+        address=caller.address[0] if caller else None,
+        node=node,
+        node_unknown=caller.found.why if caller else "it has not called since the coordinator started",
+        path=path,
+        warnings=paths.warnings(path, node, worker.link, verdict, now=datetime.now(UTC)),
     )
 
 

@@ -9,8 +9,9 @@ Answers by the rules and in the JSON of Tailscale 1.103 (ipn/localapi, ipn/ipnst
 
     with FakeTailscaled(socket_path, [
         Peer("100.64.0.1", "coordinator", tags=("tag:lydian-coordinator",)),  # the first one is this machine
-        Peer("100.64.0.3", "laptop", login="alice@example.com"),
+        Peer("100.64.0.3", "laptop", login="alice@example.com"),  # its StableID is n1CNTRL
     ]) as daemon:
+        daemon.peers = [...]  # a tailnet that changes
         daemon.states = ["Starting", "Running"]  # one a status call; the last one stays
         daemon.delays_s = [5.0, 0.0]  # a daemon that is slow at first; one a call, the last one stays
         daemon.answers = {"/localapi/v0/status": (500, "oops")}  # a daemon that is strange
@@ -47,6 +48,8 @@ class Peer:
     online: bool = True
     current_address: str = "198.18.0.9:41641"  # empty: not reached directly
     relay: str = "fra"
+    peer_relay: str = ""  # address and port of a machine that passes packets on
+    active: bool = True  # there were packets a short while ago
     proxied: tuple[int, ...] = ()  # ports of 127.0.0.1 that its connections come from (userspace networking)
     key_expiry: str = ""  # RFC 3339; empty: never
 
@@ -78,8 +81,8 @@ class Peer:
         return {
             "ID": f"n{number}CNTRL", "PublicKey": f"nodekey:{number:064x}", "HostName": self.name, "OS": "linux",
             "DNSName": f"{self.name}.tailnet.test.", "UserID": self._user(number), "TailscaleIPs": self.ips,
-            "CurAddr": self.current_address, "Relay": self.relay, "PeerRelay": "", "Online": self.online,
-            "Active": True, "RxBytes": 0, "TxBytes": 0,
+            "CurAddr": self.current_address, "Relay": self.relay, "PeerRelay": self.peer_relay,
+            "Online": self.online, "Active": self.active, "RxBytes": 0, "TxBytes": 0,
         } | self._optional()  # fmt: skip
 
 

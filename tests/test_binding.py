@@ -24,7 +24,9 @@ from server.binding import Binding, choose, open_sockets
 from tests.fake_tailscaled import FakeTailscaled, Peer
 
 ME = Peer("100.64.0.1", "coordinator", ip6="fd7a:115c:a1e0::1", tags=("tag:lydian-coordinator",))
-RUNNING = TailscaleStatus("Running", addresses=("100.64.0.1", "fd7a:115c:a1e0::1"), name="coordinator.tailnet.test")
+RUNNING = TailscaleStatus(
+    "Running", addresses=("100.64.0.1", "fd7a:115c:a1e0::1"), name="coordinator.tailnet.test", stable_id="n0CNTRL"
+)
 NOW = datetime(2026, 8, 1, tzinfo=UTC)
 
 

@@ -47,6 +47,9 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
         "MAX_EXPIRIES": "2",
         "STRIKES": "4",
         "KEEP_MODELS": "6",
+        "TAILSCALED": "/run/ts.sock",
+        "TAILNET_S": "5",
+        "NODE_PIN": "warn",
         "INSECURE": "true",
     }
     assert {field.name.upper() for field in fields(Settings)} == values.keys()
@@ -66,6 +69,9 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
         max_expiries=2,
         strikes=4,
         keep_models=6,
+        tailscaled=Path("/run/ts.sock"),
+        tailnet_s=5.0,
+        node_pin="warn",
         insecure=True,
     )
 

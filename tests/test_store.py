@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 from common.errors import ConflictError, DiskFullError, LydianError, NotFoundError, UnavailableError
 from common.facts import Accepted, Evaluated, Fact, HandedBack, HandedOut, Initialised, Late, StateChanged, Submitted
-from common.messages import Hardware, JobSpec, ModelFacts, Registration, TorchBuild
+from common.messages import Hardware, JobSpec, ModelFacts, Registration, TailnetNode, TorchBuild
 from server import store
-from server.store import Journal, lock_folder
+from server.store import SCHEMA, Journal, lock_folder
 
+NODE = TailnetNode(stable_id="n1CNTRL", name="gpu.tailnet.test", owner="tag:lydian-worker", os="linux")
 ROOT = Path(__file__).parent.parent
 DIGEST = "ab" * 32
 
@@ -281,7 +282,9 @@ def test_a_journal_of_a_newer_version_is_refused_by_that_versions_name_and_left_
     for name in ("journal.sqlite", "journal.sqlite-wal"):
         shutil.copy(tmp_path / name, killed)
     before = snapshot(killed)
-    with pytest.raises(LydianError, match=r"written by version 7\.8\.9, with schema 99.*knows schema 2") as refused:
+    with pytest.raises(
+        LydianError, match=rf"written by version 7\.8\.9, with schema 99.*knows schema {SCHEMA}"
+    ) as refused:
         Journal.open(killed / "journal.sqlite")
     assert refused.value.code == "journal_too_new"
     assert {name: content for name, content in snapshot(killed).items() if name in before} == before
@@ -290,18 +293,18 @@ def test_a_journal_of_a_newer_version_is_refused_by_that_versions_name_and_left_
 def test_an_older_journal_is_migrated_after_a_copy_of_it_was_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(Journal.open(path)) as journal:
         journal.append("a", [late(1)])
-    monkeypatch.setattr(store, "SCHEMA", 3)
+    monkeypatch.setattr(store, "SCHEMA", SCHEMA + 1)
     monkeypatch.setattr(
-        store, "MIGRATIONS", {2: lambda database: database.execute("ALTER TABLE facts ADD COLUMN who TEXT")}
+        store, "MIGRATIONS", {SCHEMA: lambda database: database.execute("ALTER TABLE facts ADD COLUMN who TEXT")}
     )
     with closing(Journal.open(path)) as journal:
         assert [stored.fact for stored in journal.facts()] == [late(1)]
     with closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (3,)
-        assert database.execute("SELECT schema FROM written_by").fetchall() == [(2,), (3,)]
+        assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA + 1,)
+        assert database.execute("SELECT schema FROM written_by").fetchall() == [(SCHEMA,), (SCHEMA + 1,)]
         assert database.execute("SELECT who FROM facts").fetchall() == [(None,)]
-    monkeypatch.setattr(store, "SCHEMA", 2)
-    with closing(Journal.open(path.with_name("journal.sqlite.schema-2.backup"))) as old:
+    monkeypatch.setattr(store, "SCHEMA", SCHEMA)
+    with closing(Journal.open(path.with_name(f"journal.sqlite.schema-{SCHEMA}.backup"))) as old:
         assert [stored.fact for stored in old.facts()] == [late(1)]
 
 
@@ -313,8 +316,8 @@ def test_a_migration_that_fails_leaves_the_old_journal_whole(path: Path, monkeyp
     with closing(Journal.open(path)) as journal:
         journal.append("a", [late(1)])
     with monkeypatch.context() as patch:
-        patch.setattr(store, "SCHEMA", 3)
-        patch.setattr(store, "MIGRATIONS", {2: step})
+        patch.setattr(store, "SCHEMA", SCHEMA + 1)
+        patch.setattr(store, "MIGRATIONS", {SCHEMA: step})
         with pytest.raises(LydianError, match="nowhere"):
             Journal.open(path)
     with closing(Journal.open(path)) as journal:
@@ -325,6 +328,7 @@ def test_a_journal_of_the_first_schema_is_read_with_nobody_having_a_strike(path:
     with closing(Journal.open(path)) as journal:
         journal.worker_put("w1", registration())
         journal.append("a", [late(1)])
+    by_hand(path, "ALTER TABLE workers DROP COLUMN node")
     by_hand(path, "ALTER TABLE workers DROP COLUMN strikes")
     by_hand(path, "UPDATE written_by SET schema = 1")
     by_hand(path, "PRAGMA user_version = 1")
@@ -334,6 +338,38 @@ def test_a_journal_of_the_first_schema_is_read_with_nobody_having_a_strike(path:
         journal.worker_judged("w1", 2, None)
         assert [worker.strikes for worker in journal.workers()] == [2]
     assert path.with_name("journal.sqlite.schema-1.backup").exists()
+
+
+def test_a_journal_of_the_second_schema_is_read_with_nobody_pinned_to_a_machine(path: Path) -> None:
+    with closing(Journal.open(path)) as journal:
+        journal.worker_put("w1", registration())
+    by_hand(path, "ALTER TABLE workers DROP COLUMN node")
+    by_hand(path, "UPDATE written_by SET schema = 2")
+    by_hand(path, "PRAGMA user_version = 2")
+    with closing(Journal.open(path)) as journal:
+        assert journal.pins() == {}
+        journal.worker_pinned("w1", NODE)
+    with closing(Journal.open(path)) as journal:
+        assert journal.pins() == {"w1": NODE}
+
+
+def test_a_pin_outlives_a_registration_and_goes_when_it_is_taken_away(journal: Journal) -> None:
+    journal.worker_put("w1", registration())
+    journal.worker_pinned("w1", NODE)
+    journal.worker_put("w1", registration())
+    assert journal.pins() == {"w1": NODE}
+    journal.worker_pinned("w1", None)
+    assert journal.pins() == {}
+    with pytest.raises(NotFoundError):
+        journal.worker_pinned("nobody", NODE)
+
+
+def test_a_pin_that_cannot_be_read_is_a_damaged_journal(journal: Journal) -> None:
+    journal.worker_put("w1", registration())
+    by_hand(journal.path, "UPDATE workers SET node = '{}'")
+    with pytest.raises(LydianError) as damaged:
+        journal.pins()
+    assert damaged.value.code == "journal_damaged"
 
 
 def test_a_process_that_died_before_the_tables_were_made_is_no_obstacle(path: Path) -> None:

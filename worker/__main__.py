@@ -15,7 +15,8 @@ import typer
 from common import __version__
 from common.api import CoordinatorApi
 from common.errors import LydianError
-from worker import plan
+from common.tailscale import SOCKET
+from worker import pin, plan
 from worker.agent import Agent
 from worker.fitting import UnfitError
 from worker.hardware import usable_cores
@@ -26,6 +27,8 @@ from worker.spool import Spool
 EXIT_RIVAL = 4
 EXIT_UNFIT = 5
 EXIT_DISK_BROKEN = 74  # EX_IOERR of sysexits.h, as the coordinator's
+
+log = logging.getLogger("lydian.worker")
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -73,6 +76,9 @@ def work(
     stall_timeout: Annotated[
         float, typer.Option(min=1, help="Seconds without a sign of life that end a task.")
     ] = 600.0,
+    tailscaled: Annotated[
+        Path, typer.Option(help="tailscaled's socket on this machine.", envvar="LYDIAN_TAILSCALED")
+    ] = SOCKET,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_say_version)
@@ -104,17 +110,19 @@ def work(
     for chatty in ("httpx2", "httpcore2", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
+        bare, named = pin.split(token)
         options = Options(
             name="",
             device=device,
             threads=threads or usable_cores(),
             trust=trust.value,
             stall_s=stall_timeout,
-            join_token=token,
+            join_token=bare,
+            pin=named,
             checkpoint_every_s=checkpoint_every,
             grace_s=grace,
         )
-        _agent(url, name, state_dir, data or [], allow or [], options).run()
+        _agent(url, name, state_dir, data or [], allow or [], options, tailscaled).run()
     except LydianError as error:
         typer.echo(error.lines(), err=True)
         raise typer.Exit(exit_code(error)) from error
@@ -136,6 +144,7 @@ def _agent(
     data: list[str],
     allow: list[Path],
     options: Options,
+    tailscaled: Path,
 ) -> Agent:
     shown = name or re.sub(r"[^A-Za-z0-9._-]+", "-", platform.node())[:63] or "worker"
     folder = state_dir or default_folder(shown)
@@ -148,7 +157,12 @@ def _agent(
         )
     for file in allow:
         trust_file(folder, file)
-    options = replace(options, name=shown, data=data_folders(data), trusted=trusted_digests(folder))
+    wanted = options.pin or identity.pin
+    if said := pin.check(url, wanted, tailscaled):
+        log.info("%s", said)
+    if wanted is not None:
+        identity.repin(wanted)
+    options = replace(options, name=shown, data=data_folders(data), trusted=trusted_digests(folder), pin=wanted)
     os.environ.pop("LYDIAN_TOKEN", None)  # nothing that this process starts needs it
     return Agent(CoordinatorApi(url, options.join_token), identity, Spool.open(folder), options, folder)
 

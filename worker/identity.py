@@ -1,7 +1,7 @@
 """Who this worker is: its state folder, what each coordinator calls it, and the task files that its owner trusts.
 
     FOLDER/agent.lock      held by the one agent that works in the folder, with its process id
-    FOLDER/identity.json   coordinator's URL -> worker id and credential; 0600, written whole or not at all
+    FOLDER/identity.json   coordinator's URL -> worker id, credential, pin; 0600, written whole or not at all
     FOLDER/trusted.txt     one SHA-256 a line, kept by the owner
 
 A credential stands for the worker: it is never logged, and a file that cannot be read is never replaced by a new
@@ -48,6 +48,7 @@ class _Known(Message):
 
     worker_id: str = Field(min_length=1)
     credential: str = Field(min_length=1)
+    pin: str | None = Field(None, description="StableID of its machine in the tailnet, as the join token named it")
 
 
 class _File(Message):
@@ -98,9 +99,19 @@ class Identity:
         """The worker's own token at the coordinator; None before the first registration."""
         return self._known[self.url].credential if self.url in self._known else None
 
-    def remember(self, worker_id: str, credential: str) -> None:
-        """Keep what the coordinator gave. It is on the disk when this returns."""
-        self._write({**self._known, self.url: _Known(worker_id=worker_id, credential=credential)})
+    @property
+    def pin(self) -> str | None:
+        """StableID of the coordinator's machine in the tailnet; None: it is not pinned."""
+        return self._known[self.url].pin if self.url in self._known else None
+
+    def remember(self, worker_id: str, credential: str, pin: str | None = None) -> None:
+        """Keep what the coordinator gave, and which machine it is on. It is on the disk when this returns."""
+        self._write({**self._known, self.url: _Known(worker_id=worker_id, credential=credential, pin=pin)})
+
+    def repin(self, pin: str) -> None:
+        """Keep which machine the coordinator is on, where there is a credential to keep it with."""
+        if self.url in self._known and self.pin != pin:
+            self._write({**self._known, self.url: self._known[self.url].model_copy(update={"pin": pin})})
 
     def forget(self) -> None:
         """Be unknown at this coordinator; others stay known."""

@@ -18,5 +18,6 @@ class Options:
     trusted: tuple[str, ...] = ()  # digests of task files
     stall_s: float = 600.0  # without a sign of life from the child
     join_token: str | None = None  # for the first time, and when the coordinator has forgotten this worker
+    pin: str | None = None  # StableID of the coordinator's machine, from the join token
     checkpoint_every_s: float = 30.0  # 0: never
     grace_s: float = 60.0  # to finish what is under way after the first SIGTERM

@@ -20,7 +20,15 @@ CoordinatorDep = Annotated[Coordinator, Depends(get_coordinator)]
 
 async def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:
     """Whoever holds the token that came with the call."""
-    return coordinator.tokens.check(request.headers.get("Authorization"))
+    principal = coordinator.tokens.check(request.headers.get("Authorization"))
+    if principal.worker is not None:
+        await coordinator.tailnet.admit(principal.worker, address_of(request))
+    return principal
+
+
+def address_of(request: Request) -> tuple[str, int]:
+    """The caller's end of the connection: address and port; empty where there is none, as on a Unix socket."""
+    return (request.client.host, request.client.port) if request.client else ("", 0)
 
 
 PrincipalDep = Annotated[Principal, Depends(get_principal)]

@@ -11,4 +11,4 @@ router = APIRouter(prefix="/v1/tokens", tags=["tokens"])
 @router.post("", status_code=201)
 async def create_token(request: TokenRequest, coordinator: CoordinatorDep, _: AdminDep) -> TokenAnswer:
     """Make a token. POST, because each call makes another one; it is shown this once."""
-    return TokenAnswer(token=coordinator.tokens.issue(request.scope))
+    return TokenAnswer(token=coordinator.tailnet.pinned(coordinator.tokens.issue(request.scope)))

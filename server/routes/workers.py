@@ -14,20 +14,25 @@ from common.messages import (
     WorkerView,
 )
 from server import views
-from server.routes.access import AdminDep, CoordinatorDep, NewcomerDep, ThisWorkerDep
+from server.routes.access import AdminDep, CoordinatorDep, NewcomerDep, ThisWorkerDep, address_of
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
 
 
 @router.post("")
-async def register(registration: Registration, coordinator: CoordinatorDep, caller: NewcomerDep) -> Welcome:
+async def register(
+    registration: Registration, request: Request, coordinator: CoordinatorDep, caller: NewcomerDep
+) -> Welcome:
     """Introduce a worker. POST: a join token makes a new worker; a worker's own credential updates it."""
-    return coordinator.register(registration, caller.worker)
+    welcome = coordinator.register(registration, caller.worker)
+    await coordinator.tailnet.joined(welcome.worker_id, address_of(request))
+    return welcome
 
 
 @router.get("")
 async def list_workers(coordinator: CoordinatorDep, _: AdminDep) -> list[WorkerView]:
     """All workers that ever joined, by name."""
+    await coordinator.tailnet.refresh()
     known = sorted(coordinator.fleet.workers.values(), key=lambda worker: (worker.name, worker.id))
     return [views.worker_view(coordinator, worker) for worker in known]
 
