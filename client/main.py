@@ -7,6 +7,7 @@ Exit codes: 0 fine · 1 the request failed, or the watched job did · 2 wrong us
 4 the watched job was cancelled · 130 interrupted.
 """
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -268,6 +269,9 @@ def doctor(
         typer.Option(metavar="DIR", envvar="LYDIAN_STATE_DIR", help="The state folder of this machine's part."),
     ] = None,
     device: Annotated[str, typer.Option(help="What a worker here is to train on.")] = "auto",
+    tailscaled: Annotated[
+        Path | None, typer.Option(envvar="LYDIAN_TAILSCALED", help="tailscaled's socket on this machine.")
+    ] = None,
     only: Annotated[list[Side] | None, typer.Option(help="Check this alone; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -283,9 +287,9 @@ def doctor(
     """
     from client.doctor.checks import Wish, run_doctor
 
-    wish = Wish(
-        url=url, token=token, state_dir=state_dir, device=device, sides=frozenset(side.value for side in only or ())
-    )
+    wish = Wish(url=url, token=token, state_dir=state_dir, device=device, sides=frozenset(only or ()))
+    if tailscaled is not None:
+        wish = replace(wish, tailscaled=tailscaled)
     raise typer.Exit(run_doctor(wish, as_json=as_json))
 
 
@@ -497,7 +501,7 @@ def _worker_cells(worker: "WorkerView") -> list[str]:
         *_link_cells(worker.link),
         worker.assignment or shown.NOTHING,
         shown.NOTHING if speed is None else f"{speed:,.0f}/s",
-        worker.reason,
+        "; ".join(filter(None, (worker.reason, worker.hardware.device_reason))),
     ]
     return [shown.one_line(cell) for cell in cells]
 

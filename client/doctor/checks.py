@@ -20,7 +20,7 @@ import typer
 from client import shown
 from client.calling import DEFAULT_URL, local_admin_token, whole_url
 from client.doctor import asking, judging
-from client.doctor.findings import COLOURS, Finding, Side, blocks, exit_code, summary
+from client.doctor.findings import COLOURS, Finding, Side, exit_code, lines, summary
 from common import PROTOCOL, __version__, fitness
 from common.api import CoordinatorApi
 from common.errors import LydianError
@@ -40,6 +40,7 @@ class Wish:
     state_dir: Path | None = None
     device: str = "auto"
     sides: frozenset[str] = frozenset()  # empty: all
+    tailscaled: Path = SOCKET
 
 
 class Examined:
@@ -61,7 +62,7 @@ class Examined:
     def token(self) -> tuple[str, str] | None:
         """The token for the calls, and where it was found; None: there is none."""
         if self.wish.token:
-            return self.wish.token, "that was given"
+            return self.wish.token.strip().partition("@")[0], "that was given"  # a join token may name a machine
         if admin := local_admin_token(self.place.url):
             return admin, "of the coordinator's state folder"
         workers = sorted((self.folder / "workers").glob("*"))
@@ -231,8 +232,12 @@ def _line(examined: Examined) -> Iterator[Finding]:
 
 
 def _tailnet(examined: Examined) -> Iterator[Finding]:
-    status, why_none = tailscale_status(SOCKET, patience_s=0.0)
+    status, why_none = tailscale_status(examined.wish.tailscaled, patience_s=0.0, peers=True)
     yield from judging.tailnet(status, why_none, now=datetime.now(UTC), needed=_is_tailnet(examined))
+    for peer in status.peers if status is not None else ():
+        shared = [address for address in (*examined.addresses, examined.place.host) if address in peer.addresses]
+        if shared:
+            yield judging.path(shared[0], peer)
 
 
 def _is_tailnet(examined: Examined) -> bool:
@@ -242,11 +247,15 @@ def _is_tailnet(examined: Examined) -> bool:
     host = examined.place.host
     if host.endswith(".ts.net"):
         return True
+    return any(_in_tailnet(each) for each in (*examined.addresses, host))
+
+
+def _in_tailnet(address: str) -> bool:
     try:
-        addresses = [ip_address(each.partition("%")[0]) for each in [*examined.addresses, host] if each]
-    except ValueError:  # a name that could not be resolved
+        known = ip_address(address.partition("%")[0])
+    except ValueError:  # a name
         return False
-    return any(address in net for address in addresses for net in TAILNETS if address.version == net.version)
+    return any(known in net for net in TAILNETS if known.version == net.version)
 
 
 # ---------------------------------------------------------------- the table
@@ -321,13 +330,10 @@ def run_doctor(wish: Wish, *, as_json: bool) -> int:
 
 
 def _print(found: list[Finding]) -> None:
-    """One line a finding, below the title of its side; verdicts in colour on a terminal."""
-    coloured, width = shown.fancy(), max((len(finding.check) for finding in found), default=0)
-    for title, findings in blocks(found):
-        typer.echo(title)
-        for finding in findings:
-            verdict = typer.style(f"{finding.verdict:7}", fg=COLOURS[finding.verdict] if coloured else None)
-            typer.echo(f"  {verdict}  {finding.check:{width}}  {shown.one_line(finding.words)}", color=coloured)
+    """The lines, with verdicts in colour on a terminal."""
+    coloured = shown.fancy()
+    for line in lines(found, lambda text, verdict: typer.style(text, fg=COLOURS[verdict]) if coloured else text):
+        typer.echo(line, color=coloured)
 
 
 def _ok(check: str, sentence: str) -> Finding:

@@ -1,9 +1,10 @@
 """What a check found: ok, warning or failure, one sentence, the one thing to do. Pure."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
 from typing import Literal
 
+from client import shown
 from common.fitness import Fit, Verdict
 from common.messages import Message
 
@@ -48,6 +49,21 @@ def blocks(findings: Sequence[Finding]) -> list[tuple[str, list[Finding]]]:
     order = list(TITLES)
     ordered = sorted(findings, key=lambda finding: order.index(finding.side))
     return [(TITLES[side], list(group)) for side, group in groupby(ordered, key=lambda finding: finding.side)]
+
+
+def lines(findings: Sequence[Finding], paint: Callable[[str, Verdict], str] = lambda text, _: text) -> Iterator[str]:
+    """What is printed: one line a finding, below the title of its side.
+
+    Args:
+        findings: in any order.
+        paint: gives a verdict its colour.
+    """
+    width = max((len(finding.check) for finding in findings), default=0)
+    for title, group in blocks(findings):
+        yield title
+        for finding in group:
+            verdict = paint(f"{finding.verdict:7}", finding.verdict)
+            yield f"  {verdict}  {finding.check:{width}}  {shown.one_line(finding.words)}"
 
 
 def summary(findings: Collection[Finding]) -> str:

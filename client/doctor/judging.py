@@ -13,7 +13,7 @@ from client.doctor.findings import Finding, Side, of_fit
 from common import fitness
 from common.errors import ForbiddenError, LydianError
 from common.messages import Link, MachineProbe, VersionView
-from common.tailscale import EXPIRY_WARNING, TailscaleStatus
+from common.tailscale import EXPIRY_WARNING, Peer, TailscaleStatus
 
 OLDEST_PYTHON = (3, 11)
 NEWEST_FOR_LEGACY = (3, 13)  # the last Python that torch 2.7.1 has a build for
@@ -387,6 +387,22 @@ def tailnet(status: TailscaleStatus | None, why_none: str, *, now: datetime, nee
     mode = "" if status.tun else ", in userspace mode: set HTTP_PROXY to reach others (docs/tailscale.md)"
     running = _say("tailnet", "tailscale", "ok", f"running, {address}{name}{mode}")
     return [running, _key(status.key_expiry, now)]
+
+
+def path(address: str, peer: Peer) -> Finding:
+    """How packets to the coordinator travel.
+
+    Args:
+        address: the coordinator's, on the tailnet.
+        peer: that machine, as this one's tailscaled knows it.
+    """
+    if peer.direct:
+        return _say("tailnet", "path", "ok", f"packets to {address} go directly, to {peer.direct}")
+    if not peer.peer_relay and not (peer.relay and peer.active):
+        return _say("tailnet", "path", "ok", f"how packets to {address} travel is not known yet: few were sent")
+    by = f"another machine ({peer.peer_relay})" if peer.peer_relay else f"a relay in {peer.relay} (DERP)"
+    fix = "let UDP port 41641 through at one of the two ends"
+    return _say("tailnet", "path", "warning", f"packets to {address} go through {by}, which is slow", fix)
 
 
 def _key(expiry: datetime | None, now: datetime) -> Finding:

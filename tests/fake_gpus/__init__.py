@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.fitness import drives
+from common.messages import Gpu, GpuInventory, TorchBuild
 
 FOLDER = Path(__file__).parent
 
@@ -28,6 +29,31 @@ LEGACY_TORCH = {
 GTX_1080 = {"name": "NVIDIA GeForce GTX 1080", "memory": 8510701568, "free": 8200000000, "capability": [6, 1]}
 RTX_4090 = {"name": "NVIDIA GeForce RTX 4090", "memory": 25757220864, "free": 25200000000, "capability": [8, 9]}
 A100 = {"name": "NVIDIA A100-SXM4-40GB", "memory": 42949672960, "free": 42400000000, "capability": [8, 0]}
+
+
+def told(*gpus: dict[str, Any], driver: str = "580.95.05") -> GpuInventory:
+    """What worker.hardware makes of the same cards."""
+    known = [
+        Gpu.model_validate(
+            {
+                "index": index,
+                "name": gpu["name"],
+                "memory": gpu["memory"],
+                "driver": driver,
+                "capability": gpu["capability"],
+                "uuid": f"GPU-{index:08d}",
+                "free": gpu["free"],
+                "ecc_uncorrected": gpu.get("ecc", 0),
+            }
+        )
+        for index, gpu in enumerate(gpus)
+    ]
+    return GpuInventory(gpus=tuple(known))
+
+
+def build(torch: dict[str, Any], device: str = "cpu", **changed: Any) -> TorchBuild:
+    """What a training process says of that torch."""
+    return TorchBuild.model_validate({**torch, "device": device, "threads": 4, **changed})
 
 
 def machine(
