@@ -306,6 +306,15 @@ def test_left_to_choose_a_mixed_box_trains_on_the_card_that_fits_and_that_is_no_
     assert exit_code(found) == 0
 
 
+def test_a_device_that_runs_no_kernel_is_said_once() -> None:
+    probe = MachineProbe(inventory=told(RTX_4090), build=build(NEW_TORCH), failure="CUDA error: 999")
+    *_, kernel, device = examined(probe, "cuda")
+
+    assert (kernel.verdict, device.verdict) == ("failure", "failure")
+    assert "CUDA error: 999" in kernel.sentence
+    assert "CUDA error: 999" not in device.words
+
+
 def test_a_card_that_is_hidden_is_not_chosen() -> None:
     probe = MachineProbe(inventory=inventory(Driver(GTX_1080, RTX_4090)), build=build(NEW_TORCH), failure=NO_KERNEL)
     assert "cpu" in examined(probe, "auto", {"CUDA_VISIBLE_DEVICES": "0"})[-1].sentence
@@ -354,6 +363,7 @@ NOTHING = GpuInventory(missing="no_driver", reason="its driver is not installed"
     ("gpus", "has_torch", "python", "verdict", "fix"),
     [
         (NOTHING, False, PY, "ok", ""),
+        (GpuInventory(missing="no_library", reason="no nvidia-ml-py"), False, PY, "ok", ""),
         (NOTHING, True, PY, "failure", "install torch anew: pip install -r requirements_new_gpu.txt"),
         (inventory(Driver(RTX_4090)), True, PY, "failure", "install torch anew"),
         (inventory(Driver(RTX_4090)), False, PY, "warning", "pip install -r requirements_new_gpu.txt"),

@@ -214,7 +214,8 @@ def no_build(probe: MachineProbe, *, has_torch: bool, python: tuple[int, int]) -
         return [broken] if probe.inventory.gpus else [_of_absence(probe), broken]
     if not probe.inventory.gpus:
         sentence = "there is no torch: this machine can serve, submit and watch, and not train"
-        return [_of_absence(probe), _say("training", "torch", "ok", sentence)]
+        found = [_say("training", "torch", "ok", sentence)]
+        return found if probe.inventory.missing == "no_library" else [_of_absence(probe), *found]
     names = ", ".join(fitness.label(gpu) for gpu in probe.inventory.gpus)
     fix = f"pip install -r {file}"
     if file == fitness.LEGACY.file and python > NEWEST_FOR_LEGACY:
@@ -233,6 +234,9 @@ def _kernel(tried: MachineProbe, device: str) -> Finding:
 def _device(asked: str, choice: fitness.Choice, gpus: Sequence[Finding]) -> Finding:
     """What `lydian work --device` would do."""
     command = f"`lydian work --device {asked}`"
+    if choice.fit.code == "broken_device" and choice.device is None:
+        sentence = f"{command} refuses, since no kernel runs there"
+        return _say("training", "device", "failure", sentence, "name another one, or --device cpu")
     if choice.device is None:
         return _say("training", "device", "failure", f"{command} refuses: {choice.fit.sentence}", choice.fit.fix)
     sentence = f"{command} trains on {choice.device}"

@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
+import venv
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -38,10 +40,10 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
         yield running
 
 
-def doctor(*arguments: str, environment: dict[str, str] | None = None, rc: int) -> Found:
+def doctor(*arguments: str, environment: dict[str, str] | None = None, python: str = sys.executable, rc: int) -> Found:
     """What `lydian doctor --json` finds, and that it ends as it should."""
     base = {name: value for name, value in os.environ.items() if not name.startswith("LYDIAN_")}
-    command = [sys.executable, "-m", "client.main", "doctor", "--json", *arguments]
+    command = [python, "-m", "client.main", "doctor", "--json", *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**base, **(environment or {})}, timeout=200
     )
@@ -104,13 +106,47 @@ def test_a_driver_that_was_upgraded_under_a_running_kernel_is_said() -> None:
     assert sentence == "no NVIDIA GPU is shown: its driver answers Driver/library version mismatch"
 
 
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that has what this one has, but nothing that only workers need."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, with_pip=False, symlinks=True)
+    here = Path(sysconfig.get_path("purelib"))
+    there = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    for entry in here.iterdir():
+        if not entry.name.lower().startswith(("torch", "functorch", "pynvml", "nvidia", "sklearn", "scikit", "_")):
+            (there / entry.name).symlink_to(entry)
+    return folder / "bin" / "python"
+
+
+def test_a_machine_without_torch_may_coordinate(without_torch: Path) -> None:
+    found = doctor("--only", "training", "--only", "machine", python=str(without_torch), rc=0)
+
+    assert one(found, "packages, coordinator")[0] == "ok"
+    assert "gpu" not in [finding["check"] for finding in found]  # nor is nvidia-ml-py there, and nobody misses it
+    verdict, sentence, _ = one(found, "torch")
+    assert verdict == "ok"
+    assert sentence == "there is no torch: this machine can serve, submit and watch, and not train"
+
+
+def test_a_gpu_without_torch_hears_which_file_it_needs(without_torch: Path) -> None:
+    found = doctor("--only", "training", python=str(without_torch), environment=machine(GTX_1080), rc=0)
+
+    verdict, sentence, fix = one(found, "torch")
+    assert (verdict, sentence) == ("warning", "there is no torch, so GPU 0 (NVIDIA GeForce GTX 1080) cannot train")
+    assert fix.startswith("pip install -r requirements_legacy_gpu.txt")
+
+
 # ---------------------------------------------------------------- joining
 
 
-def worker(fleet: LocalFleet, name: str, environment: dict[str, str], *arguments: str) -> Process:
+def worker(
+    fleet: LocalFleet, name: str, environment: dict[str, str], *arguments: str, python: str = sys.executable
+) -> Process:
     token = (fleet.state / "join.token").read_text().strip()
     command = ["-m", "worker", fleet.url, "--name", name, "--state-dir", str(fleet.folder / name), "--threads", "1"]
-    return Process([*command, *arguments], fleet.folder / f"{name}.log", {"LYDIAN_TOKEN": token, **environment})
+    given = {"LYDIAN_TOKEN": token, **environment}
+    return Process([*command, *arguments], fleet.folder / f"{name}.log", given, python)
 
 
 def test_a_worker_is_refused_before_it_joins_where_its_torch_has_no_code_for_the_card(fleet: LocalFleet) -> None:
@@ -121,6 +157,14 @@ def test_a_worker_is_refused_before_it_joins_where_its_torch_has_no_code_for_the
     assert "GPU 0 (NVIDIA GeForce GTX 1080) is sm_61; torch 2.14.1 has sm_75 and up" in said
     assert "Install requirements_legacy_gpu.txt." in said
     assert "old" not in [known.name for known in fleet.api.workers()]
+
+
+def test_a_worker_without_torch_hears_which_file_its_card_needs(fleet: LocalFleet, without_torch: Path) -> None:
+    process = worker(fleet, "bare", machine(GTX_1080), python=str(without_torch))
+
+    assert process.popen.wait(90) == 5, process.said()
+    assert f"{without_torch} has no torch" in process.said()
+    assert "Install requirements_legacy_gpu.txt." in process.said()
 
 
 def test_a_worker_is_refused_where_there_is_no_gpu_and_one_was_asked_for(fleet: LocalFleet) -> None:
