@@ -7,11 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import platformdirs
 import psutil  # type: ignore[import-untyped]
@@ -44,7 +47,7 @@ class Wish:
 
 
 class Examined:
-    """What several checks need, asked once."""
+    """What several checks need, asked once. A context manager: inside, the coordinator may be called."""
 
     def __init__(self, wish: Wish) -> None:
         self.wish = wish
@@ -52,6 +55,13 @@ class Examined:
         self.addresses: list[str] = []
         self.held: set[str] = set()  # names of the steps on the way to the coordinator that held
         self.link: Link | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._open.close()
 
     @property
     def folder(self) -> Path:
@@ -72,7 +82,8 @@ class Examined:
     @cached_property
     def api(self) -> CoordinatorApi:
         """The coordinator, called with that token."""
-        return CoordinatorApi(self.place.url, self.token[0] if self.token else None, timeout_s=asking.CALL_S)
+        token = self.token[0] if self.token else None
+        return self._open.enter_context(CoordinatorApi(self.place.url, token, timeout_s=asking.CALL_S))
 
     @cached_property
     def requirements(self) -> list[judging.Requirement]:
@@ -299,18 +310,19 @@ def examine(wish: Wish, say: Callable[[str], None]) -> list[Finding]:
         wish: what was typed.
         say: is told what is waited for.
     """
-    examined, found = Examined(wish), list[Finding]()
-    for check in CHECKS:
-        if (wish.sides and check.side not in wish.sides) or (check.after and check.after not in examined.held):
-            continue
-        if check.waits:
-            say(f"waiting for {check.waits}")
-        try:
-            found += check.look(examined)
-        except LydianError as error:
-            found.append(
-                Finding(side=check.side, check=check.name, verdict="failure", sentence=str(error), fix=error.advice)
-            )
+    found = list[Finding]()
+    with Examined(wish) as examined:
+        for check in CHECKS:
+            if (wish.sides and check.side not in wish.sides) or (check.after and check.after not in examined.held):
+                continue
+            if check.waits:
+                say(f"waiting for {check.waits}")
+            try:
+                found += check.look(examined)
+            except LydianError as error:
+                found.append(
+                    Finding(side=check.side, check=check.name, verdict="failure", sentence=str(error), fix=error.advice)
+                )
     return found
 
 
