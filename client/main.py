@@ -7,6 +7,8 @@ Exit codes: 0 fine · 1 the request failed, or the watched job did · 2 wrong us
 4 the watched job was cancelled · 130 interrupted.
 """
 
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -39,6 +41,7 @@ Examples:
   lydian simulate digits --clients 1000              the same with very many virtual clients
   lydian serve                                       start the coordinator
   lydian work http://gpu-box:8470 --token TOKEN      train for it, on every machine
+  lydian doctor http://gpu-box:8470                  see what keeps this machine from it, and what to do
   lydian submit fashion-mnist --rounds 20 --watch    send a job and watch it
   lydian pull JOB -o model.safetensors --best        fetch the model
 
@@ -55,8 +58,8 @@ token_app = new_app("Tokens for workers.")
 app.add_typer(token_app, name="token")
 
 WORKER_COLUMNS = (
-    "WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "PRECISION", "NODE", "PATH", "DOWN", "UP", "LATENCY", "DOING", "SPEED",
-    "REASON",
+    "WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "PRECISION", "NODE", "PATH", "DOWN", "UP", "LATENCY", "DOING",
+    "SPEED", "REASON",
 )  # fmt: skip
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
@@ -315,6 +318,52 @@ def bench(context: typer.Context) -> None:
     become("bench", context.args)
 
 
+class Part(StrEnum):
+    """The parts of `lydian doctor`."""
+
+    machine = "machine"
+    training = "training"
+    coordinator = "coordinator"
+    tailnet = "tailnet"
+
+
+@app.command()
+def doctor(
+    url: Annotated[
+        str | None, typer.Argument(metavar="URL", envvar="LYDIAN_URL", help="The coordinator, if there is one.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option(metavar="TEXT", envvar="LYDIAN_TOKEN", help="Any token. Better in LYDIAN_TOKEN.")
+    ] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", envvar="LYDIAN_STATE_DIR", help="The state folder of this machine's part."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="What a worker here is to train on.")] = "auto",
+    tailscaled: Annotated[
+        Path | None, typer.Option(envvar="LYDIAN_TAILSCALED", help="tailscaled's socket on this machine.")
+    ] = None,
+    only: Annotated[list[Part] | None, typer.Option(help="Check this alone; repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, and the way from it to the coordinator: one line a check, and the one thing to do.
+
+    With --json a list of {side, check, verdict, sentence, fix}. Exit code 1 where anything failed; warnings may be.
+
+    \b
+    Examples:
+      lydian doctor                             before `lydian serve` or `lydian work`, on any machine
+      lydian doctor http://gpu-box:8470         the way to the coordinator as well
+      lydian doctor --only training --device cuda:1
+    """
+    from client.doctor.checks import Wish, run_doctor
+
+    wish = Wish(url=url, token=token, state_dir=state_dir, device=device, sides=frozenset(only or ()))
+    if tailscaled is not None:
+        wish = replace(wish, tailscaled=tailscaled)
+    raise typer.Exit(run_doctor(wish, as_json=as_json))
+
+
 # ---------------------------------------------------------------- jobs
 
 
@@ -561,7 +610,7 @@ def _worker_cells(worker: "WorkerView") -> list[str]:
         *_link_cells(worker.link),
         worker.assignment or shown.NOTHING,
         shown.NOTHING if speed is None else f"{speed:,.0f}/s",
-        worker.reason,
+        "; ".join(filter(None, (worker.reason, worker.hardware.device_reason))),
     ]
     return [shown.one_line(cell) for cell in cells]
 

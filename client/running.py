@@ -27,12 +27,14 @@ _NEEDS = {
     "server": ("fastapi", "uvicorn"),
     "worker": ("psutil",),
     "worker.simulation": ("psutil",),
+    "worker.probe": ("psutil",),
     "bench": ("fastapi", "uvicorn", "psutil", "torch"),
 }
 _REQUIREMENTS = {
     "server": "requirements_server.txt",
     "worker": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
     "bench": "requirements_server.txt -r requirements_new_gpu.txt",
+    "worker.probe": "requirements_server.txt",
     "worker.simulation": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
 }
 _ROOT = Path(__file__).resolve().parent.parent

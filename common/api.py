@@ -5,11 +5,14 @@ UnavailableError with the code `unreachable` when no answer came. No call retrie
 stream that outlives the coordinator; whoever calls decides how long to insist.
 """
 
+import contextlib
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -225,6 +228,13 @@ class CoordinatorApi:
     def version(self) -> VersionView:
         """The coordinator's version; needs no token."""
         return self._ask(VersionView, "GET", "/version")
+
+    def wall_clock(self) -> datetime | None:
+        """The coordinator's clock, to the second, as it dates its answers; None where it does not. Decides nothing."""
+        told = self._send("GET", "/version").headers.get("Date", "")
+        with contextlib.suppress(ValueError):
+            return parsedate_to_datetime(told)
+        return None
 
     def submit_job(self, request: JobRequest) -> JobView:
         """Send a job. The same key again gives the same job."""

@@ -208,6 +208,20 @@ class Gpu(Message):
     memory: Count = Field(description="bytes")
     driver: str
     capability: tuple[int, int] | None = Field(None, description="compute capability, e.g. (8, 9)")
+    uuid: str = Field("", max_length=100, description="e.g. GPU-b6a9…; empty: not known")
+    free: Count | None = Field(None, description="bytes of memory that nobody used when it was asked; None: not known")
+    ecc_uncorrected: Count = Field(0, description="memory errors since the driver was loaded that could not be mended")
+
+
+NoGpu = Literal["", "no_library", "no_driver", "not_loaded", "no_answer", "no_device"]
+
+
+class GpuInventory(Message):
+    """The NVIDIA GPUs of a machine, in the order of the PCI bus, as their driver reports them."""
+
+    gpus: tuple[Gpu, ...] = ()
+    missing: NoGpu = Field("", description="why there is none; empty: there are some")
+    reason: str = Field("", description="why there is none, or what of them is not known, as a sentence")
 
 
 class TorchBuild(Message):
@@ -244,6 +258,17 @@ class Hardware(Message):
     memory: Count = Field(description="bytes")
     gpus: tuple[Gpu, ...] = ()
     torch: TorchBuild
+    device_reason: str = Field(
+        "", max_length=1_000, description="why not on a GPU that is there; empty: nothing to say"
+    )
+
+
+class MachineProbe(Message):
+    """What `python -m worker.probe` found: GPUs, and what a training process says that ran a kernel."""
+
+    inventory: GpuInventory
+    build: TorchBuild | None = Field(None, description="None: no torch could be loaded")
+    failure: str = Field("", description="why no kernel ran on the device that was asked for; empty: it ran")
 
 
 class Link(Message):

@@ -18,12 +18,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.messages import Gpu, Hardware, TorchBuild
+from common.messages import Gpu, GpuInventory, Hardware, TorchBuild
 from worker import hardware
-from worker.hardware import cpu_name, cpu_quotas, describe, gpus_by_nvml, memory_limits, unused_gpus, usable_cores
+from worker.hardware import cpu_name, cpu_quotas, describe, idle_gpus, inventory, memory_limits, usable_cores
 
 CPU_TORCH = TorchBuild(version="2.14.1+cpu", device="cpu", threads=2)
-RTX = Gpu(index=0, name="NVIDIA GeForce RTX 4090", memory=24 << 30, driver="580.65.06", capability=(8, 9))
+RTX = Gpu(
+    index=0,
+    name="NVIDIA GeForce RTX 4090",
+    memory=24 << 30,
+    driver="580.65.06",
+    capability=(8, 9),
+    uuid="GPU-1a2b",
+    free=20 << 30,
+    ecc_uncorrected=3,
+)
 
 
 def driver_is_here() -> bool:
@@ -46,6 +55,8 @@ class Driver:
     NVMLError_LibraryNotFound = pynvml.NVMLError_LibraryNotFound
     NVMLError_DriverNotLoaded = pynvml.NVMLError_DriverNotLoaded
     NVMLError_NotSupported = pynvml.NVMLError_NotSupported
+    NVML_MEMORY_ERROR_TYPE_UNCORRECTED = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
+    NVML_VOLATILE_ECC = pynvml.NVML_VOLATILE_ECC
 
     def _answer(self, name: str, answer: Any) -> Any:
         if name in self.errors:
@@ -73,10 +84,19 @@ class Driver:
         return self._answer("nvmlDeviceGetName", RTX.name)
 
     def nvmlDeviceGetMemoryInfo(self, handle: object) -> SimpleNamespace:
-        return self._answer("nvmlDeviceGetMemoryInfo", SimpleNamespace(total=RTX.memory))
+        return self._answer("nvmlDeviceGetMemoryInfo", SimpleNamespace(total=RTX.memory, free=RTX.free))
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: object) -> tuple[int, int]:
         return self._answer("nvmlDeviceGetCudaComputeCapability", RTX.capability)
+
+    def nvmlDeviceGetUUID(self, handle: object) -> str:
+        return self._answer("nvmlDeviceGetUUID", RTX.uuid)
+
+    def nvmlDeviceGetTotalEccErrors(self, handle: object, kind: int, counter: int) -> int:
+        uncorrected, volatile = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC
+        return self._answer(
+            "nvmlDeviceGetTotalEccErrors", RTX.ecc_uncorrected * ((kind, counter) == (uncorrected, volatile))
+        )
 
 
 FUNCTIONS = sorted(name for name in vars(Driver) if name.startswith("nvml"))
@@ -95,7 +115,7 @@ def cgroup(tmp_path: Path) -> Path:
 
 
 def test_this_machine_is_described_as_it_is() -> None:
-    told = describe(CPU_TORCH, "cpu")
+    told = describe(CPU_TORCH)
 
     assert told.torch == CPU_TORCH
     assert 1 <= told.cores <= (os.cpu_count() or 1)
@@ -112,7 +132,7 @@ def test_what_was_not_found_is_said_in_the_log(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)  # as if nvidia-ml-py were not installed
     with caplog.at_level(logging.INFO, "lydian.worker"):
-        told = describe(CPU_TORCH, "cpu")
+        told = describe(CPU_TORCH)
 
     assert told.gpus == ()
     assert "nvidia-ml-py is not installed" in caplog.text
@@ -134,7 +154,7 @@ def test_a_system_without_affinity_has_all_its_cores(monkeypatch: pytest.MonkeyP
 
 
 def test_torch_is_not_imported_to_know_the_machine() -> None:
-    script = "import sys, worker.hardware as h; h.gpus_by_nvml(); sys.exit('torch' in sys.modules)"
+    script = "import sys, worker.hardware as h; h.inventory(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 
@@ -217,25 +237,26 @@ def test_a_processor_without_a_model_name_is_its_architecture_and_that_is_said(
 # ---------------------------------------------------------------- GPUs
 
 
+def none(missing: str, why: str) -> GpuInventory:
+    return GpuInventory.model_validate({"missing": missing, "reason": f"no NVIDIA GPU is shown: {why}"})
+
+
 @pytest.mark.skipif(driver_is_here(), reason="this machine has an NVIDIA driver")
 def test_a_machine_without_a_driver_has_no_gpu_and_a_reason() -> None:
-    assert gpus_by_nvml() == ((), "no NVIDIA GPU is shown: its driver is not installed")
+    assert inventory() == none("no_driver", "its driver is not installed")
 
 
 @pytest.mark.skipif(not driver_is_here(), reason="this machine has no NVIDIA driver")
 def test_a_machine_with_a_driver_tells_its_gpus() -> None:
-    gpus, why = gpus_by_nvml()
+    found = inventory()
 
-    assert gpus or why
-    assert all(gpu.memory > 0 and gpu.name != "unknown" and gpu.driver[0].isdigit() for gpu in gpus)
+    assert found.gpus or found.missing
+    assert all(gpu.memory > 0 and gpu.name != "unknown" and gpu.driver[0].isdigit() for gpu in found.gpus)
 
 
 def test_without_nvidia_ml_py_there_is_no_gpu_and_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    gpus, why = gpus_by_nvml()
-
-    assert gpus == ()
-    assert "nvidia-ml-py is not installed" in why
+    assert inventory() == none("no_library", "nvidia-ml-py is not installed")
 
 
 def test_the_stand_in_offers_nothing_that_pynvml_does_not() -> None:
@@ -246,28 +267,28 @@ def test_the_stand_in_offers_nothing_that_pynvml_does_not() -> None:
 def test_every_gpu_is_told_and_the_session_ends() -> None:
     driver = Driver(count=2)
 
-    assert gpus_by_nvml(driver) == ((RTX, RTX.model_copy(update={"index": 1})), "")
+    assert inventory(driver) == GpuInventory(gpus=(RTX, RTX.model_copy(update={"index": 1})))
     assert driver.sessions == 0
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "missing", "said"),
     [
-        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "not installed"),
-        (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "not loaded"),
-        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "its driver answers"),
-        (pynvml.NVML_ERROR_NO_PERMISSION, "Insufficient Permissions"),
+        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "no_driver", "not installed"),
+        (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "not_loaded", "not loaded"),
+        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "no_answer", "its driver answers"),
+        (pynvml.NVML_ERROR_NO_PERMISSION, "no_answer", "Insufficient Permissions"),
     ],
 )
-def test_a_driver_that_does_not_start_leaves_no_gpu_and_a_reason(code: int, said: str) -> None:
-    gpus, why = gpus_by_nvml(Driver(errors={"nvmlInit": code}))
+def test_a_driver_that_does_not_start_leaves_no_gpu_and_a_reason(code: int, missing: str, said: str) -> None:
+    found = inventory(Driver(errors={"nvmlInit": code}))
 
-    assert gpus == ()
-    assert said in why
+    assert (found.gpus, found.missing) == ((), missing)
+    assert said in found.reason
 
 
 def test_a_driver_without_gpus_says_so() -> None:
-    assert gpus_by_nvml(Driver(count=0)) == ((), "no NVIDIA GPU is shown: its driver has none")
+    assert inventory(Driver(count=0)) == none("no_device", "its driver has none")
 
 
 @pytest.mark.parametrize(
@@ -275,30 +296,37 @@ def test_a_driver_without_gpus_says_so() -> None:
     [
         ("nvmlSystemGetDriverVersion", {"driver": "unknown"}),
         ("nvmlDeviceGetName", {"name": "unknown"}),
-        ("nvmlDeviceGetMemoryInfo", {"memory": 0}),
+        ("nvmlDeviceGetMemoryInfo", {"memory": 0, "free": None}),
         ("nvmlDeviceGetCudaComputeCapability", {"capability": None}),
+        ("nvmlDeviceGetUUID", {"uuid": ""}),
+        ("nvmlDeviceGetTotalEccErrors", {"ecc_uncorrected": 0}),
     ],
 )
 def test_a_field_that_the_driver_does_not_have_costs_this_field_alone(function: str, changed: dict[str, Any]) -> None:
-    gpus, why = gpus_by_nvml(Driver(errors={function: pynvml.NVML_ERROR_UNKNOWN}))
+    found = inventory(Driver(errors={function: pynvml.NVML_ERROR_UNKNOWN}))
 
-    assert gpus == (RTX.model_copy(update=changed),)
-    assert "does not tell" in why
-    assert "Unknown" in why
+    assert found.gpus == (RTX.model_copy(update=changed),)
+    assert "does not tell" in found.reason
+    assert "Unknown" in found.reason
 
 
 def test_a_gpu_that_shares_the_machines_memory_has_the_machines_memory() -> None:
-    gpus, why = gpus_by_nvml(Driver(errors={"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}))
+    found = inventory(Driver(errors={"nvmlDeviceGetMemoryInfo": pynvml.NVML_ERROR_NOT_SUPPORTED}))
+    shared = RTX.model_copy(update={"memory": psutil.virtual_memory().total, "free": None})
 
-    assert gpus == (RTX.model_copy(update={"memory": psutil.virtual_memory().total}),)
-    assert why == ""
+    assert found == GpuInventory(gpus=(shared,))
+
+
+def test_a_gpu_that_does_not_count_memory_errors_has_none() -> None:
+    found = inventory(Driver(errors={"nvmlDeviceGetTotalEccErrors": pynvml.NVML_ERROR_NOT_SUPPORTED}))
+    assert found == GpuInventory(gpus=(RTX.model_copy(update={"ecc_uncorrected": 0}),))
 
 
 def test_a_gpu_that_fell_off_the_bus_does_not_hide_the_others() -> None:
-    gpus, why = gpus_by_nvml(Driver(count=3, errors={"nvmlDeviceGetHandleByIndex 1": pynvml.NVML_ERROR_GPU_IS_LOST}))
+    found = inventory(Driver(count=3, errors={"nvmlDeviceGetHandleByIndex 1": pynvml.NVML_ERROR_GPU_IS_LOST}))
 
-    assert [gpu.index for gpu in gpus] == [0, 2]
-    assert "GPU 1 (GPU is lost)" in why
+    assert [gpu.index for gpu in found.gpus] == [0, 2]
+    assert "GPU 1 (GPU is lost)" in found.reason
 
 
 @given(
@@ -312,32 +340,27 @@ def test_a_gpu_that_fell_off_the_bus_does_not_hide_the_others() -> None:
 )
 def test_no_answer_of_a_driver_keeps_a_worker_from_registering(count: int, errors: dict[str, int]) -> None:
     driver = Driver(count, errors)
-    gpus, why = gpus_by_nvml(driver)
+    found = inventory(driver)
 
-    assert len(gpus) <= count
-    assert gpus or why
+    assert len(found.gpus) <= count
+    assert bool(found.gpus) == (not found.missing)
+    assert found.gpus or found.reason
     assert driver.sessions == 0
 
 
-# ---------------------------------------------------------------- what does not fit together
+# ---------------------------------------------------------------- what lies idle
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "cuda", "said"),
+    ("device", "gpus", "said"),
     [
-        ("cpu", (), None, []),
-        ("cuda:0", (RTX,), "13.0", []),
-        ("cuda:0", (RTX, RTX), "13.0", []),
-        ("cuda", (RTX,), "13.0", []),
-        ("cuda", (RTX, RTX), "13.0", ["one of 2 GPUs", "--device cuda:all"]),
-        ("cpu", (RTX,), None, ["RTX 4090", "without CUDA", "2.14.1"]),
-        ("cpu", (RTX, RTX), "12.6", ["RTX 4090, NVIDIA", "CUDA 12.6"]),
+        ("cpu", (RTX, RTX), False),
+        ("cuda:0", (RTX, RTX), False),
+        ("cuda", (RTX,), False),
+        ("cuda", (RTX, RTX), True),
     ],
 )
-def test_gpus_that_lie_idle_are_named_with_the_likely_cause(
-    device: str, gpus: tuple[Gpu, ...], cuda: str | None, said: list[str]
-) -> None:
-    sentence = unused_gpus(TorchBuild(version="2.14.1", device=device, cuda=cuda, threads=1), device, gpus)
+def test_gpus_that_lie_idle_are_named_with_the_way_to_use_them(device: str, gpus: tuple[Gpu, ...], said: bool) -> None:
+    sentence = idle_gpus(device, gpus)
 
-    assert bool(sentence) == bool(said)
-    assert all(part in sentence for part in said)
+    assert ("one of 2 GPUs" in sentence, "--device cuda:all" in sentence) == (said, said)

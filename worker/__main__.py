@@ -18,6 +18,7 @@ from common.places import machine_name
 from common.tailscale import SOCKET
 from worker import manners, pin, plan
 from worker.agent import Agent
+from worker.fitting import UnfitError
 from worker.hardware import usable_cores
 from worker.identity import Identity, default_folder, trust_file, trusted_digests
 from worker.manners import Rules
@@ -25,6 +26,7 @@ from worker.options import Options
 from worker.spool import Spool
 
 EXIT_RIVAL = 4
+EXIT_UNFIT = 5
 EXIT_DISK_BROKEN = 74  # EX_IOERR of sysexits.h, as the coordinator's
 
 log = logging.getLogger("lydian.worker")
@@ -147,7 +149,8 @@ def work(
     that was killed goes on where it was.
 
     Exit codes: 0 left in good order · 1 refused, or cannot work here · 2 wrong usage · 4 another machine works with
-    this worker's credential · 74 the disk is broken. A coordinator that is away is waited for.
+    this worker's credential · 5 its torch does not run on the GPU · 74 the disk is broken. A coordinator that is away
+    is waited for.
 
     Examples:
 
@@ -211,6 +214,8 @@ def exit_code(error: LydianError) -> int:
     """What the process ends with: a supervisor restarts some ends and not others (deploy/lydian-worker.service)."""
     if plan.is_rival(error):
         return EXIT_RIVAL
+    if isinstance(error, UnfitError) and error.lasting:
+        return EXIT_UNFIT
     return EXIT_DISK_BROKEN if error.code == "disk_broken" else 1
 
 

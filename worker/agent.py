@@ -27,6 +27,7 @@ from common.messages import (
     TOGETHER,
     Abandon,
     Assignment,
+    GpuInventory,
     Heartbeat,
     Holding,
     PollAnswer,
@@ -42,6 +43,7 @@ from common.transfers import TransferStopped
 from worker import hardware, plan
 from worker.child import TaskFailure, TaskStopped
 from worker.departure import Departure, Leaving
+from worker.fitting import fit_device
 from worker.heart import Heart, Watch
 from worker.identity import Identity, usable
 from worker.line import Line
@@ -135,10 +137,11 @@ class Agent:
             self._leave()
 
     def _work(self) -> None:
+        found = hardware.inventory()  # before the child takes memory of a GPU
         with usable(self.spool.folder):
             self._trainer.ready()  # torch loads while the coordinator is asked
         self._check_version()
-        self._register()
+        self._register(found)
         self._hand_in_trained()
         while not self._departure.told:
             self._rest_or_carry_on()
@@ -190,10 +193,10 @@ class Agent:
         if refusal is not None:
             raise refusal
 
-    def _register(self) -> None:
+    def _register(self, found: GpuInventory) -> None:
         with usable(self.spool.folder), self._departure.may_leave():
-            build = self._trainer.ready().hello  # waits for torch to be loaded
-        self._lookout.open(watching(build.device, self.options.rules))
+            fitted = fit_device(self._trainer, self.options.device, found)  # waits for torch to be loaded
+        self._lookout.open(watching(fitted.build.device, self.options.rules))
         url = self.identity.url
         unsent = [held.holding for held in self.spool.trained(url)]
         unsent += [held.holding for held in self.spool.untrained(url)]
@@ -202,7 +205,7 @@ class Agent:
             protocol=PROTOCOL,
             version=__version__,
             start_id=self.identity.start_id,
-            hardware=hardware.describe(build, build.device),
+            hardware=hardware.describe(fitted.build, found, fitted.reason),
             data=tuple(sorted(self.options.data)),
             trust=self.options.trust,
             trusted=self.options.trusted,

@@ -32,6 +32,7 @@ from typing import IO, Any, Self, cast
 import psutil  # type: ignore[import-untyped]
 
 from common.errors import LydianError
+from common.fitness import PCI_ORDER
 from common.messages import Progress, TorchBuild
 
 HOST = Path(__file__).with_name("task_host.py")
@@ -430,13 +431,13 @@ class Child:
 
 
 def scrubbed(environment: Mapping[str, str] | None) -> dict[str, str]:
-    """The child's environment: no token of ours, and sets of strings that iterate alike on every run."""
+    """The child's environment: no token of ours, sets of strings that iterate alike, cards in nvidia-smi's order."""
     kept = {
         name: value
         for name, value in (os.environ if environment is None else environment).items()
         if not name.startswith("LYDIAN_")
     }
-    return {**kept, "PYTHONHASHSEED": "0"}
+    return {"CUDA_DEVICE_ORDER": PCI_ORDER, **kept, "PYTHONHASHSEED": "0"}
 
 
 def kill_group(group: int) -> None:

@@ -16,27 +16,30 @@ from typing import Any, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-from common.messages import Gpu, Hardware, TorchBuild
+from common.messages import Gpu, GpuInventory, Hardware, NoGpu, TorchBuild
 
 log = logging.getLogger("lydian.worker")
 
 T = TypeVar("T")
+
+REASON_LIMIT = 1_000  # characters, as messages.Hardware takes them
 
 CPUINFO = Path("/proc/cpuinfo")
 CGROUP = Path("/proc/self/cgroup")
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 
 
-def describe(torch: TorchBuild, device: str) -> Hardware:
+def describe(torch: TorchBuild, found: GpuInventory | None = None, device_reason: str = "") -> Hardware:
     """This machine as a worker registers it. Logs what could not be found and why.
 
     Args:
         torch: what the child that trains said about its torch.
-        device: the device it trains on, e.g. cpu, cuda:1.
+        found: the GPUs, where they were asked for before the child took memory of one; None: they are asked for now.
+        device_reason: why the child does not train on a GPU that is there.
     """
-    gpus, no_gpus = gpus_by_nvml()
+    found = found or inventory()
     cpu, no_cpu = cpu_name()
-    for why in (no_gpus, no_cpu, unused_gpus(torch, device, gpus)):
+    for why in (found.reason, no_cpu, idle_gpus(torch.device, found.gpus)):
         if why:
             log.info("%s", why)
     log.info("%s", abilities(torch))
@@ -47,8 +50,9 @@ def describe(torch: TorchBuild, device: str) -> Hardware:
         cpu=cpu,
         cores=usable_cores(),
         memory=usable_memory(),
-        gpus=gpus,
+        gpus=found.gpus,
         torch=torch,
+        device_reason=device_reason[:REASON_LIMIT],
     )
 
 
@@ -82,40 +86,36 @@ def cpu_name(cpuinfo: Path = CPUINFO) -> tuple[str, str]:
     return name, f"the processor is shown as {name}: {cpuinfo} has no model name"
 
 
-def unused_gpus(torch: TorchBuild, device: str, gpus: tuple[Gpu, ...]) -> str:
+def idle_gpus(device: str, gpus: tuple[Gpu, ...]) -> str:
     """A sentence when GPUs lie idle and nobody chose that; empty otherwise."""
-    if device == "cuda" and len(gpus) > 1:
-        return f"training on one of {len(gpus)} GPUs: `--device cuda:all` has one worker train on all of them"
-    if device != "cpu" or not gpus:
+    if device != "cuda" or len(gpus) < 2:
         return ""
-    build = f"built for CUDA {torch.cuda}" if torch.cuda else "built without CUDA"
-    names = ", ".join(gpu.name for gpu in gpus)
-    return f"training on the CPU beside {names}: torch {torch.version} is {build}; `lydian doctor` says what fits"
+    return f"training on one of {len(gpus)} GPUs: `--device cuda:all` has one worker train on all of them"
 
 
 # ---------------------------------------------------------------- GPUs
 
 
-def gpus_by_nvml(nvml: Any = None) -> tuple[tuple[Gpu, ...], str]:  # noqa: ANN401 - pynvml has no types
+def inventory(nvml: Any = None) -> GpuInventory:  # noqa: ANN401 - pynvml has no types
     """The NVIDIA GPUs of this machine in the order of the PCI bus, as their driver reports them.
 
-    CUDA may count them in another order, and sees only those that CUDA_VISIBLE_DEVICES leaves it.
+    The child counts them in the same order (worker.child), and sees those that CUDA_VISIBLE_DEVICES leaves it.
 
     Args:
         nvml: the module pynvml, unless the caller brings another.
 
     Returns:
-        The GPUs, and why there are none or what of them is not known; empty when all is.
+        The GPUs, and why there are none or what of them is not known; no reason when all is.
     """
     if nvml is None:
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError:
-            return (), "no NVIDIA GPU is shown: nvidia-ml-py is not installed"
+            return _none("no_library", "nvidia-ml-py is not installed")
     try:
         nvml.nvmlInit()
     except nvml.NVMLError as error:
-        return (), f"no NVIDIA GPU is shown: {_no_session(nvml, error)}"
+        return _no_session(nvml, error)
     try:
         return _read_gpus(nvml)
     finally:
@@ -125,15 +125,19 @@ def gpus_by_nvml(nvml: Any = None) -> tuple[tuple[Gpu, ...], str]:  # noqa: ANN4
             log.info("the NVIDIA driver did not end the session: %s", error)
 
 
-def _no_session(nvml: Any, error: Exception) -> str:  # noqa: ANN401
+def _none(missing: NoGpu, why: str) -> GpuInventory:
+    return GpuInventory(missing=missing, reason=f"no NVIDIA GPU is shown: {why}")
+
+
+def _no_session(nvml: Any, error: Exception) -> GpuInventory:  # noqa: ANN401
     if isinstance(error, nvml.NVMLError_LibraryNotFound):
-        return "its driver is not installed"
+        return _none("no_driver", "its driver is not installed")
     if isinstance(error, nvml.NVMLError_DriverNotLoaded):
-        return "its driver is installed and not loaded"
-    return f"its driver answers {error}"
+        return _none("not_loaded", "its driver is installed and not loaded")
+    return _none("no_answer", f"its driver answers {error}")
 
 
-def _read_gpus(nvml: Any) -> tuple[tuple[Gpu, ...], str]:  # noqa: ANN401
+def _read_gpus(nvml: Any) -> GpuInventory:  # noqa: ANN401
     unknown: list[str] = []
 
     def ask(what: str, question: Callable[..., T], *about: object, otherwise: T) -> T:
@@ -144,12 +148,6 @@ def _read_gpus(nvml: Any) -> tuple[tuple[Gpu, ...], str]:  # noqa: ANN401
             unknown.append(f"{what} ({error})")
             return otherwise
 
-    def gpu_memory(handle: object) -> int:
-        try:
-            return int(nvml.nvmlDeviceGetMemoryInfo(handle).total)
-        except nvml.NVMLError_NotSupported:  # a GPU without memory of its own shares the machine's, such as a GB10
-            return int(psutil.virtual_memory().total)
-
     driver: str = ask("its version", nvml.nvmlSystemGetDriverVersion, otherwise="unknown")
     gpus = []
     for index in range(ask("the number of GPUs", nvml.nvmlDeviceGetCount, otherwise=0)):
@@ -157,14 +155,47 @@ def _read_gpus(nvml: Any) -> tuple[tuple[Gpu, ...], str]:  # noqa: ANN401
         if handle is None:
             continue
         name: str = ask(f"the name of GPU {index}", nvml.nvmlDeviceGetName, handle, otherwise="unknown")
-        memory = ask(f"the memory of GPU {index}", gpu_memory, handle, otherwise=0)
+        unseen: tuple[int, int | None] = (0, None)
+        memory, free = ask(f"the memory of GPU {index}", _memory, nvml, handle, otherwise=unseen)
         capability: tuple[int, int] | None = ask(
             f"the compute capability of GPU {index}", nvml.nvmlDeviceGetCudaComputeCapability, handle, otherwise=None
         )
-        gpus.append(Gpu(index=index, name=name, memory=memory, driver=driver, capability=capability))
+        uuid: str = ask(f"the UUID of GPU {index}", nvml.nvmlDeviceGetUUID, handle, otherwise="")
+        errors = ask(f"the memory errors of GPU {index}", _ecc_uncorrected, nvml, handle, otherwise=0)
+        gpus.append(
+            Gpu(
+                index=index,
+                name=name,
+                memory=memory,
+                driver=driver,
+                capability=capability,
+                uuid=uuid,
+                free=free,
+                ecc_uncorrected=errors,
+            )
+        )
     if unknown:
-        return tuple(gpus), f"the NVIDIA driver does not tell {', '.join(unknown)}"
-    return tuple(gpus), "" if gpus else "no NVIDIA GPU is shown: its driver has none"
+        what = f"the NVIDIA driver does not tell {', '.join(unknown)}"
+        return GpuInventory(gpus=tuple(gpus), missing="" if gpus else "no_answer", reason=what)
+    return GpuInventory(gpus=tuple(gpus)) if gpus else _none("no_device", "its driver has none")
+
+
+def _memory(nvml: Any, handle: object) -> tuple[int, int | None]:  # noqa: ANN401
+    """Bytes of a GPU's memory, and how many of them are free; None where that is not known."""
+    try:
+        told = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError_NotSupported:  # a GPU without memory of its own shares the machine's, such as a GB10
+        return int(psutil.virtual_memory().total), None
+    return int(told.total), int(told.free)
+
+
+def _ecc_uncorrected(nvml: Any, handle: object) -> int:  # noqa: ANN401
+    """Memory errors since the driver was loaded that could not be mended; 0 for a card that does not count them."""
+    try:
+        kind, since = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        return int(nvml.nvmlDeviceGetTotalEccErrors(handle, kind, since))
+    except nvml.NVMLError_NotSupported:
+        return 0
 
 
 # ---------------------------------------------------------------- control groups

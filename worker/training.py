@@ -6,6 +6,7 @@ what the agent lends: fetching something, patiently.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,11 @@ class Trainer:
         """Undo `hold`. Any thread may call this."""
         if (child := self._child) is not None:
             child.go_on()
+
+    def use(self, device: str) -> None:
+        """From now on train on this device: the next child is started there."""
+        self.close()
+        self._options = replace(self._options, device=device)
 
     def close(self) -> None:
         """End the child, and forget the job that it had loaded."""

@@ -255,9 +255,9 @@ def _ends_of_a_coordinator() -> list[str]:
 
 def _ends_of_a_worker(grace_s: float) -> list[str]:
     return [
-        "# 2: wrong usage stays wrong. 4: another machine works with this worker's credential, from a copied state",
-        "# folder. Starting again would not help.",
-        "RestartPreventExitStatus=2 4",
+        "# Starting again would not help. 2: wrong usage stays wrong. 4: another machine works with this worker's",
+        "# credential, from a copied state folder. 5: its torch does not run on the GPU.",
+        "RestartPreventExitStatus=2 4 5",
         f"# SIGTERM goes to the agent, which finishes what it does within --grace ({grace_s:g} s) or hands it back;",
         "# what is left is killed.",
         "KillMode=mixed",

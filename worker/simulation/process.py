@@ -25,6 +25,7 @@ from common.messages import TOGETHER, Abandon, Hardware, Order, PollAnswer, Poll
 from common.transfers import TransferStopped
 from worker import hardware, plan
 from worker.child import TaskFailure, TaskStopped
+from worker.fitting import fit_device
 from worker.heart import Heart, Watch
 from worker.options import Options
 from worker.simulation.claims import Claim, groups
@@ -85,8 +86,9 @@ class Simulator:
         Raises:
             LydianError: the coordinator takes nothing from here, or the disk takes nothing.
         """
-        build = self._trainer.ready().hello
-        machine = hardware.describe(build, build.device)
+        found = hardware.inventory()
+        fitted = fit_device(self._trainer, self._options.device, found)
+        machine = hardware.describe(fitted.build, found, fitted.reason)
         self._each(lambda worker: self._register(worker, machine), self._workers)
         log.info("%d virtual workers at %s", len(self._workers), self._url)
         while True:
