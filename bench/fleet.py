@@ -45,13 +45,17 @@ class Fleet:
     def start_workers(self, number: int) -> None:
         """Start real workers, a thread each, and wait until all of them ask for work."""
         for at in range(number):
-            folder = str(self.folder / f"w{at}")
-            arguments = [self.url, "--name", f"w{at}", "--state-dir", folder, "--threads", "1", "--device", "cpu"]
-            command = python_module("worker", [*arguments, "--trust", "any"])
-            environment = self._environment | {"LYDIAN_TOKEN": self.join_token}
-            self.agents.append(self._children.start(f"w{at}", command, environment))
+            self.start_worker(f"w{at}")
         while sum(worker.state == "idle" and worker.last_seen_s == 0 for worker in self.api.workers()) < number:
             self.pause(LOOK_S)
+
+    def start_worker(self, name: str, *more: str) -> None:
+        """Start a real worker of one thread."""
+        folder = str(self.folder / name)
+        arguments = [self.url, "--name", name, "--state-dir", folder, "--threads", "1", "--device", "cpu", *more]
+        command = python_module("worker", [*arguments, "--trust", "any"])
+        environment = self._environment | {"LYDIAN_TOKEN": self.join_token}
+        self.agents.append(self._children.start(name, command, environment))
 
     def submit(self, spec: Spec, source: str | None = None) -> str:
         """Send a job; its id."""

@@ -595,7 +595,8 @@ def _job_cells(job: "JobView") -> list[str]:
 
 
 def _worker_cells(worker: "WorkerView") -> list[str]:
-    speed = worker.progress.samples_per_s if worker.progress else None
+    measured = [speed.samples_per_s for speed in worker.speeds if speed.samples_per_s is not None]
+    speed = worker.progress.samples_per_s if worker.progress else next(reversed(measured), None)
     torch = worker.hardware.torch
     cells = [
         worker.id,

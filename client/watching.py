@@ -23,6 +23,7 @@ from client import shown
 from client.calling import Ending
 from common.api import CoordinatorApi
 from common.facts import (
+    Absent,
     Evaluated,
     EvaluationGivenUp,
     Extended,
@@ -189,7 +190,14 @@ def _round_line(fact: RoundClosed, rounds: int) -> str:
         *(f"{name.replace('_', ' ')} {shown.measure(value)}" for name, value in fact.metrics.items()),
         *([f"{shown.several(fact.left_out, 'shard')} left out"] if fact.left_out else []),
     ]
-    return f"round {fact.round} of {rounds}: {', '.join(parts)}"
+    late = [f"with {one.worker_name}'s late update of round {one.round} (x {one.factor:.2f})" for one in fact.late]
+    return "; ".join([f"round {fact.round} of {rounds}: {', '.join(parts)}", *late, *map(absent_words, fact.absent)])
+
+
+def absent_words(one: Absent) -> str:
+    """Who is not in a round, and why: `shard 2, gpu2: fell behind: …`, `cpu: evaluates only: …`."""
+    where = [f"shard {one.shard}"] if one.shard is not None else []
+    return f"{', '.join([*where, *([one.worker_name] if one.worker_name else [])])}: {one.why}"
 
 
 # ---------------------------------------------------------------- a terminal
@@ -200,7 +208,12 @@ def round_table(rows: Collection[Row], best: int | None) -> tuple[list[str], lis
     names = {name for row in rows if row.evaluation for name in row.evaluation.metrics}
     ordered = sorted(names, key=lambda name: (name != "accuracy", name))
     header = ["round", "seconds", "workers", "samples", "↓", "↑", "train loss", *ordered]
-    return header, [_cells(row, ordered, "*" if row.closed.round == best else "") for row in rows]
+    cells = [_cells(row, ordered, "*" if row.closed.round == best else "") for row in rows]
+    if any(row.closed.absent for row in rows):
+        header.append("without")
+        for line, row in zip(cells, rows, strict=True):
+            line.append(shown.one_line("; ".join(map(absent_words, row.closed.absent))))
+    return header, cells
 
 
 def _cells(row: Row, metrics: Iterable[str], star: str) -> list[str]:
@@ -260,9 +273,17 @@ def _worker_grid(workers: Iterable[WorkerNow]) -> "RenderableType":
 
     grid = Table.grid(padding=(0, 2))
     for worker in workers:
-        cells = [worker.worker, worker.doing, *progress_cells(worker.progress)]
+        cells = [worker.worker, worker.doing, *progress_cells(worker.progress), expected(worker.expected_in_s)]
         grid.add_row(*(Text(shown.one_line(cell)) for cell in cells))
     return grid
+
+
+def expected(seconds: float | None) -> str:
+    """When an update is expected, by its worker's own history; empty where that is not known."""
+    if seconds is None:
+        return ""
+    late = shown.duration(-seconds)
+    return f"expected in {shown.duration(seconds)}" if seconds >= 0 else f"falls behind by {late}"
 
 
 def progress_cells(progress: Progress | None) -> tuple[str, str, str, str]:

@@ -75,11 +75,21 @@ class Shard(Message):
     start: Count = 0
     stop: Count = Field(0, description="samples [start, stop) of the job's order")
     worker: Name | None = Field(None, description="the only worker that can train it: its own data")
+    meant: Name | None = Field(None, description="the worker that it was cut for, which goes first")
 
     @property
     def samples(self) -> int | None:
         """Samples in the shard; None while only its worker knows."""
         return None if self.worker is not None else self.stop - self.start
+
+
+class Absent(Message):
+    """A worker that a round goes, or went, without; or a shard that nobody had."""
+
+    worker: Name | None = Field(None, description="the worker's id; None: nobody had the shard")
+    worker_name: str = ""
+    shard: Count | None = Field(None, description="without an update in time; None: it was given no shard")
+    why: str
 
 
 class Opened(Message):
@@ -90,6 +100,7 @@ class Opened(Message):
     base: Digest
     shards: tuple[Shard, ...]
     reason: str
+    evaluators: tuple[Absent, ...] = Field((), description="workers that are too slow for a shard, and only evaluate")
 
 
 class Accepted(Message):
@@ -109,6 +120,9 @@ class Accepted(Message):
     bytes_down: Count
     bytes_up: Count
     resumed_at: Count = Field(0, description="the step of the checkpoint that its worker went on from; 0: none")
+    took_s: float | None = Field(
+        None, ge=0, description="seconds from hand-out to hand-in on the coordinator's clock; None: it did not see both"
+    )
 
 
 class Lost(Message):
@@ -137,7 +151,7 @@ class Restored(Message):
 
 
 class Late(Message):
-    """An update came after its round had closed. Recorded, not used."""
+    """An update is not used: it came too late; or it came late, was to be used, and a power cut took it."""
 
     type: Literal["late"] = "late"
     round: Count
@@ -154,6 +168,17 @@ class Extended(Message):
     reason: str
 
 
+class LateMember(Message):
+    """An update that came after its round had closed, and counts in a later one."""
+
+    round: Count = Field(description="that it was trained in")
+    shard: Count
+    worker: Name
+    worker_name: str
+    staleness: Count = Field(description="versions of the model made since the one that it began with")
+    factor: float = Field(gt=0, le=1, description="of its change, beside that of an update in time")
+
+
 class Frozen(Message):
     """The set of updates that will be averaged is decided; nothing changes it any more."""
 
@@ -161,6 +186,8 @@ class Frozen(Message):
     round: Count
     shards: tuple[Count, ...]
     reason: str
+    absent: tuple[Absent, ...] = Field((), description="who is not in it, and why")
+    late: tuple[LateMember, ...] = Field((), description="updates of earlier rounds that are in it")
 
 
 class RoundClosed(Message):
@@ -172,6 +199,10 @@ class RoundClosed(Message):
     workers: Count = Field(description="workers whose updates count")
     shards: Count
     left_out: Count = Field(0, description="shards without an update in time")
+    absent: tuple[Absent, ...] = Field(
+        (), description="who is not in it, and why: those shards, and workers without one"
+    )
+    late: tuple[LateMember, ...] = Field((), description="updates of earlier rounds that are in it")
     samples: Count
     bytes_down: Count
     bytes_up: Count
@@ -217,6 +248,9 @@ class WorkerNow(Message):
     worker: str
     doing: str
     progress: Progress | None = None
+    expected_in_s: float | None = Field(
+        None, description="seconds until its update is expected, by its own history; below 0: it falls behind"
+    )
 
 
 class Now(Message):

@@ -35,6 +35,8 @@ class Message(BaseModel):
 # ---------------------------------------------------------------- the job
 
 
+REFERENCE_BATCH = 32
+"""Samples a step that a job's learning rate is meant for with `batch_size = "auto"` (worker/task_batches.py)."""
 ADAMW = {"lr": 4e-4, "weight_decay": 0.1}
 """What `optimizer = "adamw"` begins with. Source: OpenDiLoCo, arXiv 2407.07852, with betas 0.9 and 0.95."""
 
@@ -93,6 +95,11 @@ class TrainSection(Message):
         return self
 
     @property
+    def usual_batch(self) -> int:
+        """Samples a step; where each worker finds its own, those that the learning rate is meant for."""
+        return REFERENCE_BATCH if self.batch_size == "auto" else self.batch_size
+
+    @property
     def new_keys(self) -> tuple[str, ...]:
         """Which of NEW_IN_TRAIN this job needs, and an old key that has a new value."""
         new = [name for name in NEW_IN_TRAIN if getattr(self, name) != type(self).model_fields[name].default]
@@ -102,7 +109,7 @@ class TrainSection(Message):
 NEW_IN_TRAIN = ("precision", "optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer")
 """Keys of [train] that protocol 2 brought."""
 NEW_KEYS = {
-    "round": ("fsync",),
+    "round": ("fsync", "deadline", "late"),
     "train": NEW_IN_TRAIN,
     "aggregation": ("outer_lr", "outer_momentum", "download", "feedback"),
 }
@@ -118,7 +125,7 @@ class DataSection(Message):
     alpha: float = Field(0.5, gt=0, description="dirichlet: small is skewed, large is even")
     labels_per_shard: int = Field(2, ge=1, description="labels: label-sorted pieces a shard gets")
     shards: Literal["auto"] | Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        "auto", description="auto (one a live worker) or a number of virtual clients"
+        "auto", description="auto (one a live worker; iid: sized by its speed) or a number of virtual clients"
     )
     fraction: float = Field(1.0, gt=0, le=1, description="share of the shards that trains in a round")
     name: Name | None = Field(None, description="the data's name in `lydian work --data NAME=PATH` (default: the task)")
@@ -131,7 +138,13 @@ class RoundSection(Message):
     quorum: Literal["all"] | Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
         "all", description="updates that close a round: all, a count (3) or a share (0.75)"
     )
-    deadline: float | None = Field(None, gt=0, description="seconds for a round to reach its quorum; extended once")
+    deadline: Literal["auto"] | Annotated[float, Field(gt=0)] | None = Field(
+        "auto", description="seconds for a round to reach its quorum, extended once; auto (learned, and fails no job)"
+    )
+    late: Literal["refuse", "use"] = Field(
+        "refuse",
+        description="an update that comes after its round: refuse, or use (in a later round, weighing less; not fp32)",
+    )
     evaluate_every: int = Field(1, ge=0, description="rounds between evaluations (0: only the last round)")
     fsync: bool = Field(
         False, description="wait for the coordinator's disk before an update is acknowledged (its worker keeps a copy)"
@@ -178,6 +191,15 @@ class JobSpec(Message):
     config: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
         default_factory=dict, description="handed to the task as it is"
     )
+
+    @model_validator(mode="after")
+    def _late_changes(self) -> Self:
+        if self.round.late == "use" and self.aggregation.update in ("fp32", "auto"):
+            sends = f"aggregation.update = {self.aggregation.update} sends whole models"
+            raise ValueError(
+                f"round.late = use needs updates that are changes, and {sends}: set bf16, int8, int4 or topk"
+            )
+        return self
 
     @property
     def beyond_protocol_1(self) -> str:
@@ -530,6 +552,17 @@ class TailnetPath(Message):
     via: str = Field("", description="direct: address and port; relay: its region (DERP); peer relay: where it is")
 
 
+class WorkerSpeed(Message):
+    """What was measured of a worker at one job that goes on, and what follows from it."""
+
+    job: Name
+    samples_per_s: float | None = Field(None, description="training; moving average; None: not measured yet")
+    overhead_s: float | None = Field(None, description="transfers, loading and waiting of its last update, in seconds")
+    share: float | None = Field(None, description="of the samples of the open round that were cut for it")
+    evaluates: str = Field("", description="why it gets no shard and only evaluates; empty: it may train")
+    expected_in_s: float | None = Field(None, description="until its update is expected; below 0: it falls behind")
+
+
 class WorkerView(Message):
     """One worker as `lydian workers` shows it."""
 
@@ -550,6 +583,7 @@ class WorkerView(Message):
     node_unknown: str = Field("", description="why node is not known")
     path: TailnetPath | None = Field(None, description="the way to it; None: it has not called")
     warnings: tuple[str, ...] = Field((), description="what about its line, its key or its identity needs a person")
+    speeds: tuple[WorkerSpeed, ...] = Field((), description="at the jobs that go on, oldest first")
 
 
 class Probed(Message):

@@ -58,6 +58,8 @@ from common.weights import file_digest
 from server import folding, rounds, versions
 from server.auth import Tokens
 from server.blobs import Blobs
+from server.cutting import Place
+from server.deadlines import Due, expected_s
 from server.events import Hub
 from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
@@ -66,6 +68,7 @@ from server.naming import assignment_id, new_id, parse_assignment
 from server.probe import Probes
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
 from server.settings import Settings
+from server.speeds import Speeds, ahead, counted, work_of
 from server.store import DiskBrokenError, Journal, StoredFact
 from server.tailnet import Tailnet
 from server.uploads import Key, Uploads
@@ -96,6 +99,7 @@ class Coordinator:
     models: dict[str, dict[int, ModelRef]] = field(default_factory=dict)  # job id -> round -> a model that is kept
     steps: dict[str, dict[int, StepRef]] = field(default_factory=dict)  # job id -> round -> the way to its model
     fleet: Fleet = field(default_factory=Fleet)
+    speeds: Speeds = field(default_factory=Speeds)
 
     def __post_init__(self) -> None:
         self.fleet.timing = Timing(self.settings.ttl_s, self.settings.heartbeat_s)
@@ -136,6 +140,8 @@ class Coordinator:
                 draining=row.ordered == "drain", paused=row.ordered == "pause",
             )  # fmt: skip
         active = {job.id: job for job in self.jobs.values() if not job.over}
+        for job_id in self.jobs.keys() - active.keys():
+            self.speeds.forget(job_id)
         for worker_id, (job_id, round_index) in recent.items():
             if job_id in active and round_index >= active[job_id].closed and worker_id in self.fleet.workers:
                 self.fleet.seen(worker_id, now)
@@ -220,6 +226,11 @@ class Coordinator:
             elif not intact and update.shard not in known:
                 self.blobs.remove(update.digest)  # no name without its bytes
                 self._apply(job.id, rounds.lost(update))
+        for update in rounds.waiting_late(job):
+            if not await asyncio.to_thread(self._intact, update.digest):
+                self.blobs.remove(update.digest)
+                task = Task("train", update.round, update.shard)
+                self._apply(job.id, rounds.late(task, update.attempt, update.worker))
 
     def _give_up_lost(self, job: Job) -> None:
         """Open the shards again whose update is lost here and whose worker has been gone for a lease time."""
@@ -243,7 +254,8 @@ class Coordinator:
 
     def _apply(self, job_id: str, step: Step) -> Job:
         """Journal a decision, make it the state, tell who listens, and do what the new phase calls for."""
-        held = {update.digest for update in rounds.accepted_of(self.jobs[job_id])}
+        before = self.jobs[job_id]
+        held = {update.digest for update in (*rounds.accepted_of(before), *rounds.waiting_late(before))}
         for stored in self._keep_facts(job_id, step):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
@@ -271,6 +283,9 @@ class Coordinator:
                 if fact.step is not None:
                     self.steps.setdefault(stored.job, {})[fact.round] = fact.step
                 self._keep(stored.job, fact.round, ModelRef(digest=fact.digest, size=fact.size))
+            case Accepted() as fact:
+                job = self.jobs[stored.job]
+                self.speeds.note(job.id, work_of(job.spec, job.task_digest), job.spec, fact)
 
     def _keep(self, job_id: str, round_index: int, model: ModelRef) -> None:
         """Keep the newest models and the best one; forget the others."""
@@ -299,7 +314,7 @@ class Coordinator:
         if job.over:
             self._forget(job_id)
             return
-        step = rounds.close_if_due(job, self.fleet.live(now), now)
+        step = rounds.close_if_due(job, self.fleet.live(now), now, self.dues(job))
         if step.facts:
             reach("frozen-before")
             self._apply(job_id, step)
@@ -319,6 +334,7 @@ class Coordinator:
         for lease in [lease for lease in self.fleet.leases.values() if lease.job == job_id]:
             self.fleet.release(lease.worker, job_id, lease.task)
         self.fleet.asked.pop(job_id, None)
+        self.speeds.forget(job_id)
         self._uploads.drop_job(job_id)
         for key in [key for key in self._spans if key[0].startswith(f"{job_id}.")]:
             del self._spans[key]
@@ -401,6 +417,53 @@ class Coordinator:
             if isinstance(job.phase, rounds.Queued):
                 self._apply(job.id, rounds.begin(job, self.fleet.serving(job, now), self.fleet.spare(job, older, now)))
             older.append(self.jobs[job.id])
+
+    # ------------------------------------------------------------ speeds
+
+    def places(self, job: Job) -> list[Place]:
+        """The workers that a round of this job is cut for, with what is known of their speed."""
+        now, work = self.clock(), work_of(job.spec, job.task_digest)
+        serving = set(self.fleet.serving(job, now))
+        return [self._place(job, work, worker, here=worker in serving) for worker in self.fleet.places(job, now)]
+
+    def _place(self, job: Job, work: str, worker: str, *, here: bool) -> Place:
+        measured, name = self.speeds.of(job.id, worker), self.fleet.workers[worker].name
+        rate, trained = self.speeds.rate(job.id, work, worker), measured.round if measured is not None else 0
+        return Place(worker, name, here, rate, trained)
+
+    def dues(self, job: Job) -> dict[int, Due]:
+        """Who has the shards of the open round that are out, and when each is expected."""
+        phase = job.inner
+        if not isinstance(phase, Training):
+            return {}
+        return {
+            lease.task.shard: lease.due or self._expect(job, phase, lease)
+            for lease in self.fleet.leases.values()
+            if lease.job == job.id and (lease.task.kind, lease.task.round) == ("train", phase.round)
+        }
+
+    def _expect(self, job: Job, phase: Training, lease: Lease) -> Due:
+        """Work out when the update of a lease is expected; it stays while the lease does."""
+        measured, known = self.speeds.of(job.id, lease.worker), self.fleet.workers.get(lease.worker)
+        samples = ahead(job.spec.train, phase.shards[lease.task.shard].samples)
+        within = expected_s(measured.updates, samples) if measured is not None else None
+        lease.due = Due(lease.worker, known.name if known else lease.worker, lease.since, within)
+        return lease.due
+
+    def _say_if_behind(self, job: Job, lease: Lease) -> str | None:
+        """What a worker is told that has overrun its own time; it is logged once."""
+        phase, now = job.inner, self.clock()
+        if rounds.is_late(job, lease.task):
+            return f"round {lease.task.round} closed without this update; it is used in a later one if it comes soon"
+        if lease.task.kind != "train" or not isinstance(phase, Training):
+            return None
+        due = lease.due or self._expect(job, phase, lease)
+        if not due.is_behind(now):
+            return None
+        if not lease.is_behind:
+            lease.is_behind = True
+            log.warning("%s: %s: %s", job.id, lease.task, due.words(now))
+        return due.words(now)
 
     # ------------------------------------------------------------ workers
 
@@ -568,13 +631,16 @@ class Coordinator:
         settled = tuple(held for held in request.holding if not self._stands_on(held))
         wanted = self._lost_with(worker, request.holding)
         lease = self.fleet.leases.get(worker.id)
+        if lease is not None and not rounds.is_open(self.jobs[lease.job], lease.task):  # closed without it
+            self.fleet.release(worker.id, lease.job, lease.task)
+            lease = None
         if lease is not None and lease.claim_key == request.claim_key:  # our answer was lost on the way
             return PollAnswer(assignment=self._assignment(lease), forget=forget, settled=settled, wanted=wanted)
         if lease is not None:
             self._give_back(lease, "released", f"{worker.name} asked for new work instead")
         if wanted:
             return PollAnswer(forget=forget, settled=settled, wanted=wanted)
-        choice = self.fleet.choose(worker.id, list(self.jobs.values()))
+        choice = self.fleet.choose(worker.id, list(self.jobs.values()), self.clock())
         if choice is None:
             prepare = self._preparation(worker, request)
             something = forget or settled or prepare
@@ -582,7 +648,7 @@ class Coordinator:
         job, task = choice
         step = rounds.hand_out(job, task, worker.id, request.claim_key)
         attempt = rounds.tries_of(job, task).attempt + 1
-        lease = self.fleet.grant(job.id, task, attempt, worker.id, self.clock(), request.claim_key)
+        lease = self.fleet.grant(job.id, task, attempt, worker.id, self.clock(), request.claim_key, whole=True)
         self._apply(job.id, step)
         return PollAnswer(assignment=self._assignment(lease), forget=forget, settled=settled)
 
@@ -612,7 +678,8 @@ class Coordinator:
             job_id, task = parse_assignment(held.assignment)
         except LydianError:
             return False
-        updates = rounds.accepted_of(self.jobs[job_id]) if job_id in self.jobs else ()
+        job = self.jobs.get(job_id)
+        updates = (*rounds.accepted_of(job), *rounds.waiting_late(job)) if job is not None else ()
         return any(
             (u.round, u.shard, u.attempt, u.digest) == (task.round, task.shard, held.attempt, held.digest)
             for u in updates
@@ -640,9 +707,8 @@ class Coordinator:
         match task.kind, job.inner:
             case "init", _:
                 shards, base = self._shards_to_cut(job), None
-            case "train", Training() as phase:
-                shard = phase.shards[task.shard]
-                base = phase.base
+            case "train", _:
+                base, shard = rounds.subject_of(job, task)
                 samples = None if shard.worker else Range(start=shard.start, stop=shard.stop)
             case _:
                 base = job.evaluations[task.round].model
@@ -698,7 +764,7 @@ class Coordinator:
             return self._pause(worker, lease)
         if worker.draining:
             return HeartbeatAnswer(order="drain", reason="finish this; no more work comes then")
-        return HeartbeatAnswer(order="continue", reason=job.reason)
+        return HeartbeatAnswer(order="continue", reason=self._say_if_behind(job, lease) or job.reason)
 
     def _pause(self, worker: Worker, lease: Lease) -> HeartbeatAnswer:
         """A paused worker gives back what it does; one that knows no such order is told that it counts no more."""
@@ -720,7 +786,7 @@ class Coordinator:
         job_id, task = parse_assignment(name)
         job = self.job(job_id)
         self._check_owner(job, task, reason.attempt, worker_id)
-        self.fleet.release(worker_id, job_id, task)
+        self.fleet.release(worker_id, job_id, task, reason.attempt)
         self._uploads.drop((name, reason.attempt))
         back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail)
         self._apply(job_id, rounds.hand_back(job, back, self._limits))
@@ -945,8 +1011,9 @@ class Coordinator:
                 facts=submission.facts,
                 update=self._encoding(job, (assignment_id(job_id, task), submission.attempt), size),
             )
-            step = rounds.take_init(job, made, self.fleet.places(job, now), now)
+            step = rounds.take_init(job, made, self.places(job), now)
         else:
+            lease = self.fleet.lease_of(worker_id, job_id, task, submission.attempt)
             update = Accepted(
                 round=task.round,
                 shard=task.shard,
@@ -954,13 +1021,14 @@ class Coordinator:
                 worker=worker_id,
                 worker_name=self.worker(worker_id).name,
                 digest=digest,
-                samples=submission.samples,
+                samples=counted(job.spec, submission.samples, submission.steps, submission.metrics),
                 steps=submission.steps,
                 seconds=submission.seconds,
                 metrics=submission.metrics,
                 bytes_down=submission.bytes_down,
                 bytes_up=size,
                 resumed_at=submission.resumed_at,
+                took_s=now - lease.since if lease is not None and lease.whole else None,
             )
             step = rounds.take_update(job, update)
         self.fleet.release(worker_id, job_id, task)
@@ -983,7 +1051,7 @@ class Coordinator:
     def _refuse(self, job_id: str, task: Task, attempt: int, worker_id: str, error: LydianError) -> None:
         """A result that must not count: the task is handed out again, and the worker gets a strike."""
         worker = self.worker(worker_id)
-        self.fleet.release(worker_id, job_id, task)
+        self.fleet.release(worker_id, job_id, task, attempt)
         worker.strikes += 1
         if worker.strikes >= self.settings.strikes and worker.set_aside is None:
             worker.set_aside = f"{worker.strikes} results were refused, the last: {error}"
@@ -1016,7 +1084,7 @@ class Coordinator:
             return
         self._averaging.pop(job_id, None)
         job, now = self.jobs[job_id], self.clock()
-        self._dropped |= {update.digest for update in phase.accepted} | set(job.memory)
+        self._dropped |= {update.digest for update in (*phase.accepted, *phase.late)} | set(job.memory)
         if job.inner != phase:  # it was ended meanwhile
             self._dropped |= made.digests
         else:
@@ -1026,7 +1094,7 @@ class Coordinator:
                 step=made.step,
                 memory=made.memory,
                 seconds=now - phase.opened_at,
-                places=self.fleet.places(job, now),
+                places=self.places(job),
                 now=now,
             )
             reach("closed-before")
@@ -1059,6 +1127,7 @@ class Coordinator:
             if job.over:
                 continue
             needed |= {evaluation.model.digest for evaluation in job.evaluations.values()} | set(job.memory)
+            needed |= {update.digest for update in rounds.waiting_late(job)}
             match job.inner:
                 case Training(base=base, accepted=accepted):
                     needed |= {base.digest, *(update.digest for update in accepted.values())}

@@ -12,11 +12,13 @@ from common.errors import LydianError
 from common.facts import Accepted, Frozen, HandedBack, Initialised, Submitted
 from common.messages import JobSpec, ModelFacts, ModelRef, Submission
 from server import rounds
+from server.cutting import Place
 from server.rounds import Job, Limits, Step, Task
 
 _ONE_STRIKE = Limits(failures=1, expiries=1, evaluation_failures=1)
 _MODEL = ModelRef(digest="0" * 64, size=1)
 _WORKER = ("w",)
+_PLACES = (Place("w", "w"),)
 _ORDER = (
     "queued",
     "initialising",
@@ -96,12 +98,12 @@ def _moves(test_samples: int) -> list[Move]:
     return [
         ("workers are there", lambda job: rounds.begin(job, _WORKER, 1)),
         ("handed out", _hand_out),
-        ("model built", lambda job: rounds.take_init(job, _built(test_samples), _WORKER, 0.0)),
+        ("model built", lambda job: rounds.take_init(job, _built(test_samples), _PLACES, 0.0)),
         ("update accepted", lambda job: rounds.take_update(job, _update(job))),
         ("all updates or quorum in", lambda job: rounds.close_if_due(job, _WORKER, 0.0)),
         ("quorum missed twice", _miss_deadline),
         ("a power cut took an update, and its worker is gone", _lose),
-        ("round averaged", lambda job: rounds.close(job, _MODEL, seconds=0.0, places=_WORKER, now=0.0)),
+        ("round averaged", lambda job: rounds.close(job, _MODEL, seconds=0.0, places=_PLACES, now=0.0)),
         ("target reached", lambda job: _evaluate(job, 1.0)),
         ("evaluated", lambda job: _evaluate(job, 0.0)),
         ("evaluation given up", lambda job: _fail_task(job, "evaluate")),

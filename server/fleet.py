@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.messages import Link, Order, Progress, Registration
+from server.deadlines import Due
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
@@ -40,6 +41,10 @@ class Lease:
     claim_key: str = ""
     progress: Progress | None = None
     held: str = ""  # why the work stands still for now, as its worker says
+    since: float = 0.0  # monotonic seconds at which it was granted
+    whole: bool = False  # whether that was the hand-out: not of a lease that was adopted, or had run out meanwhile
+    due: Due | None = None  # when its update is expected, once that was worked out
+    is_behind: bool = False  # it has overrun that, and it was said
 
 
 @dataclass
@@ -155,6 +160,14 @@ class Fleet:
         )
         return [*serving, *sorted(expected)]
 
+    def coming(self, job: Job, now: float) -> dict[str, bool]:
+        """The workers that will come for the shards that were cut for them -> whether each is free now.
+
+        Those that serve the job and are not at work for another one.
+        """
+        leases = {worker: self.leases.get(worker) for worker in self.serving(job, now)}
+        return {worker: lease is None for worker, lease in leases.items() if lease is None or lease.job == job.id}
+
     # ------------------------------------------------------------ who holds what
 
     def held(self, job: str) -> frozenset[Task]:
@@ -167,9 +180,19 @@ class Fleet:
         same = lease is not None and (lease.job, lease.task, lease.attempt) == (job, task, attempt)
         return lease if same else None
 
-    def grant(self, job: str, task: Task, attempt: int, worker_id: str, now: float, claim_key: str = "") -> Lease:
-        """Give a task to a worker for one lease time."""
-        lease = Lease(job, task, attempt, worker_id, now + self.timing.ttl_s, claim_key)
+    def grant(
+        self,
+        job: str,
+        task: Task,
+        attempt: int,
+        worker_id: str,
+        now: float,
+        claim_key: str = "",
+        *,
+        whole: bool = False,
+    ) -> Lease:
+        """Give a task to a worker for one lease time; `whole`: this is the hand-out, and no earlier lease of it."""
+        lease = Lease(job, task, attempt, worker_id, now + self.timing.ttl_s, claim_key, since=now, whole=whole)
         self.leases[worker_id] = lease
         return lease
 
@@ -183,10 +206,10 @@ class Fleet:
         lease.expires_at = now + self.timing.ttl_s
         lease.progress = progress or lease.progress
 
-    def release(self, worker_id: str, job: str, task: Task) -> None:
-        """The task is not with this worker any more; freeing twice is freeing."""
+    def release(self, worker_id: str, job: str, task: Task, attempt: int | None = None) -> None:
+        """The task, or only this attempt at it, is not with this worker any more; freeing twice is freeing."""
         lease = self.leases.get(worker_id)
-        if lease is not None and (lease.job, lease.task) == (job, task):
+        if lease is not None and (lease.job, lease.task) == (job, task) and attempt in (None, lease.attempt):
             del self.leases[worker_id]
 
     def expired(self, now: float) -> list[Lease]:
@@ -200,18 +223,20 @@ class Fleet:
         """The coordinator itself stood still: nobody could renew, so everybody gets a whole lease time."""
         for lease in self.leases.values():
             lease.expires_at = now + self.timing.ttl_s
+            lease.whole = False  # its time says nothing of its worker
         for worker in self.workers.values():
             if worker.seen_at is not None and not worker.left:
                 worker.seen_at = now
 
     # ------------------------------------------------------------ who gets what
 
-    def choose(self, worker_id: str, jobs: Sequence[Job]) -> tuple[Job, Task] | None:
+    def choose(self, worker_id: str, jobs: Sequence[Job], now: float) -> tuple[Job, Task] | None:
         """The next task for a worker: the oldest job's that has one for it.
 
         Args:
             worker_id: a live worker without a lease.
             jobs: all jobs, oldest first.
+            now: monotonic seconds.
         """
         worker = self.workers[worker_id]
         if not may_work(worker):
@@ -219,7 +244,8 @@ class Fleet:
         for job in jobs:
             if job.over or isinstance(job.phase, Paused | Queued) or why_not(worker, job) is not None:
                 continue
-            task = next_task(job, worker_id, self.held(job.id))
+            coming = self.coming(job, now) if job.spec.data.shards == "auto" else {}
+            task = next_task(job, worker_id, self.held(job.id), coming)
             if task is not None:
                 return job, task
         return None

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,7 @@ def average(
     targets: Targets,
     *,
     rules: Rules,
+    late: Sequence[tuple[Path, int, float]] = (),
     memory: Memory = Memory(),
     stopped: Callable[[], bool] = lambda: False,
     block_elements: int = BLOCK_ELEMENTS,
@@ -100,6 +102,8 @@ def average(
         updates: (file, samples) of each update that counts, in the order of the shards. Each has been inspected.
         targets: where to write.
         rules: how.
+        late: (file, samples, factor) of each encoded update of an earlier round: its change times the factor is one
+            more member of the mean. In what is not trained (buffers, integers) it has no part.
         memory: what the round before has left.
         stopped: asked before each block whether to give up.
         block_elements: elements of each file in memory at once, in each thread, whole blocks of every codec; it changes
@@ -107,18 +111,22 @@ def average(
         threads: that compute; nor does their number.
 
     Raises:
-        ValueError: no update, or one with less than one sample.
+        ValueError: no update, one with less than one sample, or late ones that are no changes.
         Stopped: `stopped` said so.
         BadUpdateError: an update no longer fits the base, or a new value is beyond its dtype (server.averaging.cast).
         OSError: reading or writing failed, or the base or the memory is damaged.
     """
     if not updates or min(samples for _, samples in updates) < 1:
         raise ValueError(f"{len(updates)} updates, each of at least one sample, were to be averaged")
+    if late and rules.update is None:
+        raise ValueError("late updates that are whole models cannot be averaged")
     layout = model_layout(base)
+    factors = [1.0] * len(updates) + [factor for _, _, factor in late]
+    updates = [*updates, *((path, samples) for path, samples, _ in late)]
     starts = [_starts(at, path, layout, rules.update) for at, (path, _) in enumerate(updates)]
     with ExitStack() as stack:
         outputs = _Outputs(layout, rules, targets, memory.residual, stack)
-        inputs = _Inputs(layout, base, updates, starts, rules, _trained_before(layout), memory.states)
+        inputs = _Inputs(layout, base, updates, factors, starts, rules, _trained_before(layout), memory.states)
         folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
         for block in _in_order(folds, threads, layout, block_elements, stopped):
             outputs.write(block)
@@ -168,7 +176,8 @@ class _Inputs:
 
     layout: Layout
     base: Path
-    updates: Sequence[tuple[Path, int]]
+    updates: Sequence[tuple[Path, int]]  # those in time first
+    factors: Sequence[float]  # of each update's change; below one: it is late, and only its change counts
     starts: Sequence["array[int]"]  # of each update's tensors
     rules: Rules
     before: Sequence[int]  # trained elements before each tensor
@@ -182,6 +191,7 @@ class _Fold:
         """`stack` closes what is opened; of more updates than `open_files`, each is opened again for every block."""
         self._in, self._layout, self._rules = inputs, inputs.layout, inputs.rules
         self._samples = [samples for _, samples in inputs.updates]
+        self._in_time = sum(factor == 1.0 for factor in inputs.factors)
         self._model = stack.enter_context(inputs.base.open("rb", buffering=0))
         self._files = [stack.enter_context(path.open("rb", buffering=0)) for path, _ in inputs.updates[:open_files]]
         self._states = [
@@ -204,17 +214,17 @@ class _Fold:
         tensor, notes = self._layout.tensors[index], self._layout.notes
         if is_trained(tensor, notes):
             return self._trained(index, first, count)
-        blocks = self._blocks(index, first, count, self._raw)
+        blocks, in_time = self._blocks(index, first, count, self._raw), self._samples[: self._in_time]
         rule = rule_of(tensor, notes)
         if rule is Rule.MAJORITY:
-            return _Block(index, first, majority(blocks, self._samples), None)
+            return _Block(index, first, majority(blocks, in_time), None)
         if rule is Rule.MAXIMUM:
             return _Block(index, first, maximum(blocks), None)
         if rule is Rule.VARIANCE:
             means = self._blocks(self._index_of[notes.variances[tensor.name]], first, count, self._raw_mean)
-            values = pooled_variance(blocks, means, self._samples)
+            values = pooled_variance(blocks, means, in_time)
         else:
-            values = weighted_mean(blocks, self._samples, out=self._total[:count], scratch=self._scratch[:count])
+            values = weighted_mean(blocks, in_time, out=self._total[:count], scratch=self._scratch[:count])
         return _Block(index, first, self._cast(values, tensor, first, count), None)
 
     def _trained(self, index: int, first: int, count: int) -> _Block:
@@ -245,14 +255,15 @@ class _Fold:
     def _blocks(self, index: int, first: int, count: int, buffer: Array) -> Iterator[Array]:
         """The same block of every update in turn, each over the one before in `buffer`."""
         tensor = self._layout.tensors[index]
-        for file, start in self._of_each(index):
+        for file, start in islice(self._of_each(index), self._in_time):
             yield read_block(file, tensor, start, first, count, buffer)
 
     def _deltas(self, codec: Codec, index: int, first: int, count: int) -> Iterator[Array]:
         """The same block of every encoded update in turn, each over the one before."""
         tensor, delta = self._layout.tensors[index], self._raw[: 4 * count].view(np.float32)
-        for file, start in self._of_each(index):
-            yield read_delta(file, codec, tensor, start, first, count, out=delta)
+        for (file, start), factor in zip(self._of_each(index), self._in.factors, strict=True):
+            change = read_delta(file, codec, tensor, start, first, count, out=delta)
+            yield change if factor == 1.0 else np.multiply(change, np.float32(factor), out=delta)
 
     def _of_each(self, index: int) -> Iterator[tuple[FileIO, int]]:
         """Every update, open, and the byte at which it has this tensor."""

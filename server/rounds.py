@@ -16,11 +16,12 @@ Which worker holds what is not known here (server.fleet); only the attempts are,
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from types import MappingProxyType
 from typing import TypeVar, assert_never
 
 from common.errors import BadUpdateError, ConflictError, JobOverError, LateError, NotFoundError, SupersededError
 from common.facts import (
+    Absent,
     Accepted,
     Evaluated,
     EvaluationGivenUp,
@@ -31,6 +32,7 @@ from common.facts import (
     HandedOut,
     Initialised,
     Late,
+    LateMember,
     Lost,
     Opened,
     Restored,
@@ -40,11 +42,14 @@ from common.facts import (
     Submitted,
 )
 from common.messages import JobSpec, Kind, ModelFacts, ModelRef, State, StepRef, Submission
-from common.sharding import cohort, cut
+from server.cutting import Place, check_bounds, open_round
+from server.deadlines import Due
+from server.lateness import MOST, Past, members, still_useful
 
 V = TypeVar("V")
 
 GRACE = 0.1  # once the quorum is in, stragglers get this share of the time that it took
+PATIENCE = 1.0  # and those that are expected within this share of it, by their own history, until then
 ENCODINGS = {"fp32": 1.0, "bf16": 0.5, "int8": 0.25, "int4": 0.133}  # share of a float32 model, the finest first
 QUICK_S = 2.0  # seconds for an update that need not be made smaller
 LONGEST_WAY = 50  # steps from one model to another, before the whole model is fetched instead
@@ -126,6 +131,7 @@ class Training:
     quorum_at: float | None = None  # monotonic seconds at which the quorum was reached
     extended: bool = False
     lost: frozenset[int] = frozenset()  # shards whose accepted update has no bytes here
+    evaluators: tuple[Absent, ...] = ()  # workers that are too slow for a shard
     state: State = field(default="training", init=False)
 
 
@@ -139,6 +145,9 @@ class Aggregating:
     left_out: int
     opened_at: float
     before: Training  # what was frozen: opened again only if an update is lost for good
+    absent: tuple[Absent, ...] = ()  # who is not in it, and why
+    late: tuple[Accepted, ...] = ()  # updates of earlier rounds, in the order of `members`
+    members: tuple[LateMember, ...] = ()
     state: State = field(default="aggregating", init=False)
 
 
@@ -219,6 +228,10 @@ class Job:
     best_round: int | None = None
     best_value: float | None = None
     excluded: Mapping[str, str] = field(default_factory=dict)  # worker id -> why it cannot do this job
+    past: Mapping[int, Past[Tries]] = field(default_factory=dict)  # closed rounds of which late updates are still used
+    late: Mapping[tuple[int, int], Accepted] = field(
+        default_factory=dict
+    )  # (round, shard) -> one that waits for a round
     states: Mapping[int, "StateOf"] = field(default_factory=dict)  # keep_optimizer: shard -> where its newest state is
 
     @property
@@ -319,7 +332,9 @@ def fail_if_nobody_can(job: Job, live: Iterable[str]) -> Step:
 # ---------------------------------------------------------------- handing out work
 
 
-def next_task(job: Job, worker: str, held: frozenset[Task]) -> Task | None:
+def next_task(
+    job: Job, worker: str, held: frozenset[Task], coming: Mapping[str, bool] = MappingProxyType({})
+) -> Task | None:
     """The task of this job that the worker should do next; None when there is nothing for it.
 
     Training goes first, since a round waits for it; but an evaluation that lags two rounds behind goes before, so that
@@ -329,6 +344,8 @@ def next_task(job: Job, worker: str, held: frozenset[Task]) -> Task | None:
         job: the job.
         worker: the worker's id.
         held: this job's tasks that some worker holds a lease on.
+        coming: the workers that can be expected to come for the shards that were cut for them, and whether each is free
+            now: those that are live, serve the job, and are not at work for another one.
     """
     if worker in job.excluded:
         return None
@@ -340,21 +357,38 @@ def next_task(job: Job, worker: str, held: frozenset[Task]) -> Task | None:
             waiting = _evaluations(job, held)
             if waiting and waiting[0].round <= phase.round - 2:
                 return waiting[0]
-            return next(iter([*_open_shards(job, phase, worker, held), *waiting]), None)
+            return next(iter([*_open_shards(job, phase, worker, held, coming), *waiting]), None)
         case Aggregating() | Evaluating():
             return next(iter(_evaluations(job, held)), None)
         case _:
             return None
 
 
-def _open_shards(job: Job, phase: Training, worker: str, held: frozenset[Task]) -> list[Task]:
-    """The shards that this worker may train: those whose optimiser state it has first, those with another's last."""
-    tasks = (
-        Task("train", phase.round, number)
-        for number, shard in phase.shards.items()
-        if number not in phase.accepted and shard.worker in (None, worker)
+def _open_shards(
+    job: Job, phase: Training, worker: str, held: frozenset[Task], coming: Mapping[str, bool]
+) -> list[Task]:
+    """The shards that this worker may train: its own first, then those whose state it has, another's last."""
+    shards = [s for s in phase.shards.values() if s.shard not in phase.accepted and s.worker in (None, worker)]
+    evaluates = any(one.worker == worker for one in phase.evaluators)
+    if evaluates and any(s.meant in coming for s in phase.shards.values()):
+        return []  # whoever trains in this round will be done with what is left sooner
+    tasks = [Task("train", phase.round, s.shard) for s in shards if _may_take(phase, s, worker, coming)]
+    return sorted(
+        (task for task in tasks if task not in held),
+        key=lambda task: (phase.shards[task.shard].meant != worker, _distance(job, task.shard, worker)),
     )
-    return sorted((task for task in tasks if task not in held), key=lambda task: _distance(job, task.shard, worker))
+
+
+def _may_take(phase: Training, shard: Shard, worker: str, coming: Mapping[str, bool]) -> bool:
+    """Whether a worker may have a shard that may have been cut for another: not while that one is about to come for it.
+
+    Nobody waits for a worker that is gone, is at work elsewhere or gave the shard back. One that is still busy with an
+    earlier task of this job is late, so whoever has handed a shard in already goes before it.
+    """
+    meant = shard.meant
+    if meant in (None, worker) or meant not in coming or phase.tries.get(shard.shard, Tries()).workers:
+        return True
+    return not coming[meant] and any(update.worker == worker for update in phase.accepted.values())
 
 
 def _distance(job: Job, shard: int, worker: str) -> int:
@@ -391,7 +425,7 @@ def hand_out(job: Job, task: Task, worker: str, claim_key: str = "") -> Step:
 def hand_back(job: Job, back: HandedBack, limits: Limits) -> Step:
     """An attempt ended without a result. Decides whether that ends the task, and with it the job."""
     task = Task(back.kind, back.round, back.shard)
-    if job.over or not is_open(job, task):
+    if job.over or not is_open(job, task) or is_late(job, task):
         return Step((back,), f"{task} had been settled: {back.sentence}")
     tries = _counted(tries_of(job, task), back)
     blame = f"{task} on {back.worker_name}: {back.sentence}"
@@ -427,8 +461,29 @@ def tries_of(job: Job, task: Task) -> Tries:
             return phase.tries.get(task.shard, Tries())
         case "evaluate", _ if task.round in job.evaluations:
             return job.evaluations[task.round].tries
+        case "train", _ if task.round in job.past:
+            return job.past[task.round].tries.get(task.shard, Tries())
         case _:
             return Tries()
+
+
+def is_late(job: Job, task: Task) -> bool:
+    """Whether the round of this task has closed, and an update of it would still be used in a later one."""
+    if task.kind != "train" or task.round not in job.past or task.shard not in job.past[task.round].shards:
+        return False
+    match job.inner:
+        case Training(round=coming):
+            return coming - task.round <= MOST
+        case Aggregating(round=under_way):  # it would join the next round, if there is one
+            return under_way < job.spec.rounds and under_way + 1 - task.round <= MOST
+        case _:
+            return False
+
+
+def subject_of(job: Job, task: Task) -> tuple[ModelRef, Shard]:
+    """What is trained on what: the base and the shard of a task whose update could still count."""
+    phase = job.past[task.round] if is_late(job, task) else _training(job)
+    return phase.base, phase.shards[task.shard]
 
 
 def is_open(job: Job, task: Task) -> bool:
@@ -443,7 +498,7 @@ def is_open(job: Job, task: Task) -> bool:
         case "evaluate", _:
             return task.round in job.evaluations
         case _:
-            return False
+            return is_late(job, task)
 
 
 def outstanding(job: Job) -> list[tuple[Task, int, str, str]]:
@@ -456,6 +511,7 @@ def outstanding(job: Job) -> list[tuple[Task, int, str, str]]:
             case Training() as phase:
                 tasks += [Task("train", phase.round, shard) for shard in phase.tries]
         tasks += [Task("evaluate", round_index) for round_index in job.evaluations]
+        tasks += [Task("train", index, shard) for index, past in job.past.items() for shard in past.tries]
     found = [(task, tries_of(job, task)) for task in tasks]
     out = [(task, tries) for task, tries in found if tries.out and is_open(job, task)]
     return [(task, tries.attempt, tries.workers[-1], tries.claim_key) for task, tries in out]
@@ -484,57 +540,21 @@ def with_update(spec: JobSpec, update: str) -> JobSpec:
     return spec.model_copy(update={"aggregation": spec.aggregation.model_copy(update={"update": update})})
 
 
-def take_init(job: Job, made: Initialised, places: Sequence[str], now: float) -> Step:
+def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float) -> Step:
     """The model was built. Opens the first round."""
     _refuse_if_over(job)
     if not isinstance(job.inner, Initialising):
         raise SupersededError("the model of this job was built by another attempt")
     _refuse_if_never_given(job, Task("init", 0), made.attempt, made.worker)
-    _check_bounds(job.spec, made.facts)
+    check_bounds(job.spec, made.facts)
     begun = evolve(job, made, now)
-    return Step((made, open_round(begun, 1, places)), f"model of {made.facts.parameters:,} parameters built")
+    return Step((made, _open(begun, 1, places)), f"model of {made.facts.parameters:,} parameters built")
 
 
-def _check_bounds(spec: JobSpec, facts: ModelFacts) -> None:
-    """Refuse a cut of the training set that leaves samples out, or has another number of shards than the job."""
-    if spec.data.partition == "local":
-        return
-    bounds, shards = facts.bounds, spec.data.shards
-    rising = all(low < high for low, high in pairwise(bounds))
-    whole = len(bounds) >= 2 and (bounds[0], bounds[-1]) == (0, facts.train_samples)
-    if not (rising and whole and shards in ("auto", len(bounds) - 1)):
-        sentence = f"{facts.train_samples} samples were cut at {list(bounds[:9])}, which is no cut into {shards} shards"
-        raise BadUpdateError(sentence, code="bad_samples")
-
-
-def open_round(job: Job, round_index: int, places: Sequence[str]) -> Opened:
-    """Decide which shards the round has.
-
-    `shards = auto` with iid data: one a place, cut evenly, so that the cut follows the fleet. Otherwise the cut was
-    made at initialisation, and `fraction` of it is drawn. Private data: one shard a worker that has some.
-
-    Args:
-        job: with its model and facts known.
-        round_index: the round to open, from 1.
-        places: ids of the workers that serve this job: live, or gone for so short a time that they are expected back.
-    """
-    data, facts, model = job.spec.data, job.facts, job.model
-    assert facts is not None  # noqa: S101 - Initialised came before
-    assert model is not None  # noqa: S101
-    if data.partition == "local":
-        owners = sorted(places)
-        chosen = cohort(len(owners), data.fraction, seed=job.spec.seed, round_index=round_index) if owners else ()
-        shards = tuple(Shard(shard=number, worker=owners[number]) for number in chosen)
-        reason = f"round {round_index}: {len(shards)} workers train on their own data"
-    else:
-        bounds: Sequence[int] = facts.bounds
-        if data.shards == "auto" and data.partition == "iid":
-            bounds = cut(facts.train_samples, [1.0] * min(max(len(places), 1), facts.train_samples))
-        chosen = cohort(len(bounds) - 1, data.fraction, seed=job.spec.seed, round_index=round_index)
-        shards = tuple(Shard(shard=k, start=bounds[k], stop=bounds[k + 1]) for k in chosen)
-        samples = sum(bounds[k + 1] - bounds[k] for k in chosen)
-        reason = f"round {round_index}: {len(shards)} of {len(bounds) - 1} shards, {samples} samples"
-    return Opened(round=round_index, base=model.digest, shards=shards, reason=reason)
+def _open(job: Job, round_index: int, places: Sequence[Place], before: Sequence[Shard] = ()) -> Opened:
+    assert job.facts is not None  # noqa: S101 - Initialised came before
+    assert job.model is not None  # noqa: S101
+    return open_round(job.spec, job.facts, job.model.digest, round_index, places, before)
 
 
 def judge(job: Job, task: Task, submission: Submission, worker: str) -> Accepted | None:
@@ -615,13 +635,20 @@ def lost_of(job: Job) -> tuple[Accepted, ...]:
             return ()
 
 
+def waiting_late(job: Job) -> tuple[Accepted, ...]:
+    """The updates of earlier rounds that wait for a round, or are being averaged in one."""
+    frozen = job.inner.late if isinstance(job.inner, Aggregating) else ()
+    return (*frozen, *job.late.values())
+
+
 def take_update(job: Job, update: Accepted) -> Step:
     """Let an update count whose bytes have been looked at. At most one counts a shard."""
     task = Task("train", update.round, update.shard)
     if not is_open(job, task):  # it was, before the bytes were looked at
         raise LateError(f"{task} takes no more results: {job.reason}")
-    phase = job.inner
-    assert isinstance(phase, Training)  # noqa: S101 - is_open says so
+    if is_late(job, task):
+        return Step((update,), f"{task} came late: it joins the next round that is averaged, and weighs less")
+    phase = _training(job)
     return Step((update,), f"round {update.round}: {len(phase.accepted) + 1} of {len(phase.shards)} updates are in")
 
 
@@ -631,11 +658,18 @@ def late(task: Task, attempt: int, worker: str) -> Step:
     return Step((fact,), f"{task} came too late from {worker}")
 
 
-def close_if_due(job: Job, live: Iterable[str], now: float) -> Step:
+def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, Due] = MappingProxyType({})) -> Step:
     """Freeze the round's updates when all are in, or the quorum is and the stragglers' grace is over.
 
-    Below the quorum at the deadline the round is extended once, then the job fails and names what is missing. A shard
-    that only a worker which is gone could train is not waited for, once anything else is in.
+    With a number as deadline, a round below its quorum is extended once, then the job fails and names what is missing.
+    A learned one (`auto`) ends nothing: it gives stragglers that are expected soon more grace. A shard that only a
+    worker which is gone could train is not waited for, once anything else is in.
+
+    Args:
+        job: the job.
+        live: ids of the live workers.
+        now: monotonic seconds.
+        dues: shard -> who has it, and when its update is expected.
     """
     phase = job.inner
     if not isinstance(phase, Training):
@@ -651,22 +685,55 @@ def close_if_due(job: Job, live: Iterable[str], now: float) -> Step:
     if not phase.shards:
         return Step(reason=f"round {phase.round}: no live worker offers data for it")
     if not awaited:
-        return _freeze(phase, f"round {phase.round} closed: {tally}")
+        return _freeze(job, phase, f"round {phase.round} closed: {tally}", _absent(phase, dues, now))
     look_again: list[float] = []
+    deadline = job.spec.round.deadline
     if held >= quorum:
-        reached = phase.quorum_at if phase.quorum_at is not None else now
-        until = reached + GRACE * (reached - phase.opened_at)
+        until = _grace_ends(phase, awaited, dues if deadline == "auto" else {}, now)
         if now >= until:
-            return _freeze(phase, f"round {phase.round} closed by quorum {quorum}: {tally}")
+            reason = f"round {phase.round} closed by quorum {quorum}: {tally}"
+            return _freeze(job, phase, reason, _absent(phase, dues, now))
         look_again.append(until)
-    elif job.spec.round.deadline is not None and not isinstance(job.phase, Paused):
-        until = phase.opened_at + job.spec.round.deadline * (2 if phase.extended else 1)
+    elif isinstance(deadline, float) and not isinstance(job.phase, Paused):
+        until = phase.opened_at + deadline * (2 if phase.extended else 1)
         if now >= until:
             return _deadline(job, phase, awaited, quorum, tally)
         look_again.append(until)
-    numbers = ", ".join(str(s.shard) for s in awaited[:8]) + (" …" if len(awaited) > 8 else "")
+    shown = [f"{s.shard} ({dues[s.shard].words(now)})" if s.shard in dues else str(s.shard) for s in awaited[:8]]
+    numbers = ", ".join(shown) + (" …" if len(awaited) > 8 else "")
     reason = f"round {phase.round}: {tally}, quorum {quorum}; awaiting shard {numbers}"
     return Step(reason=reason, look_again_at=min(look_again, default=None))
+
+
+def _grace_ends(phase: Training, awaited: Sequence[Shard], dues: Mapping[int, Due], now: float) -> float:
+    """Until when a round that has its quorum waits for stragglers: for those that are due soon, until they are."""
+    reached = phase.quorum_at if phase.quorum_at is not None else now
+    took = reached - phase.opened_at
+    expected = (dues[s.shard].at for s in awaited if s.shard in dues)
+    soon = [at for at in expected if at is not None and at <= reached + PATIENCE * took]
+    return max(reached + GRACE * took, *soon, -math.inf)
+
+
+def _absent(phase: Training, dues: Mapping[int, Due], now: float) -> tuple[Absent, ...]:
+    """Who is not in a round that closes at this moment, and why."""
+    found = [
+        dues[number].absent(number, now)
+        if number in dues
+        else Absent(worker=s.worker, shard=number, why=_nobody(phase, s))
+        for number, s in sorted(phase.shards.items())
+        if number not in phase.accepted
+    ]
+    return (*found, *phase.evaluators)
+
+
+def _nobody(phase: Training, shard: Shard) -> str:
+    if shard.worker is not None:
+        return "the worker whose data it is was gone"
+    given = len(phase.tries.get(shard.shard, Tries()).workers)
+    times = (
+        "" if not given else " at the end; given out once" if given == 1 else f" at the end; given out {given} times"
+    )
+    return f"nobody had it{times}"
 
 
 def _awaits_lost(job: Job, round_index: int) -> str:
@@ -674,8 +741,9 @@ def _awaits_lost(job: Job, round_index: int) -> str:
     return f"round {round_index}: updates that a power cut took are awaited again: {who}"
 
 
-def _freeze(phase: Training, reason: str) -> Step:
-    return Step((Frozen(round=phase.round, shards=tuple(sorted(phase.accepted)), reason=reason),), reason)
+def _freeze(job: Job, phase: Training, reason: str, absent: tuple[Absent, ...]) -> Step:
+    shards, late = tuple(sorted(phase.accepted)), members(job.late.values(), phase.round)
+    return Step((Frozen(round=phase.round, shards=shards, reason=reason, absent=absent, late=late),), reason)
 
 
 def _deadline(job: Job, phase: Training, awaited: Sequence[Shard], quorum: int, tally: str) -> Step:
@@ -704,7 +772,7 @@ def close(
     step: StepRef | None = None,
     memory: tuple[str, ...] = (),
     seconds: float,
-    places: Sequence[str],
+    places: Sequence[Place],
     now: float,
 ) -> Step:
     """The frozen round was averaged, and what that gave is durable. Opens the next round, or ends the job."""
@@ -718,6 +786,8 @@ def close(
         workers=len({u.worker for u in updates}),
         shards=len(updates),
         left_out=phase.left_out,
+        absent=phase.absent,
+        late=phase.members,
         samples=sum(u.samples for u in updates),
         bytes_down=sum(u.bytes_down for u in updates),
         bytes_up=sum(u.bytes_up for u in updates),
@@ -729,7 +799,7 @@ def close(
     )
     after = evolve(job, closed, now)
     if phase.round < job.spec.rounds:
-        opened = open_round(after, phase.round + 1, places)
+        opened = _open(after, phase.round + 1, places, tuple(phase.before.shards.values()))
         return Step((closed, opened), opened.reason)
     if after.evaluations:
         reason = f"{phase.round} rounds done; the last evaluation is awaited"
@@ -852,7 +922,9 @@ def evolve(job: Job, fact: Fact, now: float) -> Job:
             return _evolve_evaluated(job, fact)
         case EvaluationGivenUp():
             return replace(job, evaluations=_without(job.evaluations, fact.round), reason=fact.reason)
-        case Submitted() | Late():
+        case Late():
+            return _evolve_dropped(job, fact)
+        case Submitted():
             return job
         case _:
             assert_never(fact)
@@ -879,7 +951,8 @@ def _evolve_state(job: Job, fact: StateChanged, now: float) -> Job:
         case _:
             raise ConflictError(f"{job.id} is {job.phase.state} and cannot become {fact.state}")
     over = isinstance(phase, Over)
-    return replace(job, phase=phase, reason=fact.reason, evaluations={} if over else job.evaluations)
+    job = replace(job, phase=phase, reason=fact.reason)
+    return replace(job, evaluations={}, past={}, late={}) if over else job
 
 
 def _resumed(phase: Active, now: float) -> Active:
@@ -896,6 +969,7 @@ def _evolve_back(job: Job, fact: HandedBack) -> Job:
     phase = job.inner.before if isinstance(job.inner, Aggregating) else job.inner
     if fact.code == "lost" and isinstance(phase, Training) and phase.round == fact.round:
         accepted, shards = _without(phase.accepted, fact.shard), phase.lost - {fact.shard}
+        job = replace(job, late={(update.round, update.shard): update for update in waiting_late(job)})
         return _with_inner(job, replace(phase, accepted=accepted, lost=shards, quorum_at=None))
     if not is_open(job, task):
         return job
@@ -916,11 +990,16 @@ def _evolve_lost(job: Job, round_index: int, change: Callable[[frozenset[int]], 
 def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
     assert job.model is not None  # noqa: S101 - a round opens on a model
     shards = {shard.shard: shard for shard in fact.shards}
-    phase = Training(round=fact.round, base=job.model, shards=shards, opened_at=now)
+    phase = Training(fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators)
     return _with_inner(replace(job, reason=fact.reason), phase)
 
 
 def _evolve_accepted(job: Job, fact: Accepted, now: float) -> Job:
+    if is_late(job, Task("train", fact.round, fact.shard)):
+        past = job.past[fact.round]
+        rest = replace(past, shards=_without(past.shards, fact.shard), tries=_without(past.tries, fact.shard))
+        late = {**job.late, (fact.round, fact.shard): fact}
+        return replace(job, past={**job.past, fact.round: rest}, late=late)
     phase = _training(job)
     if fact.shard in phase.accepted:
         raise ConflictError(f"round {fact.round}, shard {fact.shard} of {job.id} is accepted twice")
@@ -941,8 +1020,21 @@ def _evolve_frozen(job: Job, fact: Frozen) -> Job:
     phase = _training(job)
     updates = tuple(phase.accepted[shard] for shard in fact.shards)
     left_out = len(phase.shards) - len(updates)
-    frozen = Aggregating(phase.round, phase.base, updates, left_out, phase.opened_at, before=phase)
-    return _with_inner(replace(job, reason=fact.reason), frozen)
+    late = tuple(job.late[one.round, one.shard] for one in fact.late)
+    frozen = Aggregating(
+        phase.round, phase.base, updates, left_out, phase.opened_at, phase, fact.absent, late, fact.late
+    )
+    return _with_inner(replace(job, reason=fact.reason, late={}), frozen)
+
+
+def _evolve_dropped(job: Job, fact: Late) -> Job:
+    """A late update that was to be used is not there any more; any other never counted."""
+    key, phase = (fact.round, fact.shard), job.inner
+    if isinstance(phase, Aggregating):
+        kept = [at for at, update in enumerate(phase.late) if (update.round, update.shard) != key]
+        late, named = tuple(phase.late[at] for at in kept), tuple(phase.members[at] for at in kept)
+        job = _with_inner(job, replace(phase, late=late, members=named))
+    return replace(job, late={other: update for other, update in job.late.items() if other != key})
 
 
 def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
@@ -953,7 +1045,18 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
     states = job.states
     if job.spec.train.keep_optimizer and isinstance(job.inner, Aggregating):
         states = {**states, **{u.shard: StateOf(u.round, u.worker) for u in job.inner.accepted}}
-    return replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
+    past = still_useful(_left_behind(job) if job.spec.round.late == "use" else {}, fact.round)
+    job = replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
+    return replace(job, past=past)
+
+
+def _left_behind(job: Job) -> dict[int, Past[Tries]]:
+    """The rounds of which updates may still come, the one that closes now included."""
+    assert isinstance(job.inner, Aggregating)  # noqa: S101 - a round closes when it was averaged
+    before = job.inner.before
+    shards = {number: shard for number, shard in before.shards.items() if number not in before.accepted}
+    tries = {number: tries for number, tries in before.tries.items() if number in shards}
+    return {**job.past, before.round: Past(before.base, shards, tries)}
 
 
 def _evolve_evaluated(job: Job, fact: Evaluated) -> Job:
@@ -996,12 +1099,12 @@ def _standing(job: Job, task: Task) -> Accepted | None:
         case Aggregating(round=task.round, accepted=accepted):
             return next((update for update in accepted if update.shard == task.shard), None)
         case _:
-            return None
+            found = (update for update in waiting_late(job) if (update.round, update.shard) == (task.round, task.shard))
+            return next(found, None)
 
 
 def _check_samples(job: Job, task: Task, samples: int) -> None:
-    phase = _training(job)
-    most = phase.shards[task.shard].samples
+    most = subject_of(job, task)[1].samples
     if samples < 1 or (most is not None and samples > most):
         allowed = "at least 1" if most is None else f"1 to {most}"
         raise BadUpdateError(f"{task} claims {samples} samples, where {allowed} are possible", code="bad_samples")

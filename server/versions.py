@@ -61,6 +61,10 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
         [(blobs.path(update.digest), update.samples) for update in phase.accepted],
         targets,
         rules=rules,
+        late=[
+            (blobs.path(update.digest), update.samples, member.factor)
+            for update, member in zip(phase.late, phase.members, strict=True)
+        ],
         memory=folding.Memory(tuple(memory[:states]), memory[states] if len(memory) > states else None),
         stopped=stopped,
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from common.facts import HandedBack, Now, WorkerNow
-from common.messages import NEW_KEYS, JobView, LogEntry, PollAnswer, WorkerView
+from common.messages import NEW_KEYS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
 from server import paths, rounds
 from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody
@@ -60,7 +60,9 @@ def why(coordinator: Coordinator, job: Job) -> str:
         nobody = why_nobody(coordinator.fleet, job, now)
         behind = f"; {nobody}" if nobody else "" if len(serving) < wanted else ", and older jobs go first"
         return f"waiting for {rounds.workers(wanted)} that can serve it: {len(serving)} of {len(live)} live can{behind}"
-    reason = close_if_due(job, live, now).reason if isinstance(job.inner, Training) else job.reason
+    reason = job.reason
+    if isinstance(job.inner, Training):
+        reason = close_if_due(job, live, now, coordinator.dues(job)).reason
     if not coordinator.fleet.held(job.id) and not coordinator.fleet.serving(job, now):
         reason += f"; no live worker serves it ({why_nobody(coordinator.fleet, job, now) or 'none is live'})"
     return reason
@@ -68,13 +70,15 @@ def why(coordinator: Coordinator, job: Job) -> str:
 
 def now_of(coordinator: Coordinator, job: Job) -> Now:
     """Where the job stands at this moment, with what each of its workers does."""
-    phase = job.inner
+    phase, now = job.inner, coordinator.clock()
     training = phase if isinstance(phase, Training) else None
+    due_at = {due.worker: due.at for due in coordinator.dues(job).values()}
     workers = tuple(
         WorkerNow(
             worker=coordinator.fleet.workers[lease.worker].name,
             doing=str(lease.task),
             progress=lease.progress,
+            expected_in_s=_left(due_at.get(lease.worker), now),
         )
         for lease in coordinator.fleet.leases.values()
         if lease.job == job.id and lease.worker in coordinator.fleet.workers
@@ -90,6 +94,10 @@ def now_of(coordinator: Coordinator, job: Job) -> Now:
     )
 
 
+def _left(at: float | None, now: float) -> float | None:
+    return None if at is None else round(at - now, 1)
+
+
 def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
     """One worker as `lydian workers` shows it."""
     now = coordinator.clock()
@@ -102,11 +110,22 @@ def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
     there = caller if shown.state != "gone" else None
     path = paths.path_to(there.address[0], node, tailnet.status) if there else None
     verdict = refused.verdict if refused else Verdict()
+    speeds = tuple(_speed(coordinator, job, worker, now) for job in coordinator.jobs.values() if not job.over)
+    said = [shown.reason]
+    if shown.state == "idle":
+        said += [f"{speed.job}: {speed.evaluates}" for speed in speeds if speed.evaluates]
+    said += [
+        f"expected in {speed.expected_in_s:.0f} s"
+        if speed.expected_in_s >= 0
+        else f"falls behind by {-speed.expected_in_s:.0f} s"
+        for speed in speeds
+        if speed.expected_in_s is not None
+    ]
     return WorkerView(
         id=worker.id,
         name=worker.name,
         state=shown.state,
-        reason=shown.reason,
+        reason="; ".join(said),
         last_seen_s=0.0 if waiting else -1.0 if worker.seen_at is None else round(now - worker.seen_at, 1),
         version=worker.registration.version,
         hardware=worker.registration.hardware,
@@ -120,6 +139,25 @@ def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
         node_unknown=caller.found.why if caller else "it has not called since the coordinator started",
         path=path,
         warnings=paths.warnings(path, node, worker.link, verdict, now=datetime.now(UTC)),
+        speeds=tuple(speed for speed in speeds if speed != WorkerSpeed(job=speed.job)),
+    )
+
+
+def _speed(coordinator: Coordinator, job: Job, worker: Worker, now: float) -> WorkerSpeed:
+    """What is known of a worker at a job; nothing but the job's id if that is nothing."""
+    phase = job.inner
+    training = phase if isinstance(phase, Training) else None
+    shards = list(training.shards.values()) if training else []
+    own, whole = (sum(s.samples or 0 for s in some) for some in ([s for s in shards if s.meant == worker.id], shards))
+    measured = coordinator.speeds.of(job.id, worker.id)
+    due = next((due for due in coordinator.dues(job).values() if due.worker == worker.id), None)
+    return WorkerSpeed(
+        job=job.id,
+        samples_per_s=measured.rate if measured else None,
+        overhead_s=measured.updates[-1].overhead_s if measured else None,
+        share=own / whole if own else None,
+        evaluates=next((one.why for one in training.evaluators if one.worker == worker.id), "") if training else "",
+        expected_in_s=_left(due.at if due else None, now),
     )
 
 

@@ -15,6 +15,7 @@ from common.messages import (
 )
 from common.sharding import cut
 from server import rounds
+from server.cutting import Place
 from server.rounds import Job, Limits, Step, Task
 
 DIGEST = "0" * 64
@@ -35,6 +36,11 @@ def registration(name: str = "w", **keys: Any) -> Registration:
     hardware = Hardware(hostname=name, system="Linux", python="3.11", cpu="x", cores=1, memory=1, torch=build)
     fields = {"name": name, "protocol": PROTOCOL, "version": "0.1.0", "start_id": "s1", "hardware": hardware, **keys}
     return Registration.model_validate(fields)
+
+
+def at(*workers: str) -> list[Place]:
+    """Places of live workers of unknown speed."""
+    return [Place(worker, worker) for worker in workers]
 
 
 class Play:
@@ -68,7 +74,7 @@ class Play:
     ) -> Step:
         self.give(Task("init", 0), worker)
         return self.do(
-            rounds.take_init(self.job, self.made(worker, test_samples=test_samples, **facts), places, self.now)
+            rounds.take_init(self.job, self.made(worker, test_samples=test_samples, **facts), at(*places), self.now)
         )
 
     def made(
@@ -133,7 +139,7 @@ class Play:
 
     def close(self, number: int = 77, *, places: tuple[str, ...] = ("a", "b")) -> Step:
         model = ModelRef(digest=digest(number), size=100)
-        return self.do(rounds.close(self.job, model, seconds=1.0, places=places, now=self.now))
+        return self.do(rounds.close(self.job, model, seconds=1.0, places=at(*places), now=self.now))
 
     def whole_round(self, *workers: str, number: int = 77) -> Step:
         """Train every shard of the open round, freeze and close it."""

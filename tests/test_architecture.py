@@ -35,6 +35,7 @@ FORBIDDEN_BUILTINS = {name for name in FORBIDDEN_NAMES if "." not in name}
 ALLOWED = {
     ("sleep", "common/api.py"): "waits between two connections of an event stream; no event can tell that it is time",
     ("sleep", "common/tailscale.py"): "waits between two questions to a tailscaled that starts",
+    ("sleep", "bench/paced.py"): "plays a machine that is slower than this one",
     ("sleep", "client/running.py"): "waits between two looks at a file that another process writes",
     ("sleep", "client/service/manager.py"): "waits between two looks at a worker that joins, which only a file tells",
     ("broad except", "worker/task_host.py"): "a user's code can raise anything, and its traceback is the answer",

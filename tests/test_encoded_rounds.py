@@ -216,6 +216,28 @@ def test_outer_state_is_a_stream_beside_the_model_whatever_the_blocks(count: int
             path, state = targets.model, targets.states
 
 
+@every_codec
+def test_a_late_update_adds_its_damped_change_to_the_mean_and_has_no_part_in_buffers(tmp_path: Path, name: str) -> None:
+    base, target = write(tmp_path / "base", model(1)), Targets(tmp_path / "target")
+    files = [encoded(tmp_path, base, seed, name) for seed in (2, 3, 4)]
+    rules = Rules(FedAvg(), codec(name))
+    folding.average(base, [(files[0], 10), (files[1], 30)], target, rules=rules, late=[(files[2], 60, 0.5)])
+    found, old = load(target.model), load(base)
+    said = [whole(tmp_path, base, file, name) for file in files]
+    for part in ("w", "b"):
+        changes = [one[part].astype(np.float64) - old[part].astype(np.float64) for one in said]
+        mean = (10 * changes[0] + 30 * changes[1] + 60 * 0.5 * changes[2]) / 100
+        assert np.allclose(found[part], old[part] + mean, atol=2e-3)
+    assert np.allclose(found["mean"], (10 * said[0]["mean"] + 30 * said[1]["mean"]) / 40)
+    assert found["n"] == max(said[0]["n"], said[1]["n"]) == 3
+
+
+def test_late_updates_that_are_whole_models_are_a_mistake_of_the_caller(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", model(1))
+    with pytest.raises(ValueError, match="whole models"):
+        folding.average(base, [(base, 1)], Targets(tmp_path / "t"), rules=Rules(FedAvg()), late=[(base, 1, 0.5)])
+
+
 def test_a_memory_of_another_model_is_refused_and_leaves_no_file(tmp_path: Path) -> None:
     base = write(tmp_path / "base", model(0))
     state = tmp_path / "state"

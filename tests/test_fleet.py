@@ -97,8 +97,8 @@ def test_drained_and_set_aside_workers_are_not_counted_on() -> None:
     some.workers["a"].draining = True
     some.workers["b"].set_aside = "three refusals"
     assert some.live(0.0) == ["c"]
-    assert some.choose("a", [running("j")]) is None
-    assert some.choose("b", [running("j")]) is None
+    assert some.choose("a", [running("j")], 0.0) is None
+    assert some.choose("b", [running("j")], 0.0) is None
 
 
 def test_a_new_start_of_a_worker_voids_its_lease_and_keeps_its_strikes() -> None:
@@ -126,7 +126,36 @@ def test_a_vanished_worker_keeps_its_place_for_a_while() -> None:
     assert some.places(job, 601.0) == ["a"]
 
 
+def test_workers_come_for_their_shards_unless_they_are_gone_or_at_work_for_another_job() -> None:
+    some, job = fleet("a", "b", "c", "d", "e"), queued("j", data={"shards": "auto"})
+    some.grant("j", TASK, 1, "b", 0.0)
+    some.grant("other", TASK, 1, "c", 0.0)
+    some.workers["d"].left = True
+    excluding = rounds.replace(job, excluded={"e": "no data"})
+    assert some.coming(excluding, 0.0) == {"a": True, "b": False}
+
+
+def test_a_free_worker_leaves_the_shard_that_was_cut_for_another_which_is_there() -> None:
+    some = fleet("a", "b", "c")
+    play = Play(spec(data={"shards": "auto"}))
+    play.begin("a", "b")
+    play.init(places=("a", "b"))
+    assert some.choose("c", [play.job], 0.0) is None
+    assert some.choose("b", [play.job], 0.0) == (play.job, Task("train", 1, 1))
+    some.workers["a"].left = True
+    assert some.choose("c", [play.job], 0.0) == (play.job, TASK)
+
+
 # ---------------------------------------------------------------- leases
+
+
+def test_what_becomes_of_an_older_attempt_does_not_free_the_newer_one() -> None:
+    some = fleet("a")
+    lease = some.grant("j", TASK, 3, "a", 0.0)
+    some.release("a", "j", TASK, 2)
+    assert some.leases == {"a": lease}
+    some.release("a", "j", TASK, 3)
+    assert some.leases == {}
 
 
 def test_a_lease_expires_unless_it_is_renewed() -> None:
@@ -191,10 +220,10 @@ def test_a_worker_never_holds_two_leases_and_time_never_revives_one(grants: list
 def test_the_oldest_running_job_is_served_first() -> None:
     some = fleet("a", "b", "c")
     jobs = [running("old"), running("young")]
-    assert some.choose("a", jobs) == (jobs[0], TASK)
+    assert some.choose("a", jobs, 0.0) == (jobs[0], TASK)
     some.grant("old", TASK, 1, "a", 0.0)
     some.grant("old", Task("train", 1, 1), 1, "b", 0.0)
-    assert some.choose("c", jobs) == (jobs[1], TASK)
+    assert some.choose("c", jobs, 0.0) == (jobs[1], TASK)
 
 
 def test_queued_paused_and_ended_jobs_hand_out_nothing() -> None:
@@ -202,7 +231,7 @@ def test_queued_paused_and_ended_jobs_hand_out_nothing() -> None:
     paused, ended = training(), training()
     paused.do(rounds.pause(paused.job, "me"))
     ended.do(rounds.cancel(ended.job, "me"))
-    assert some.choose("a", [queued(), paused.job, ended.job]) is None
+    assert some.choose("a", [queued(), paused.job, ended.job], 0.0) is None
 
 
 def test_a_job_of_auto_shards_leaves_no_worker_to_a_younger_one() -> None:
@@ -255,8 +284,8 @@ def test_a_users_task_goes_only_to_workers_that_trust_it() -> None:
     assert fleets.why_not(some.workers["none"], job) == "none runs built-in tasks only (--trust none)"
     assert "has not listed task 000000000000…" in str(fleets.why_not(some.workers["listed"], job))
     begun = rounds.replace(job, phase=rounds.Initialising())
-    assert some.choose("none", [begun]) is None
-    assert some.choose("any", [begun]) == (begun, Task("init", 0))
+    assert some.choose("none", [begun], 0.0) is None
+    assert some.choose("any", [begun], 0.0) == (begun, Task("init", 0))
 
 
 def test_private_data_is_trained_by_workers_that_offer_it() -> None:
@@ -401,7 +430,7 @@ def test_two_processes_of_one_place_cannot_push_each_other_out_in_turn() -> None
 def test_a_degraded_worker_gets_no_work_and_is_shown_with_its_reason() -> None:
     some = fleet("a")
     some.workers["a"].degraded = "no room in its state folder"
-    assert some.choose("a", [running("j")]) is None
+    assert some.choose("a", [running("j")], 0.0) is None
     assert some.live(0.0) == []
     shown = standing(some, some.workers["a"], 0.0, lambda lease: str(lease.task))
     assert (shown.state, shown.reason) == ("degraded", "no room in its state folder")

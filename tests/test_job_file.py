@@ -64,6 +64,12 @@ def one_of_schema(schema: Any) -> st.SearchStrategy[Any]:
 CONFIGS = st.dictionaries(NAMES, SCALARS | st.lists(SCALARS, max_size=3), max_size=3)
 
 
+LATE_FP32 = (
+    "round.late = use needs updates that are changes, and aggregation.update = fp32 sends whole models: "
+    "set bf16, int8, int4 or topk"
+)
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> JobSpec:
     document: dict[str, Any] = {
@@ -79,6 +85,8 @@ def specs(draw: st.DrawFn) -> JobSpec:
     if "local_steps" not in (train := document.get("train", {})):
         for name in ("schedule", "warmup_steps"):
             train.pop(name, None)
+    if document.get("aggregation", {}).get("update", "fp32") in ("fp32", "auto"):
+        document.get("round", {}).pop("late", None)
     return JobSpec.model_validate(document)
 
 
@@ -219,6 +227,10 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
         (
             'task = "d"\n[train]\nwarmup_steps = 5\nlocal_epochs = 1',
             "[train]: warmup_steps counts the steps of the whole job, and they are not known: set local_steps",
+        ),
+        (
+            'task = "d"\n[round]\nlate = "use"',
+            LATE_FP32,
         ),
         ("rounds = 5", "the job names no task: give a built-in one or --task FILE.py"),
     ],

@@ -2,6 +2,8 @@
 
 import math
 import os
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +24,8 @@ from common.facts import (
 )
 from common.messages import ModelRef, Submission
 from server import rounds
+from server.cutting import Place
+from server.deadlines import Due
 from server.rounds import (
     Aggregating,
     Cancelled,
@@ -36,7 +40,7 @@ from server.rounds import (
     Training,
     Tries,
 )
-from tests.rounds_kit import LIMITS, Play, digest, spec, submission, training
+from tests.rounds_kit import LIMITS, Play, at, digest, spec, submission, training
 
 # ---------------------------------------------------------------- the queue
 
@@ -87,13 +91,13 @@ def test_a_cut_that_loses_samples_or_has_another_number_of_shards_is_refused(bou
     play.begin("a", "b")
     play.give(Task("init", 0), "a")
     with pytest.raises(BadUpdateError, match="no cut into 2 shards"):
-        rounds.take_init(play.job, play.made("a", bounds=bounds), ("a",), 0.0)
+        rounds.take_init(play.job, play.made("a", bounds=bounds), at("a"), 0.0)
 
 
 def test_a_second_initialisation_is_superseded() -> None:
     play = training()
     with pytest.raises(SupersededError):
-        rounds.take_init(play.job, play.made("a"), ("a",), 0.0)
+        rounds.take_init(play.job, play.made("a"), at("a"), 0.0)
 
 
 def test_an_initialisation_by_a_worker_that_never_got_it_is_unknown() -> None:
@@ -101,7 +105,7 @@ def test_an_initialisation_by_a_worker_that_never_got_it_is_unknown() -> None:
     play.begin("a", "b")
     play.give(Task("init", 0), "a")
     with pytest.raises(NotFoundError):
-        rounds.take_init(play.job, play.made("b"), ("a",), 0.0)
+        rounds.take_init(play.job, play.made("b"), at("a"), 0.0)
 
 
 def test_auto_shards_follow_the_number_of_places() -> None:
@@ -832,6 +836,296 @@ def test_a_persons_pause_outlasts_that_of_a_full_disk() -> None:
     assert not play.do(rounds.pause(play.job, "the coordinator", room=5)).facts
 
 
+# ---------------------------------------------------------------- a shard that was cut for a worker
+
+
+def by_speed(*, rates: dict[str, float], total: int = 1_360_000, **keys: Any) -> Play:
+    """A job in its first round, cut by speeds that an earlier job has taught."""
+    play = Play(spec(rounds=3, data={"shards": "auto"}, **keys))
+    play.begin(*rates)
+    play.give(Task("init", 0), "a")
+    places = [Place(worker, worker, rate=rate) for worker, rate in rates.items()]
+    play.do(rounds.take_init(play.job, play.made("a", total=total), places, play.now))
+    return play
+
+
+THREE = {"a": 1.0, "b": 0.2, "c": 0.16}
+ALL_FREE = {"a": True, "b": True, "c": True}
+
+
+def shard_for(play: Play, worker: str, coming: dict[str, bool], *held: int) -> int | None:
+    assert isinstance(play.job.inner, Training)
+    tasks = frozenset(Task("train", play.job.inner.round, shard) for shard in held)
+    task = rounds.next_task(play.job, worker, tasks, coming)
+    return None if task is None or task.kind != "train" else task.shard
+
+
+def test_every_worker_gets_the_shard_that_was_cut_for_it_in_whatever_order_they_ask() -> None:
+    play = by_speed(rates=THREE)
+    assert [shard_for(play, worker, ALL_FREE) for worker in "cab"] == [2, 0, 1]
+    assert shard_for(play, "newcomer", ALL_FREE) is None
+    assert shard_for(play, "b", ALL_FREE, 1) is None
+
+
+@pytest.mark.parametrize("coming", [{"b": True, "c": True}, {}])
+def test_the_shard_of_a_worker_that_is_gone_goes_to_whoever_asks(coming: dict[str, bool]) -> None:
+    play = by_speed(rates=THREE)
+    assert shard_for(play, "newcomer", coming) == 0
+    assert shard_for(play, "b", coming) == 1
+    assert shard_for(play, "b", coming, 1) == 0
+
+
+def test_a_shard_that_was_given_back_goes_to_whoever_asks() -> None:
+    play = by_speed(rates=THREE)
+    play.give(Task("train", 1, 0), "a")
+    play.back(Task("train", 1, 0), "task_failed")
+    assert shard_for(play, "newcomer", ALL_FREE) == 0
+    assert shard_for(play, "b", ALL_FREE) == 1
+
+
+def test_the_shard_of_a_worker_that_is_busy_goes_to_one_that_has_handed_in_its_own() -> None:
+    play = by_speed(rates=THREE)
+    busy = {**ALL_FREE, "a": False}
+    assert shard_for(play, "newcomer", busy) is None
+    play.train(1, "b", samples=1)
+    assert shard_for(play, "b", busy) == 0
+    assert shard_for(play, "b", ALL_FREE) is None
+
+
+def test_an_evaluator_evaluates_and_trains_only_when_no_trainer_is_there() -> None:
+    play = by_speed(rates={**THREE, "cpu": 0.015})
+    everybody = {**ALL_FREE, "cpu": True}
+    assert isinstance(play.job.inner, Training)
+    assert [one.worker for one in play.job.inner.evaluators] == ["cpu"]
+    assert shard_for(play, "cpu", {**everybody, "a": False}) is None
+    assert shard_for(play, "cpu", {"cpu": True}) == 0
+    for shard, worker in enumerate("abc"):
+        play.train(shard, worker, samples=1)
+    play.close_if_due("a", "b", "c", "cpu")
+    play.close(places=("a", "b", "c", "cpu"))
+    closed = play.facts[-2]
+    assert isinstance(closed, RoundClosed)
+    assert [(one.worker_name, one.shard, one.why) for one in closed.absent] == [
+        ("cpu", None, "evaluates only: its share would be 1.1%, under 3%")
+    ]
+    assert play.replayed() == play.job
+
+
+# ---------------------------------------------------------------- who is expected when
+
+
+DUE = {1: Due("b", "gpu2", since=0.0, within=40.0)}
+
+
+def test_what_is_awaited_names_who_has_it_and_when_it_is_expected() -> None:
+    play = training()
+    play.train(0, "a")
+    play.now = 10.0
+    assert "awaiting shard 1 (gpu2, expected in 30 s)" in rounds.close_if_due(play.job, "ab", 10.0, DUE).reason
+    step = rounds.close_if_due(play.job, "ab", 62.0, DUE)
+    assert step.facts == ()
+    assert "awaiting shard 1 (gpu2 falls behind: 62 s, expected within 40 s)" in step.reason
+
+
+@pytest.mark.parametrize(
+    ("deadline", "within", "until"),
+    [("auto", 15.0, 15.0), ("auto", 21.0, 11.0), ("auto", None, 11.0), (50.0, 15.0, 11.0)],
+)
+def test_a_learned_deadline_gives_those_more_grace_that_are_expected_soon(
+    deadline: object, within: float | None, until: float
+) -> None:
+    play = training(round={"quorum": 1, "deadline": deadline})
+    play.now = 10.0
+    play.train(0, "a")
+    play.give(Task("train", 1, 1), "b")
+    dues = {1: Due("b", "gpu2", since=0.0, within=within)}
+    assert rounds.close_if_due(play.job, "ab", 10.0, dues).look_again_at == until
+    frozen = rounds.close_if_due(play.job, "ab", until, dues).facts[0]
+    assert isinstance(frozen, Frozen)
+    assert [(one.worker_name, one.shard) for one in frozen.absent] == [("gpu2", 1)]
+    assert "when the quorum was in" in frozen.absent[0].why
+
+
+def test_a_learned_deadline_never_ends_a_job() -> None:
+    play = training(round={"deadline": "auto"})
+    play.train(0, "a")
+    step = rounds.close_if_due(play.job, "ab", 1e9, DUE)
+    assert (step.facts, step.look_again_at) == ((), None)
+
+
+def test_a_closed_round_says_why_it_went_without_a_shard_that_nobody_had() -> None:
+    play = training(round={"quorum": 1})
+    play.train(0, "a")
+    play.give(Task("train", 1, 1), "b")
+    play.back(Task("train", 1, 1), "expired", worker="b")
+    play.now = 1e9
+    play.close_if_due("a")
+    play.close()
+    closed = next(fact for fact in play.facts if isinstance(fact, RoundClosed))
+    assert (closed.left_out, [one.why for one in closed.absent]) == (1, ["nobody had it at the end; given out once"])
+
+
+def test_a_closed_round_says_whose_private_data_it_went_without() -> None:
+    play = Play(spec(data={"partition": "local"}))
+    play.begin("a")
+    play.init(places=("a", "b", "c"), bounds=())
+    play.train(0, "a", samples=1)
+    play.train(1, "b", samples=1)
+    play.close_if_due("a", "b")
+    assert isinstance(play.job.phase, Aggregating)
+    assert [(one.worker, one.shard, one.why) for one in play.job.phase.absent] == [
+        ("c", 2, "the worker whose data it is was gone")
+    ]
+
+
+# ---------------------------------------------------------------- late updates
+
+
+def closing_without(late: str = "use", **keys: Any) -> Play:
+    """A job whose first round closed with the update of a, while b trains on shard 1."""
+    play = training(rounds=5, round={"quorum": 1, "late": late}, aggregation={"update": "int8"}, **keys)
+    play.train(0, "a")
+    play.give(Task("train", 1, 1), "b")
+    play.now = 1e9
+    play.close_if_due("a", "b")
+    play.close()
+    return play
+
+
+def round_of(play: Play, number: int) -> None:
+    """The next round, with the update of a alone."""
+    play.train(0, "a")
+    play.now += 1e9
+    play.close_if_due("a", "b")
+    play.close(number)
+
+
+LATE_TASK = Task("train", 1, 1)
+
+
+def late_update(play: Play) -> Accepted:
+    return play.update(1, "b").model_copy(update={"round": 1})
+
+
+def hand_in_late(play: Play) -> Step:
+    update = late_update(play)
+    assert rounds.judge(play.job, LATE_TASK, submission(update), "b") is None
+    return play.do(rounds.take_update(play.job, update))
+
+
+@pytest.mark.parametrize(("between", "factor"), [(0, 1 / math.sqrt(2)), (1, 1 / math.sqrt(3))])
+def test_a_late_update_joins_a_later_round_and_weighs_less_the_staler_it_is(between: int, factor: float) -> None:
+    play = closing_without()
+    for number in range(between):
+        round_of(play, 80 + number)
+    assert "came late" in hand_in_late(play).reason
+    assert rounds.judge(play.job, LATE_TASK, submission(late_update(play)), "b") == late_update(play)
+    play.train(0, "a")
+    play.now += 1e9
+    play.close_if_due("a", "b")
+    assert isinstance(play.job.inner, Aggregating)
+    assert play.job.inner.late == rounds.waiting_late(play.job) == (late_update(play),)
+    play.close(90)
+    closed = next(fact for fact in reversed(play.facts) if isinstance(fact, RoundClosed))
+    (member,) = closed.late
+    assert (member.worker_name, member.round, member.shard, member.staleness) == ("b", 1, 1, 1 + between)
+    assert member.factor == pytest.approx(factor)
+    assert (closed.samples, closed.workers, closed.left_out) == (10, 1, 1)
+    assert rounds.waiting_late(play.job) == ()
+    assert play.replayed() == rounds.replace(play.job, phase=play.replayed().phase)
+    with pytest.raises(LateError):
+        rounds.judge(play.job, LATE_TASK, submission(late_update(play)), "b")
+
+
+def test_an_update_that_is_staler_than_two_versions_is_refused() -> None:
+    play = closing_without()
+    round_of(play, 80)
+    assert rounds.is_open(play.job, LATE_TASK)
+    round_of(play, 81)
+    assert not rounds.is_open(play.job, LATE_TASK)
+    with pytest.raises(LateError):
+        rounds.judge(play.job, LATE_TASK, submission(late_update(play)), "b")
+    with pytest.raises(LateError):
+        rounds.take_update(play.job, late_update(play))
+
+
+def test_without_the_rule_a_late_update_is_refused() -> None:
+    play = closing_without(late="refuse")
+    assert play.job.past == {}
+    with pytest.raises(LateError):
+        rounds.judge(play.job, LATE_TASK, submission(late_update(play)), "b")
+
+
+def test_a_late_update_may_come_while_a_round_is_averaged_and_waits_for_the_next() -> None:
+    play = closing_without()
+    play.train(0, "a")
+    play.now += 1e9
+    play.close_if_due("a", "b")
+    hand_in_late(play)
+    assert isinstance(play.job.inner, Aggregating)
+    assert (play.job.inner.late, rounds.waiting_late(play.job)) == ((), (late_update(play),))
+    play.close(80)
+    play.train(0, "a")
+    play.now += 1e9
+    play.close_if_due("a", "b")
+    assert isinstance(play.job.inner, Aggregating)
+    assert [one.staleness for one in play.job.inner.members] == [2]
+
+
+def test_a_late_attempt_is_never_handed_out_again_and_its_failures_end_nothing() -> None:
+    play = closing_without()
+    assert [out[0] for out in rounds.outstanding(play.job)] == [LATE_TASK]
+    base, shard = rounds.subject_of(play.job, LATE_TASK)
+    assert (base.digest, shard.shard) == (digest(0), 1)
+    for _ in range(9):
+        play.back(LATE_TASK, "task_failed", worker="b", attempt=1)
+    assert not play.job.over
+    assert rounds.next_task(play.job, "b", frozenset({Task("train", 2, 0), Task("train", 2, 1)})) == Task("evaluate", 1)
+    with pytest.raises(BadUpdateError):
+        rounds.judge(play.job, LATE_TASK, submission(late_update(play).model_copy(update={"samples": 11})), "b")
+    with pytest.raises(NotFoundError):
+        rounds.judge(play.job, LATE_TASK, submission(late_update(play)), "a")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_late_update_that_a_power_cut_took_is_not_used(frozen: bool) -> None:
+    play = closing_without()
+    hand_in_late(play)
+    if frozen:
+        play.train(0, "a")
+        play.now += 1e9
+        play.close_if_due("a", "b")
+    play.do(rounds.late(LATE_TASK, 1, "b"))
+    assert rounds.waiting_late(play.job) == ()
+    assert play.replayed().late == {}
+
+
+def test_a_frozen_round_that_is_opened_again_keeps_its_late_updates() -> None:
+    play = closing_without()
+    hand_in_late(play)
+    play.train(0, "a")
+    play.now += 1e9
+    play.close_if_due("a", "b")
+    in_time = rounds.accepted_of(play.job)[0]
+    play.do(rounds.lost(in_time))
+    play.back(Task("train", 2, 0), "lost", worker="a", attempt=1)
+    assert isinstance(play.job.inner, Training)
+    assert rounds.waiting_late(play.job) == (late_update(play),)
+
+
+def test_after_the_last_round_nothing_late_is_taken() -> None:
+    play = training(rounds=1, round={"quorum": 1, "late": "use"}, aggregation={"update": "int8"})
+    play.train(0, "a")
+    play.give(LATE_TASK, "b")
+    play.now = 1e9
+    play.close_if_due("a", "b")
+    assert not rounds.is_open(play.job, LATE_TASK)
+    play.close()
+    assert not rounds.is_open(play.job, LATE_TASK)
+    play.evaluate(1)
+    assert (play.job.past, play.job.late) == ({}, {})
+
+
 # ---------------------------------------------------------------- any history
 
 
@@ -840,14 +1134,21 @@ class AnyHistory(RuleBasedStateMachine):
 
     @initialize(
         quorum=st.sampled_from(["all", 1, 0.5]),
-        deadline=st.sampled_from([None, 30.0]),
+        deadline=st.sampled_from([None, 30.0, "auto"]),
         fraction=st.sampled_from([1.0, 0.5]),
+        shards=st.sampled_from([4, "auto"]),
+        late=st.sampled_from(["refuse", "use"]),
     )
-    def begin(self, quorum: object, deadline: float | None, fraction: float) -> None:
-        sections = {"round": {"quorum": quorum, "deadline": deadline}, "data": {"shards": 4, "fraction": fraction}}
+    def begin(self, quorum: object, deadline: object, fraction: float, shards: object, late: str) -> None:
+        sections = {
+            "round": {"quorum": quorum, "deadline": deadline, "late": late},
+            "data": {"shards": shards, "fraction": fraction},
+            "aggregation": {"update": "int8"},
+        }
         self.play = Play(spec(rounds=3, **sections))
         self.out: list[tuple[Task, int, str]] = []
         self.counted: dict[tuple[int, int], str] = {}
+        self.averaged: set[tuple[int, int]] = set()
         self.play.begin("a", "b")
         self.play.init()
 
@@ -857,12 +1158,17 @@ class AnyHistory(RuleBasedStateMachine):
     @rule(worker=st.sampled_from("abc"))
     def ask(self, worker: str) -> None:
         held = frozenset(task for task, _, holder in self.out if holder != worker)
-        task = rounds.next_task(self.play.job, worker, held)
+        task = rounds.next_task(self.play.job, worker, held, self.coming() | {worker: True})
         if task is not None:
             assert task not in held
             fact = self.play.give(task, worker).facts[0]
             self.out = [o for o in self.out if o[2] != worker]
             self.out.append((task, fact.attempt, worker))  # type: ignore[union-attr]
+
+    def coming(self) -> dict[str, bool]:
+        """Nobody is gone; who has nothing to do is free."""
+        busy = {holder for _, _, holder in self.out}
+        return {worker: worker not in busy for worker in "abc"}
 
     @precondition(lambda self: self.out)
     @rule(data=st.data(), twice=st.booleans(), keep=st.booleans())
@@ -877,7 +1183,7 @@ class AnyHistory(RuleBasedStateMachine):
     def _hand_in(self, task: Task, attempt: int, worker: str) -> None:
         job = self.play.job
         content = digest(attempt * 7919 + task.shard * 31 + task.round)
-        given = Submission(attempt=attempt, digest=content, samples=5, metrics={"accuracy": (1.0, 2.0)})
+        given = Submission(attempt=attempt, digest=content, samples=1, metrics={"accuracy": (1.0, 2.0)})
         key = (task.round, task.shard)
         try:
             repeat = rounds.judge(job, task, given, worker)
@@ -892,10 +1198,12 @@ class AnyHistory(RuleBasedStateMachine):
             return
         assert key not in self.counted
         self.counted[key] = content
-        phase = job.inner
-        assert isinstance(phase, Training)
-        update = self.play.update(task.shard, worker, attempt=attempt, samples=5)
-        self.play.do(rounds.take_update(job, update.model_copy(update={"digest": content})))
+        is_late = not isinstance(job.inner, Training) or job.inner.round != task.round
+        assert not is_late or job.spec.round.late == "use"
+        update = self.play.update(task.shard, worker, attempt=attempt, samples=1)
+        given_in = {"digest": content, "round": task.round}
+        self.play.do(rounds.take_update(job, update.model_copy(update=given_in)))
+        assert is_late == (self.play.job.late.get(key) is not None)
 
     @precondition(lambda self: self.out)
     @rule(data=st.data(), code=st.sampled_from(["task_failed", "expired", "released", "not_finite", "no_data"]))
@@ -908,7 +1216,8 @@ class AnyHistory(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.play.now += seconds
         before = self.play.job
-        step = self.play.close_if_due("a", "b", "c")
+        dues = {task.shard: Due(worker, worker, 0.0, 50.0) for task, _, worker in self.out if task.kind == "train"}
+        step = self.play.do(rounds.close_if_due(self.play.job, "abc", self.play.now, dues))
         assert step.reason
         if rounds.lost_of(before):
             assert self.play.job == before, "a round went on without bytes that it needs"
@@ -944,18 +1253,38 @@ class AnyHistory(RuleBasedStateMachine):
         self.play.job = self.play.replayed()
         self.out = [o for o in self.out if (o[0], o[1], o[2], "") in rounds.outstanding(self.play.job)]
 
-    @rule()
-    def average(self) -> None:
+    @rule(rates=st.lists(st.sampled_from([None, 0.01, 1.0, 5.0]), min_size=3, max_size=3))
+    def average(self, rates: list[float | None]) -> None:
         if isinstance(self.play.job.inner, Aggregating) and not rounds.lost_of(self.play.job):
             updates = [(u.round, u.shard) for u in self.play.job.inner.accepted]
             assert len(set(updates)) == len(updates)
             assert all(self.counted[key] for key in updates)
-            self.play.close(number=self.play.job.closed + 1)
+            late = [(u.round, u.shard) for u in self.play.job.inner.late]
+            assert all(self.counted[key] and 1 <= self.play.job.inner.round - key[0] <= 2 for key in late)
+            assert not self.averaged & {*updates, *late}, "an update counts twice"
+            assert len(set(late)) == len(late)
+            self.averaged |= {*updates, *late}
+            places = [Place(w, w, rate=rate) for w, rate in zip("abc", rates, strict=True)]
+            model = ModelRef(digest=digest(self.play.job.closed + 1), size=100)
+            self.play.do(rounds.close(self.play.job, model, seconds=1.0, places=places, now=self.play.now))
 
     @rule(decide=st.sampled_from([rounds.pause, rounds.resume]))
     def person(self, decide: object) -> None:
         if not self.play.job.over:
             self.play.do(decide(self.play.job, "me"))  # type: ignore[operator]
+
+    @invariant()
+    def with_everybody_free_somebody_gets_every_open_shard(self) -> None:
+        job = getattr(getattr(self, "play", None), "job", None)
+        if job is None or not isinstance(job.phase, Training) or self.out:
+            return
+        able = {worker: True for worker in "abc" if worker not in job.excluded}
+        given: set[int] = set()
+        for _ in job.phase.shards:
+            held = frozenset(Task("train", job.phase.round, shard) for shard in given)
+            tasks = [rounds.next_task(replace(job, evaluations={}), worker, held, able) for worker in able]
+            given |= {task.shard for task in tasks[:1] if task} or {task.shard for task in tasks if task}
+        assert not able or given == job.phase.shards.keys() - job.phase.accepted.keys()
 
     @invariant()
     def replaying_the_facts_gives_the_same_state(self) -> None:

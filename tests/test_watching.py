@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from client import shown
-from client.watching import Board, JsonView, LiveView, PlainView, follow, plain_line, read_event, render, round_table
+from client.watching import (
+    Board,
+    JsonView,
+    LiveView,
+    PlainView,
+    expected,
+    follow,
+    plain_line,
+    read_event,
+    render,
+    round_table,
+)
 from common.messages import JobSpec, JobView
 
 DIGEST = "0" * 64
@@ -87,6 +98,21 @@ def test_a_row_is_completed_when_its_evaluation_comes_a_round_later() -> None:
     ]
 
 
+def test_who_is_not_in_a_round_has_a_column_where_anybody_is_not() -> None:
+    absent = [{"worker": "w-3", "worker_name": "cpu", "why": "evaluates only"}]
+    header, rows = round_table(board_after(closed(1), closed(2, absent=absent)).last(10), None)
+    assert (header[-1], [row[-1] for row in rows]) == ("without", ["", "cpu: evaluates only"])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(None, ""), (40.0, "expected in 40.0 s"), (-62.0, "falls behind by 1 min 2 s")]
+)
+def test_when_an_update_is_expected_is_said_beside_its_worker(seconds: float | None, words: str) -> None:
+    assert expected(seconds) == words
+    doing = {"worker": "gpu-2", "doing": "round 2, shard 0", "expected_in_s": seconds}
+    assert words in drawn(board_after({**NOW, "workers": [doing]}))
+
+
 def test_only_the_newest_best_round_is_marked() -> None:
     events = [closed(1), evaluated(1, 0.8), closed(2), evaluated(2, 0.9), closed(3), evaluated(3, 0.7, best=False)]
     board = board_after(*events)
@@ -128,6 +154,13 @@ def test_fields_that_a_newer_coordinator_added_are_passed_over() -> None:
         (
             closed(3, left_out=1, workers=1, metrics={}),
             "round 3 of 4: 2.00 s, 1 worker, 1,500 samples, down 6.7 MB, up 20.1 MB, 1 shard left out",
+        ),
+        (
+            closed(3, left_out=1, workers=1, samples=9, bytes_down=1, bytes_up=1, metrics={}, absent=[
+                {"worker": "w-2", "worker_name": "b", "shard": 1, "why": "late"},
+                {"worker": "w-3", "worker_name": "c", "why": "slow"},
+            ]),
+            "round 3 of 4: 2.00 s, 1 worker, 9 samples, down 1 B, up 1 B, 1 shard left out; shard 1, b: late; c: slow",
         ),
         (evaluated(3, 0.912), "evaluation of round 3: accuracy 0.912, loss 0.250 (best)"),
         (ended("failed", "no quorum"), "failed: no quorum"),
@@ -226,11 +259,11 @@ def test_the_picture_shows_what_is_awaited_who_works_and_the_last_rounds() -> No
         *(closed(number) for number in range(1, 13)), evaluated(12, 0.987), handed_back("no memory"), NOW
     )
     picture = drawn(board)
-    for expected in (
+    for part in (
         "clothes-1", "training", "round 2: 1 of 3 updates", "120/480", "1,234 samples/s", "loss 0.412", "gpu-2",
         "0.987", "* 12", "no memory", "↓", "↑",
     ):  # fmt: skip
-        assert expected in picture, picture
+        assert part in picture, picture
     assert not re.search(r"^\s+2 +2\.00 s", picture, re.MULTILINE)  # only the last ten rounds
 
 
