@@ -377,6 +377,47 @@ def submit(context: typer.Context) -> None:
 
 
 @app.command()
+def plan(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="A job file, a built-in task, or the id of a job.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the job; repeatable.")
+    ] = None,
+    like: Annotated[str | None, typer.Option(metavar="JOB", help="Take this job's measurements.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Train two rounds first, and measure those.")] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Foretell what a round will cost each worker, and what would be better; or set that beside what a job did cost.
+
+    Rests on what was measured: speeds by an earlier job of the same task, lines by the workers themselves.
+
+    \b
+    Examples:
+      lydian plan job.toml
+      lydian plan fashion-mnist --set aggregation.update=int4 --measure
+      lydian plan fashion-mnist-3f2a81c0
+    """
+    from client.planning import plan_beside_truth, plan_of, show
+    from client.submit_job import read_what
+    from common.tasks import BUILTIN
+
+    with coordinator(url, token) as api:
+        if what.endswith((".toml", ".py")) or what in BUILTIN:
+            job = read_what(what, {}, settings or [])
+            found, rounds = plan_of(api, job, like=like, measure=measure), job.spec.rounds
+        elif settings or like is not None or measure:
+            raise typer.BadParameter(f"{what} is the id of a job that has run: nothing of it can be set or measured")
+        else:
+            view = api.job(what)
+            found, rounds = plan_beside_truth(api, view), view.spec.rounds
+    if as_json:
+        print_message(found)
+    else:
+        show(found, rounds)
+
+
+@app.command()
 def jobs(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
     """List the jobs, oldest first."""
     with coordinator(url, token) as api:

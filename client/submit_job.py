@@ -80,7 +80,7 @@ def submit(
         typer.Exit: with `watching`, the exit code for how the job ended.
         LydianError: the job is wrong, or the coordinator refused it or is away.
     """
-    job = _read(what, flags, sets)
+    job = read_what(what, flags, sets)
     request = JobRequest(spec=job.spec, task_source=job.task_source, key=key or uuid4().hex)
     with coordinator(url, token) as api:
         view = api.submit_job(request)
@@ -97,7 +97,7 @@ def main() -> NoReturn:
     run_program(make_app(PROGRAM), PROGRAM)
 
 
-def _read(what: str | None, flags: dict[KeyPath, Any], sets: list[str]) -> Job:
+def read_what(what: str | None, flags: dict[KeyPath, Any], sets: list[str]) -> Job:
     """The job that the command line says."""
     file = Path(what) if what is not None and what.endswith(".toml") else None
     if what is not None and file is None:

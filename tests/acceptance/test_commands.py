@@ -55,6 +55,23 @@ def test_a_job_submitted_watched_and_pulled_by_commands(fleet: LocalFleet, tmp_p
     assert [one["state"] for one in shown if one["id"] == job] == ["finished"]
 
 
+def test_a_job_is_foretold_by_what_an_earlier_one_measured_and_set_beside_its_truth(fleet: LocalFleet) -> None:
+    strange = lydian(fleet, "plan", "char-lm")
+    assert strange.returncode == 1
+    assert "nothing is measured of char-lm here" in strange.stderr
+    measured = lydian(fleet, "plan", "digits", "--set", "data.shards=2", "--set", "train.batch_size=16", "--measure")
+    assert measured.returncode == 0, measured.stderr
+    assert "a round takes" in measured.stdout
+    told = json.loads(lydian(fleet, "plan", "digits", "--set", "train.batch_size=16", "--json").stdout)
+    assert {row["worker"] for row in told["workers"]} == {"w1", "w2"}
+    assert sum(row["share"] for row in told["workers"]) == pytest.approx(1)
+    assert told["measured_by"] in measured.stderr
+    beside = json.loads(lydian(fleet, "plan", told["measured_by"], "--json").stdout)
+    assert beside["true_round_s"] > 0
+    assert all(row["true_s"] > 0 for row in beside["workers"] if row["role"] == "trains")
+    assert lydian(fleet, "plan", told["measured_by"], "--measure").returncode == 2
+
+
 def test_workers_are_listed_with_their_hardware(fleet: LocalFleet) -> None:
     listed = json.loads(lydian(fleet, "workers", "--json").stdout)
     assert {one["name"] for one in listed} == {"w1", "w2"}

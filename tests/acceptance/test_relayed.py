@@ -141,3 +141,11 @@ def test_a_job_runs_over_the_relay_and_both_take_part(fleet: TailnetFleet) -> No
     accepted = list(of_type(fleet.facts(job), "accepted"))
     assert sorted((fact["round"], fact["shard"]) for fact in accepted) == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert {fact["worker_name"] for fact in accepted} == {"near", "far"}
+
+
+def test_the_plan_of_the_job_says_who_is_waited_for_and_that_it_is_the_relay(fleet: TailnetFleet) -> None:
+    (job,) = fleet.api.jobs()
+    plan = json.loads(fleet.lydian("plan", job.id, "--json").stdout)
+    assert plan["blame"].startswith("far is waited for during ")
+    assert "(relayed by fra)" in plan["blame"]
+    assert plan["advice"]
