@@ -38,7 +38,7 @@ class OlderWorker:
         "id", "attempt", "job", "kind", "round", "shard", "shards", "samples", "train_samples", "task", "spec", "base",
         "ttl_s", "max_bytes",
     }  # fmt: skip
-    ROUND_SECTION: ClassVar[set[str]] = {"min_workers", "quorum", "deadline", "evaluate_every"}
+    ROUND_SECTION: ClassVar[set[str]] = {"min_workers", "quorum", "evaluate_every"}  # its own default is no deadline
 
     def __init__(self, fleet: LocalFleet) -> None:
         token = (fleet.state / "join.token").read_text().strip()
