@@ -159,7 +159,7 @@ def test_a_coordinator_that_refuses_the_workers_ends_the_process(
 ) -> None:
     coordinator.script["register"] = [UnauthenticatedError("no such token")] * 3
     with simulating(coordinator, tmp_path) as ended:
-        coordinator.wait_call("register", 3)
+        coordinator.wait_call("register")
     assert "no such token" in str(ended[0])
 
 
