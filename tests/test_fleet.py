@@ -354,10 +354,10 @@ def test_a_worker_that_is_to_do_nothing_gets_no_work_and_no_place(change: dict[s
     some, job = fleet("a", "b"), running("j")
     for key, value in change.items():
         setattr(some.workers["a"], key, value)
-    assert some.choose("a", [job]) is None
+    assert some.choose("a", [job], 0.0) is None
     assert some.live(0.0) == ["b"]
     assert some.places(job, 0.0) == ["b"]
-    assert some.choose("b", [job]) is not None
+    assert some.choose("b", [job], 0.0) is not None
 
 
 @pytest.mark.parametrize("order", ["drain", "pause"])

@@ -409,3 +409,5 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
         if heard:
             _say(f"ended by {heard[0]}; everything is stopped")
+    if heard:  # the exit was lost on its way, as one that is raised inside a destructor is
+        raise SystemExit(128 + signal.Signals[heard[0]])
