@@ -211,6 +211,12 @@ def test_memory_that_nobody_else_took_is_the_tasks_fault(plays: ScriptedCoordina
 # ---------------------------------------------------------------- heat
 
 
+def last_held(plays: ScriptedCoordinator) -> str | None:
+    """What the last beat says of a stand-still; None: there was no beat."""
+    beats = plays.of("heartbeat")
+    return str(beats[-1].body["held"]) if beats else None
+
+
 def test_a_hot_worker_stands_still_keeps_its_lease_and_goes_on(plays: ScriptedCoordinator, worker: Polite) -> None:
     worker.start("--max-temperature", "80")
     worker.hold_in_training(plays)
@@ -218,10 +224,10 @@ def test_a_hot_worker_stands_still_keeps_its_lease_and_goes_on(plays: ScriptedCo
     worker.sees(device="GPU 0", temperature=90.0)
     wait_until("the child to stand still", lambda: child.status() == psutil.STATUS_STOPPED)
     held = "GPU 0 is at 90 °C, and 80 °C are allowed"
-    plays.wait_for("a beat that says so", lambda: plays.of("heartbeat")[-1].body["held"] == held)
+    plays.wait_for("a beat that says so", lambda: last_held(plays) == held)
     worker.sees(temperature=60.0)
     wait_until("the child to go on", lambda: child.status() != psutil.STATUS_STOPPED)
-    plays.wait_for("a beat that says nothing of it", lambda: plays.of("heartbeat")[-1].body["held"] == "")
+    plays.wait_for("a beat that says nothing of it", lambda: last_held(plays) == "")
     worker.let_train()
     plays.wait_for("the update", lambda: WORK in plays.accepted)
     assert worker.trained() == ["train begin 0", "train end"]
