@@ -8,6 +8,7 @@ In the folder: coordinator/, its state (or disk/, a disk of its own); worker-1/ 
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -44,6 +45,7 @@ from common.weights import file_digest
 TASK = Path(__file__).with_name("task.txt")  # no .py: the client's packages reach no torch
 FAULTS = 20
 FAULT_S = 4.0  # that one takes, about
+LAST_WRITES = 1_000  # tries to delete a folder into which somebody may still write
 MORE_ROUNDS = 4  # than faults, by default
 SHARDS_A_WORKER = 2
 LEASE_S = 6.0
@@ -89,12 +91,25 @@ def run_chaos(wish: Wish, *, as_json: bool) -> bool:
         if wish.keep:
             _say(f"everything is kept in {folder}")
         else:
-            shutil.rmtree(folder)
+            _remove(folder)
     if as_json:
         typer.echo(json.dumps(report.as_json(outcome)))
     else:
         _print(outcome)
     return report.all_kept(outcome)
+
+
+def _remove(folder: Path) -> None:
+    """Delete what a run left. What was killed last may write for a moment yet, and a folder then is not empty."""
+    for _ in range(LAST_WRITES):
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+        else:
+            return
+    shutil.rmtree(folder)
 
 
 def _run(wish: Wish, folder: Path) -> Outcome:
