@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -115,7 +115,7 @@ class Children:
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> Child:
         """Start a process; what it says goes to NAME.out and NAME.log in the folder."""
         out, log = self.folder / f"{name}.out", self.folder / f"{name}.log"
-        with out.open("wb") as out_file, log.open("wb") as log_file:
+        with out.open("wb") as out_file, log.open("wb") as log_file, _no_end_between() as before:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -123,9 +123,9 @@ class Children:
                 stderr=log_file,
                 env=dict(environment),
                 start_new_session=True,  # Ctrl-C is for us; we end them in order
-                preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509 - no thread of ours runs at this point
+                preexec_fn=_dies_with(os.getpid(), before),  # noqa: PLW1509 - no thread of ours runs at this point
             )
-        self.started.append(Child(name, process, out, log))
+            self.started.append(Child(name, process, out, log))
         return self.started[-1]
 
     def check(self) -> None:
@@ -185,13 +185,32 @@ def _end(children: Sequence[Child]) -> None:
             child.process.wait()
 
 
-def _dies_with(parent: int) -> Callable[[], None] | None:
-    """What a child does before it starts, so that the kernel ends it with its parent; None where none can."""
+@contextlib.contextmanager
+def _no_end_between() -> Iterator[Collection[int]]:
+    """Signals that end this process wait: between its birth and its being counted, a child would be lost to us.
+
+    Yields:
+        the signals that were blocked before.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _dies_with(parent: int, blocked: Collection[int]) -> Callable[[], None]:
+    """What a child does before it starts: hears signals again, and has the kernel end it with its parent, if it can."""
+
+    def hear() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
     if sys.platform != "linux":
-        return None
+        return hear
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: a child that has forked should do little
 
     def ask_kernel() -> None:
+        hear()
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # SIGTERM would let a worker finish first, with nobody to report to
         if os.getppid() != parent:  # it died in between
             os._exit(1)
