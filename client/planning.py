@@ -9,7 +9,7 @@ Nothing is run for it unless `--measure` says so: then one round of the job is t
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 from uuid import uuid4
 
@@ -21,10 +21,10 @@ from client.job_file import Job
 from common.api import CoordinatorApi
 from common.errors import LydianError
 from common.facts import Accepted, Initialised, RoundClosed
-from common.forecast import Box, Forecast, Work, advice, blame, forecast
+from common.forecast import Box, Row, Work, advice, blame, forecast
 from common.messages import OVER, JobRequest, JobSpec, JobView, Message, WorkerView
+from common.pace import LEAST_SHARE, took_of
 
-LEAST_SHARE = 0.03  # of the fleet's speed, below which a worker of a job with `shards = auto` evaluates
 MEASURED_ROUNDS = 2  # of a measurement: in the first, data and models are loaded
 HEADER = ("WORKER", "DOES", "SHARE", "SAMPLES", "DOWN", "TRAINS", "UP", "WAITS", "SENDS")
 TRUTH = ("WORKER", "TRAINS", "FORETOLD", "TRUE", "TRUE/FORETOLD")
@@ -72,8 +72,8 @@ class Measured:
 def _rates(updates: Iterable[Accepted], spec: JobSpec) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for update in updates:
-        if (rate := _rate(update, spec)) is not None:
-            found.setdefault(update.worker_name, []).append(rate)
+        if (took := took_of(spec.train, update)) is not None:
+            found.setdefault(update.worker_name, []).append(took.samples / took.training_s)
     return {name: statistics.median(rates) for name, rates in found.items()}
 
 
@@ -84,14 +84,6 @@ def _busy_by_worker(updates: Iterable[Accepted]) -> dict[str, float]:
             rounds = found.setdefault(update.worker_name, {})
             rounds[update.round] = rounds.get(update.round, 0.0) + update.took_s
     return {name: statistics.median(rounds.values()) for name, rounds in found.items()}
-
-
-def _rate(update: Accepted, spec: JobSpec) -> float | None:
-    """Samples trained on a second: of steps, each a batch; of a task that counts none, its shard once an epoch."""
-    trained = update.samples * (spec.train.local_epochs or 1)
-    if spec.train.local_epochs is None and isinstance(spec.train.batch_size, int) and update.steps:
-        trained = update.steps * spec.train.batch_size
-    return trained / update.seconds if update.seconds > 0 and trained else None
 
 
 class PlanRow(Message):
@@ -182,29 +174,16 @@ def _plan(base: Measured, boxes: Sequence[Box], spec: JobSpec) -> Plan:
     return Plan(
         round_s=told.round_s,
         measured_by=base.job,
-        workers=_rows(told),
+        workers=tuple(map(_row, told.rows)),
         blame=blame(told, boxes),
         advice=tuple(each.sentence for each in advice(boxes, work)),
         unknown=told.unknown,
     )
 
 
-def _rows(told: Forecast) -> tuple[PlanRow, ...]:
-    return tuple(
-        PlanRow(
-            worker=row.name,
-            role=row.role,
-            share=row.share,
-            samples=row.samples,
-            down_s=row.down_s,
-            train_s=row.train_s,
-            up_s=row.up_s,
-            wait_s=row.wait_s,
-            bytes_down=row.bytes_down,
-            bytes_up=row.bytes_up,
-        )
-        for row in told.rows
-    )
+def _row(row: Row) -> PlanRow:
+    fields = asdict(row)
+    return PlanRow(worker=fields.pop("name"), **fields)
 
 
 # ---------------------------------------------------------------- what is known

@@ -176,11 +176,6 @@ def advice(boxes: Sequence[Box], work: Work) -> tuple[Advice, ...]:
     return tuple(sorted(found, key=lambda each: -each.saves))
 
 
-def truth_over(foretold: Mapping[str, float], true: Mapping[str, float]) -> dict[str, float]:
-    """Truth divided by forecast for what both have, where the forecast is above zero."""
-    return {name: true[name] / told for name, told in foretold.items() if name in true and told > 0}
-
-
 def in_seconds(value: float) -> str:
     """Seconds, with two digits that count."""
     return f"{value:.2g} s" if value < 100 else f"{value:,.0f} s"

@@ -13,9 +13,9 @@ from itertools import count, pairwise
 from common.errors import BadUpdateError
 from common.facts import Absent, Opened, Shard
 from common.messages import JobSpec, ModelFacts
+from common.pace import LEAST_SHARE
 from common.sharding import cohort, cut
 
-LEAST_SHARE = 0.03  # of the samples; a worker with less only evaluates
 LEAST_BATCHES = 20  # in a round; a worker with less only evaluates, where others have ten times as many
 FEW = 0.1  # share of the largest shard under which LEAST_BATCHES counts
 MOVED = 0.15  # a share that moved by more is reason to cut anew

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.facts import Absent
-from server.speeds import Took
+from common.pace import Took
 
 DEVIATIONS = 3.0  # median absolute deviations above the median that are still expected
 LEAST_SPREAD = 0.1  # share of the median that the deviation is taken for at least: a few equal times are no certainty

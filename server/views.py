@@ -1,6 +1,7 @@
 """What people and scripts are shown of the coordinator's state. Reads, never changes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from common.facts import HandedBack, Now, WorkerNow
@@ -100,6 +101,16 @@ def _left(at: float | None, now: float) -> float | None:
 
 def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
     """One worker as `lydian workers` shows it."""
+    return worker_views(coordinator, [worker])[0]
+
+
+def worker_views(coordinator: Coordinator, workers: Sequence[Worker]) -> list[WorkerView]:
+    """Some workers, likewise. What is true of a job is found once, however many are shown."""
+    jobs = [_JobNow.of(coordinator, job) for job in coordinator.jobs.values() if not job.over]
+    return [_worker_view(coordinator, worker, jobs) for worker in workers]
+
+
+def _worker_view(coordinator: Coordinator, worker: Worker, jobs: Sequence["_JobNow"]) -> WorkerView:
     now = coordinator.clock()
     lease = coordinator.fleet.leases.get(worker.id)
     shown = standing(coordinator.fleet, worker, now, _doing)
@@ -110,7 +121,7 @@ def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
     there = caller if shown.state != "gone" else None
     path = paths.path_to(there.address[0], node, tailnet.status) if there else None
     verdict = refused.verdict if refused else Verdict()
-    speeds = tuple(_speed(coordinator, job, worker, now) for job in coordinator.jobs.values() if not job.over)
+    speeds = tuple(_speed(coordinator, job, worker, now) for job in jobs)
     said = [shown.reason]
     if shown.state == "idle":
         said += [f"{speed.job}: {speed.evaluates}" for speed in speeds if speed.evaluates]
@@ -143,21 +154,40 @@ def worker_view(coordinator: Coordinator, worker: Worker) -> WorkerView:
     )
 
 
-def _speed(coordinator: Coordinator, job: Job, worker: Worker, now: float) -> WorkerSpeed:
+@dataclass(frozen=True)
+class _JobNow:
+    """What of a job that goes on is shown with its workers, by worker id."""
+
+    id: str
+    samples: Mapping[str, int]  # in the shard of the open round that was cut for it
+    total: int  # samples in the open round
+    evaluators: Mapping[str, str]  # why it only evaluates
+    due_at: Mapping[str, float | None]  # monotonic seconds
+
+    @classmethod
+    def of(cls, coordinator: Coordinator, job: Job) -> "_JobNow":
+        phase = job.inner
+        shards = list(phase.shards.values()) if isinstance(phase, Training) else []
+        evaluators = phase.evaluators if isinstance(phase, Training) else ()
+        return cls(
+            job.id,
+            {shard.meant: shard.samples or 0 for shard in shards if shard.meant is not None},
+            sum(shard.samples or 0 for shard in shards),
+            {one.worker: one.why for one in evaluators if one.worker is not None},
+            {due.worker: due.at for due in coordinator.dues(job).values()},
+        )
+
+
+def _speed(coordinator: Coordinator, job: _JobNow, worker: Worker, now: float) -> WorkerSpeed:
     """What is known of a worker at a job; nothing but the job's id if that is nothing."""
-    phase = job.inner
-    training = phase if isinstance(phase, Training) else None
-    shards = list(training.shards.values()) if training else []
-    own, whole = (sum(s.samples or 0 for s in some) for some in ([s for s in shards if s.meant == worker.id], shards))
-    measured = coordinator.speeds.of(job.id, worker.id)
-    due = next((due for due in coordinator.dues(job).values() if due.worker == worker.id), None)
+    measured, own = coordinator.speeds.of(job.id, worker.id), job.samples.get(worker.id)
     return WorkerSpeed(
         job=job.id,
         samples_per_s=measured.rate if measured else None,
         overhead_s=measured.updates[-1].overhead_s if measured else None,
-        share=own / whole if own else None,
-        evaluates=next((one.why for one in training.evaluators if one.worker == worker.id), "") if training else "",
-        expected_in_s=_left(due.at if due else None, now),
+        share=own / job.total if own else None,
+        evaluates=job.evaluators.get(worker.id, ""),
+        expected_in_s=_left(job.due_at.get(worker.id), now),
     )
 
 

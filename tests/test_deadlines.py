@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.pace import Took
 from server.deadlines import Due, expected_s
-from server.speeds import Took
 
 LATE = Due("w1", "gpu2", since=100.0, within=40.0)
 

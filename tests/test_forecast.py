@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.codecs import CODECS
-from common.forecast import Box, Work, advice, blame, bytes_of, forecast, in_seconds, truth_over
+from common.forecast import Box, Work, advice, blame, bytes_of, forecast, in_seconds
 
 MB = 1_000_000
 WORK = Work(samples=1000, model_bytes=100 * MB, batch_size=10)
@@ -129,8 +129,7 @@ def test_bytes_fall_with_the_codec_and_downloads_may_stay_whole(update: str) -> 
     assert bytes_of(replace(WORK, update=update, whole_download=True)) == (100 * MB, up)
 
 
-def test_truth_is_set_beside_what_was_foretold() -> None:
-    assert truth_over({"a": 2.0, "b": 1.0, "c": 0.0}, {"a": 3.0, "c": 1.0}) == {"a": 1.5}
+def test_seconds_have_two_digits_that_count() -> None:
     assert (in_seconds(0.1234), in_seconds(12.3), in_seconds(1234.5)) == ("0.12 s", "12 s", "1,234 s")
 
 

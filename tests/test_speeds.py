@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from common.facts import Accepted
 from common.messages import TrainSection
-from server.speeds import ALPHA, REMEMBERED, Speeds, Took, ahead, counted, processed, took_of, work_of
+from common.pace import Took, processed, took_of
+from server.speeds import ALPHA, REMEMBERED, Speeds, ahead, counted, work_of
 from tests.rounds_kit import digest, spec
 
 JOB = spec(data={"shards": "auto"})

@@ -35,7 +35,7 @@ async def list_workers(coordinator: CoordinatorDep, _: AdminDep) -> list[WorkerV
     """All workers that ever joined, by name."""
     await coordinator.tailnet.refresh()
     known = sorted(coordinator.fleet.workers.values(), key=lambda worker: (worker.name, worker.id))
-    return [views.worker_view(coordinator, worker) for worker in known]
+    return views.worker_views(coordinator, known)
 
 
 @router.post("/{worker}/poll", response_model=PollAnswer, responses={204: {"description": "nothing yet"}})
