@@ -34,6 +34,7 @@ def run_demo(*, rounds: int, workers: int, task: str, keep: bool) -> None:
         LydianError: the job is wrong or did not finish, or a part ended by itself; the logs were shown.
     """
     flags = {("task",): task, ("rounds",): str(rounds), ("round", "min_workers"): str(workers)}
+    flags |= {("data", "shards"): str(workers)}  # a cut that follows measured speeds would end elsewhere each time
     job = read_job(None, flag_layer(flags), {})
     folder = Path(tempfile.mkdtemp(prefix="lydian-demo-"))
     try:
