@@ -24,7 +24,7 @@ from client.chaos.disk import Disk, why_no_disk
 from client.chaos.fleet import AimedWay
 from client.chaos.proxy import Fault
 from client.chaos.report import Incident, Outcome, Tally, tally
-from client.chaos.run import Wish, choose_kinds, make_job
+from client.chaos.run import Wish, choose_kinds, make_job, remove
 from client.chaos.schedule import KINDS, POINTS, PlannedFault, plan_faults, schedule_digest
 from client.main import app
 from client.task_file import check_task
@@ -439,3 +439,28 @@ def test_without_the_library_clocks_cannot_jump_and_the_reason_says_what_to_inst
 ) -> None:
     monkeypatch.setattr("client.chaos.clocks.LIBRARIES", (f"{tmp_path}/*.so",))
     assert "apt install libfaketime" in why_no_clock(tmp_path, os.environ)
+
+
+def test_a_folder_that_is_still_written_into_is_deleted_once_its_writer_has_ended(tmp_path: Path) -> None:
+    """By a process that makes, renames and makes again, as a worker does that has not yet died of its SIGKILL."""
+    folder, script = tmp_path / "run", tmp_path / "writer.py"
+    (folder / "state").mkdir(parents=True)
+    script.write_text(
+        "import pathlib, time\n"
+        f"state, until = pathlib.Path({str(folder / 'state')!r}), time.monotonic() + 1.0\n"
+        "print('writing', flush=True)\n"
+        "while time.monotonic() < until:\n"
+        "    try:\n"
+        "        state.mkdir(parents=True, exist_ok=True)\n"
+        "        (state / 'update.part').write_bytes(b'0')\n"
+        "        (state / 'update.part').replace(state / f'update-{time.monotonic_ns() % 50}')\n"
+        "    except FileNotFoundError:\n"
+        "        pass\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"writing\n"
+        remove(folder)
+        writer.wait(timeout=30)
+    remove(folder)  # what came after the first was gone, and nothing now
+    assert not folder.exists()

@@ -45,7 +45,7 @@ from common.weights import file_digest
 TASK = Path(__file__).with_name("task.txt")  # no .py: the client's packages reach no torch
 FAULTS = 20
 FAULT_S = 4.0  # that one takes, about
-LAST_WRITES = 1_000  # tries to delete a folder into which somebody may still write
+LAST_WRITES_S = 30.0  # the longest that somebody may still write into a folder that is to be deleted
 MORE_ROUNDS = 4  # than faults, by default
 SHARDS_A_WORKER = 2
 LEASE_S = 6.0
@@ -91,7 +91,7 @@ def run_chaos(wish: Wish, *, as_json: bool) -> bool:
         if wish.keep:
             _say(f"everything is kept in {folder}")
         else:
-            _remove(folder)
+            remove(folder)
     if as_json:
         typer.echo(json.dumps(report.as_json(outcome)))
     else:
@@ -99,17 +99,17 @@ def run_chaos(wish: Wish, *, as_json: bool) -> bool:
     return report.all_kept(outcome)
 
 
-def _remove(folder: Path) -> None:
-    """Delete what a run left. What was killed last may write for a moment yet, and a folder then is not empty."""
-    for _ in range(LAST_WRITES):
+def remove(folder: Path) -> None:
+    """Delete what a run left. What was killed last may still be writing: into a folder that was just emptied, and by
+    renaming a file that was just listed. Both end with it, soon, and until then deleting begins again.
+    """
+    until = time.monotonic() + LAST_WRITES_S
+    while folder.exists():
         try:
             shutil.rmtree(folder)
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT) or time.monotonic() > until:
                 raise
-        else:
-            return
-    shutil.rmtree(folder)
 
 
 def _run(wish: Wish, folder: Path) -> Outcome:
