@@ -19,6 +19,7 @@ from pydantic import Field
 from client import shown
 from client.job_file import Job
 from common.api import CoordinatorApi
+from common.cautions import cautions
 from common.errors import LydianError
 from common.facts import Accepted, Initialised, RoundClosed
 from common.forecast import Box, Row, Work, advice, blame, forecast
@@ -176,7 +177,7 @@ def _plan(base: Measured, boxes: Sequence[Box], spec: JobSpec) -> Plan:
         measured_by=base.job,
         workers=tuple(map(_row, told.rows)),
         blame=blame(told, boxes),
-        advice=tuple(each.sentence for each in advice(boxes, work)),
+        advice=(*(each.sentence for each in advice(boxes, work)), *cautions(spec)),
         unknown=told.unknown,
     )
 

@@ -15,6 +15,7 @@ from client.calling import DEFAULT_URL, AsJson, Token, Url, coordinator, new_app
 from client.job_file import TASK, Job, flag_layer, read_job, set_layer
 from client.job_keys import Key, KeyPath, job_keys
 from client.watching import watch
+from common.cautions import cautions
 from common.messages import JobRequest
 from common.tasks import BUILTIN
 
@@ -84,6 +85,8 @@ def submit(
     request = JobRequest(spec=job.spec, task_source=job.task_source, key=key or uuid4().hex)
     with coordinator(url, token) as api:
         view = api.submit_job(request)
+        for sentence in cautions(job.spec):
+            typer.echo(f"caution: {sentence}", err=True)
         if as_json:
             print_message(view)
         else:

@@ -103,6 +103,8 @@ class Board:
         match fact:
             case RoundClosed():
                 self.rows[fact.round] = Row(fact)
+                if fact.warning:
+                    self.troubles.append(f"round {fact.round}: {shown.one_line(fact.warning)}")
             case Evaluated():
                 self.best = fact.round if fact.best else self.best
                 if fact.round in self.rows:
@@ -190,8 +192,11 @@ def _round_line(fact: RoundClosed, rounds: int) -> str:
         *(f"{name.replace('_', ' ')} {shown.measure(value)}" for name, value in fact.metrics.items()),
         *([f"{shown.several(fact.left_out, 'shard')} left out"] if fact.left_out else []),
     ]
+    warning = [f"caution: {fact.warning}"] if fact.warning else []
     late = [f"with {one.worker_name}'s late update of round {one.round} (x {one.factor:.2f})" for one in fact.late]
-    return "; ".join([f"round {fact.round} of {rounds}: {', '.join(parts)}", *late, *map(absent_words, fact.absent)])
+    return "; ".join(
+        [f"round {fact.round} of {rounds}: {', '.join(parts)}", *late, *map(absent_words, fact.absent), *warning]
+    )
 
 
 def absent_words(one: Absent) -> str:

@@ -4,9 +4,9 @@ One shape for all three, so that a line of `lydian watch --json` is the truth it
 never what should be decided: replaying facts needs no rule. Ids rise by one; `at` is for people and decides nothing.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, model_validator
 
 from common.messages import Count, Digest, JobSpec, Kind, Message, Metrics, ModelFacts, Name, Progress, State, StepRef
 
@@ -18,6 +18,18 @@ class Submitted(Message):
     spec: JobSpec
     task_digest: Digest | None = Field(None, description="of the user's task file; None for a built-in task")
     key: str = Field(description="the submitter's idempotency key")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_idle_keys(cls, given: Any) -> Any:  # noqa: ANN401 - whatever is to be validated
+        """Journals may hold jobs of fedavg that set the outer step's keys: they were taken, and did nothing."""
+        match given:
+            case {"spec": {"aggregation": dict(section)} as spec} if section.get("algorithm", "fedavg") == "fedavg":
+                pass
+            case _:
+                return given
+        used = {key: value for key, value in section.items() if key not in ("outer_lr", "outer_momentum")}
+        return {**given, "spec": {**spec, "aggregation": used}}
 
 
 class StateChanged(Message):
@@ -211,6 +223,10 @@ class RoundClosed(Message):
     metrics: dict[str, float] = Field(default_factory=dict, description="means over the updates: train_loss …")
     step: StepRef | None = Field(None, description="how workers come here from the model before, where steps are sent")
     memory: tuple[Digest, ...] = Field((), description="what the next round needs: outer states, then the residual")
+    amplification: float | None = Field(
+        None, description="how far the outer step moved the model, in lengths of the mean change; None: nothing changed"
+    )
+    warning: str = Field("", description="what about this round needs a person; empty: nothing")
 
 
 class Evaluated(Message):

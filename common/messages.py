@@ -111,7 +111,7 @@ NEW_IN_TRAIN = ("precision", "optimizer", "beta1", "beta2", "clip", "schedule", 
 NEW_KEYS = {
     "round": ("fsync", "deadline", "late"),
     "train": NEW_IN_TRAIN,
-    "aggregation": ("outer_lr", "outer_momentum", "download", "feedback"),
+    "aggregation": ("outer_lr", "outer_momentum", "outer_beta1", "outer_beta2", "outer_tau", "download", "feedback"),
 }
 """Section -> all keys of a job that a worker of protocol 1 would refuse as unknown."""
 
@@ -151,14 +151,42 @@ class RoundSection(Message):
     )
 
 
+ADAPTIVE = ("outer_lr", "outer_beta1", "outer_beta2", "outer_tau")
+OUTER_KEYS: dict[str, tuple[str, ...]] = {
+    "fedavg": (),
+    "fedavgm": ("outer_lr", "outer_momentum"),
+    "fedadagrad": ("outer_lr", "outer_beta1", "outer_tau"),
+    "fedadam": ADAPTIVE,
+    "fedyogi": ADAPTIVE,
+    "diloco": ("outer_lr", "outer_momentum"),
+    "fednova": (),
+}
+"""Algorithm -> the keys of [aggregation] that its outer step has. The steps themselves: server/optimizers.py."""
+
+
 class AggregationSection(Message):
     """`[aggregation]`: how updates become the next model."""
 
-    algorithm: Literal["fedavg", "diloco"] = Field(
-        "fedavg", description="the outer step: fedavg; diloco (Nesterov over the mean change, for many local steps)"
+    algorithm: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco", "fednova"] = Field(
+        "fedavg",
+        description="the outer step: fedavg (the mean); fedavgm, fedadagrad, fedadam, fedyogi (optimisers over the "
+        "mean change); diloco (Nesterov over it, for many local steps); fednova (the mean by local steps)",
     )
-    outer_lr: float | None = Field(None, gt=0, description="diloco: learning rate of the outer step (default 0.7)")
-    outer_momentum: float | None = Field(None, ge=0, lt=1, description="diloco: momentum of it (default 0.9)")
+    outer_lr: float | None = Field(
+        None,
+        gt=0,
+        description="learning rate of the outer step (fedavgm 1, fedadagrad and fedadam 0.1, fedyogi 0.01, diloco 0.7)",
+    )
+    outer_momentum: float | None = Field(None, ge=0, lt=1, description="fedavgm, diloco: momentum of it (default 0.9)")
+    outer_beta1: float | None = Field(
+        None, ge=0, lt=1, description="fedadam, fedyogi, fedadagrad: decay of the mean change (0.9; fedadagrad 0)"
+    )
+    outer_beta2: float | None = Field(
+        None, ge=0, lt=1, description="fedadam, fedyogi: decay of its square (default 0.99)"
+    )
+    outer_tau: float | None = Field(
+        None, gt=0, description="fedadagrad, fedadam, fedyogi: added to the root of that square (default 0.001)"
+    )
     robust: Literal["none"] = Field("none", description="the robust rule before the mean")
     update: Literal["fp32", "bf16", "int8", "int4", "topk", "auto"] = Field(
         "fp32",
@@ -173,6 +201,19 @@ class AggregationSection(Message):
         None, description="add what the encoding left out to the next update (default: with topk, which needs it)"
     )
     norm_bound: float | None = Field(None, gt=0, description="refuse an update further than this from its base (L2)")
+
+    @model_validator(mode="after")
+    def _keys_of_the_step(self) -> Self:
+        has = OUTER_KEYS[self.algorithm]
+        for key in sorted({key for keys in OUTER_KEYS.values() for key in keys} - set(has)):
+            if (value := getattr(self, key)) is not None:
+                takes = f"takes {', '.join(has)}" if has else "has no such keys"
+                others = " or ".join(name for name, keys in OUTER_KEYS.items() if key in keys)
+                raise ValueError(
+                    f"{key} = {value:g} is of no use to {self.algorithm}, which {takes}: "
+                    f"leave it out, or set algorithm to {others}"
+                )
+        return self
 
 
 class JobSpec(Message):
@@ -198,6 +239,26 @@ class JobSpec(Message):
             sends = f"aggregation.update = {self.aggregation.update} sends whole models"
             raise ValueError(
                 f"round.late = use needs updates that are changes, and {sends}: set bf16, int8, int4 or topk"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_that_fednova_can_weigh(self) -> Self:
+        train, proximal = self.train, getattr(self.train, "proximal", 0.0)
+        reasons = {
+            "train.optimizer = adamw divides them by what it has seen": train.optimizer != "sgd",
+            "train.batch_size = auto gives each worker a learning rate of its own": train.batch_size == "auto",
+            "train.keep_optimizer begins a round with the momentum of the one before": train.keep_optimizer
+            and train.momentum > 0,
+            "for train.momentum together with train.proximal no such sum is known": train.momentum > 0 and proximal > 0,
+            f"train.proximal = {proximal:g} is so large that a step of train.lr goes beyond the model that the round "
+            "began with": train.lr * proximal >= 1,
+        }
+        why = next((reason for reason, holds in reasons.items() if holds), None)
+        if self.aggregation.algorithm == "fednova" and why is not None:
+            raise ValueError(
+                f"aggregation.algorithm = fednova weighs updates by what their gradients add up to, and {why}: "
+                "change that, or use fedavg"
             )
         return self
 

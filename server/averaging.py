@@ -4,7 +4,7 @@ Pure: no file, no clock. A block is a 1-dimensional piece of one tensor in the t
 the other, in the order of the shards, and are used before the next one is asked for: the caller may read all of them
 into one buffer, so that memory does not grow with the number of updates. Arrival order never gets here.
 
-    float parameters and buffers   weighted_mean      Σ n_k x_k / N, in float64
+    float parameters and buffers   weighted_mean      Σ w_k x_k / Σ w_k, in float64; w_k is n_k, or as a job weighs
     BatchNorm running variances    pooled_variance    of all the workers' data together
     integers (step counters)       maximum            in their own dtype
     booleans (masks)               majority           by samples
@@ -14,6 +14,7 @@ tensor can still overflow on the way, and `cast` refuses what came of it.
 """
 
 import enum
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -46,18 +47,19 @@ def rule_of(tensor: TensorInfo, notes: Notes) -> Rule:
 
 def weighted_mean(
     blocks: Iterable[Array],
-    samples: Sequence[int],
+    weights: Sequence[float],
     *,
     out: Float64Block | None = None,
     scratch: Float64Block | None = None,
 ) -> Float64Block:
-    """The mean of float blocks, each weighted by the samples that it was trained on.
+    """The mean of float blocks, each weighted by the samples that it was trained on, or by what else a job weighs it.
 
-    Values on which all blocks agree come back unchanged, bit by bit, from every dtype but float64, as long as N < 2^29.
+    Values on which all blocks agree come back unchanged, bit by bit, from every dtype but float64, as long as the
+    weights are whole numbers of a sum below 2^29. Whole numbers below 2^53 give the same bytes as int and as float.
 
     Args:
         blocks: K blocks of shape (n,), in the order of the shards.
-        samples: K counts, each at least 1.
+        weights: K finite numbers above 0; of FedAvg counts of samples.
         out: float64 of shape (n,) for the result; allocated when it is not given.
         scratch: float64 of shape (n,), overwritten; allocated when it is not given.
 
@@ -65,19 +67,23 @@ def weighted_mean(
         float64 of shape (n,): `out` when it is given.
 
     Raises:
-        ValueError: no block, a count below one, or not as many blocks as counts.
+        ValueError: no block, a weight that is not above 0 and finite, or not as many blocks as weights.
 
     Source: McMahan et al. 2017, arXiv 1602.05629, algorithm 1, last line: w <- Σ_k (n_k / n) w_k.
     """
-    total = _total(samples)
-    pairs = zip(blocks, samples, strict=True)
+    if not weights or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(
+            f"every update needs at least one sample, or a finite weight above 0; there are {shown(list(weights))}"
+        )
+    total = math.fsum(weights)  # exact, and rounded once, as a sum of integers is
+    pairs = zip(blocks, weights, strict=True)
     with np.errstate(over="ignore", invalid="ignore"):
         # The dtype is said, since numpy would multiply float32 by a Python number in float32.
-        block, count = next(pairs)
-        mean = np.multiply(block, float(count), out=out, dtype=np.float64)
-        for block, count in pairs:
+        block, weight = next(pairs)
+        mean = np.multiply(block, float(weight), out=out, dtype=np.float64)
+        for block, weight in pairs:
             # Multiply, then add: one operation for both would round differently on machines that can fuse them.
-            scratch = np.multiply(block, float(count), out=scratch, dtype=np.float64)
+            scratch = np.multiply(block, float(weight), out=scratch, dtype=np.float64)
             np.add(mean, scratch, out=mean)
         return np.divide(mean, total, out=mean)
 

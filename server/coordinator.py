@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from typing import NoReturn, Self
 
 from common import PROTOCOL, __version__
+from common.cautions import cautions
 from common.errors import (
+    BadJobError,
     BadTaskError,
     BadUpdateError,
     ConflictError,
@@ -55,7 +57,7 @@ from common.messages import (
 )
 from common.tasks import BUILTIN
 from common.weights import file_digest
-from server import folding, rounds, versions
+from server import folding, nova, rounds, versions
 from server.auth import Tokens
 from server.blobs import Blobs
 from server.cutting import Place
@@ -361,6 +363,8 @@ class Coordinator:
                 raise ConflictError(f"the key {request.key!r} was used for another job, {known}", code="key_reused")
             return job
         spec, digest = request.spec, None
+        if unfit := nova.why_not(spec, _source_of(request)):
+            raise BadJobError(unfit, advice="Use fedavg, which needs to know nothing of the steps.")
         if request.task_source is not None:
             data = request.task_source.encode()
             digest = hashlib.sha256(data).hexdigest()
@@ -376,6 +380,8 @@ class Coordinator:
             self._replay(stored, self.clock())
             self.hub.publish(stored)
         log.info("%s: submitted", job_id)
+        for sentence in cautions(spec):
+            log.warning("%s: %s", job_id, sentence)
         self._run_queue()
         self._wake()  # while it waits in the queue it can be prepared
         return self.jobs[job_id]
@@ -1093,10 +1099,14 @@ class Coordinator:
                 made.model,
                 step=made.step,
                 memory=made.memory,
+                amplified=made.amplification,
                 seconds=now - phase.opened_at,
                 places=self.places(job),
                 now=now,
             )
+            for fact in step.facts:
+                if isinstance(fact, RoundClosed) and fact.warning:
+                    log.warning("%s: round %d: %s", job_id, fact.round, fact.warning)
             reach("closed-before")
             self._apply(job_id, step)
             reach("closed-after")
@@ -1190,6 +1200,14 @@ class Coordinator:
     def _settle_all(self) -> None:
         for job in self._active():
             self._settle(job.id)
+
+
+def _source_of(request: JobRequest) -> str:
+    """The text of the task; empty for one that nobody knows."""
+    if request.task_source is not None:
+        return request.task_source
+    builtin = BUILTIN.get(request.spec.task)
+    return builtin.file.read_text("utf-8") if builtin is not None else ""
 
 
 def _die_if_broken(error: OSError) -> None:

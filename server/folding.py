@@ -28,11 +28,12 @@ from common.codecs import Codec
 from common.deltas import Encoded, StepWriter, check_encoded, check_kept, is_trained, read_delta
 from common.errors import BadUpdateError
 from common.output import Output
-from common.weights import Array, Layout, TensorInfo, read_block, read_exactly, read_layout, typed
+from common.weights import Array, Layout, TensorInfo, read_block, read_exactly, read_layout, shown, typed
+from server.amplification import amplification
 from server.averaging import Float64Block, Rule, cast, majority, maximum, pooled_variance, rule_of, weighted_mean
 from server.inspection import BLOCK_ELEMENTS, model_layout
 from server.optimizers import OuterStep
-from server.robust import check_layout
+from server.robust import check_layout, norm_of, not_finite_at, squared_distance
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = max(1, min(4, CORES))
@@ -81,6 +82,9 @@ class Averaged:
     model: str
     states: tuple[str, ...] = ()
     step: Encoded | None = None  # with the residual's digest
+    amplification: float | None = (
+        1.0  # how far the outer step went, in lengths of the mean change; None: there was none
+    )
 
 
 def average(
@@ -90,6 +94,7 @@ def average(
     *,
     rules: Rules,
     late: Sequence[tuple[Path, int, float]] = (),
+    weights: Sequence[float] | None = None,
     memory: Memory = Memory(),
     stopped: Callable[[], bool] = lambda: False,
     block_elements: int = BLOCK_ELEMENTS,
@@ -104,6 +109,7 @@ def average(
         rules: how.
         late: (file, samples, factor) of each encoded update of an earlier round: its change times the factor is one
             more member of the mean. In what is not trained (buffers, integers) it has no part.
+        weights: what each update weighs in what is trained, those of `late` after the others; None: its samples.
         memory: what the round before has left.
         stopped: asked before each block whether to give up.
         block_elements: elements of each file in memory at once, in each thread, whole blocks of every codec; it changes
@@ -113,7 +119,8 @@ def average(
     Raises:
         ValueError: no update, one with less than one sample, or late ones that are no changes.
         Stopped: `stopped` said so.
-        BadUpdateError: an update no longer fits the base, or a new value is beyond its dtype (server.averaging.cast).
+        BadUpdateError: an update no longer fits the base, a new value is beyond its dtype (server.averaging.cast), or
+            what the outer step remembers beyond float32.
         OSError: reading or writing failed, or the base or the memory is damaged.
     """
     if not updates or min(samples for _, samples in updates) < 1:
@@ -124,13 +131,20 @@ def average(
     factors = [1.0] * len(updates) + [factor for _, _, factor in late]
     updates = [*updates, *((path, samples) for path, samples, _ in late)]
     starts = [_starts(at, path, layout, rules.update) for at, (path, _) in enumerate(updates)]
+    weighed = [float(samples) for _, samples in updates] if weights is None else list(weights)
+    moved, changed = array("d"), array("d")  # squares, of each block
     with ExitStack() as stack:
         outputs = _Outputs(layout, rules, targets, memory.residual, stack)
-        inputs = _Inputs(layout, base, updates, factors, starts, rules, _trained_before(layout), memory.states)
+        inputs = _Inputs(layout, base, updates, factors, weighed, starts, rules, _trained_before(layout), memory.states)
         folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
         for block in _in_order(folds, threads, layout, block_elements, stopped):
             outputs.write(block)
-        return outputs.finish()
+            if block.squares is not None:
+                moved.append(block.squares[0])
+                changed.append(block.squares[1])
+        # A step that does not look at the base gives the mean: it goes as far as that, whatever that is.
+        gone = amplification(norm_of(moved), norm_of(changed)) if rules.step.wants_base else 1.0
+        return outputs.finish(gone)
 
 
 def _starts(at: int, path: Path, layout: Layout, codec: Codec | None) -> "array[int]":
@@ -168,6 +182,7 @@ class _Block:
     values: Array  # in the tensor's dtype; float64 where a step is still to be made of them
     base: Array | None  # where a step is to be made: the old values
     states: list[Array] = field(default_factory=list)  # float32, where the tensor is trained
+    squares: tuple[float, float] | None = None  # of what the step moved and of the mean change, where that is looked at
 
 
 @dataclass(frozen=True)
@@ -178,6 +193,7 @@ class _Inputs:
     base: Path
     updates: Sequence[tuple[Path, int]]  # those in time first
     factors: Sequence[float]  # of each update's change; below one: it is late, and only its change counts
+    weights: Sequence[float]  # of each update, in what is trained
     starts: Sequence["array[int]"]  # of each update's tensors
     rules: Rules
     before: Sequence[int]  # trained elements before each tensor
@@ -239,15 +255,31 @@ class _Fold:
             if rules.update is None
             else self._deltas(rules.update, index, first, count)
         )
-        mean = weighted_mean(blocks, self._samples, out=self._total[:count], scratch=self._scratch[:count])
+        mean = weighted_mean(blocks, self._in.weights, out=self._total[:count], scratch=self._scratch[:count])
         if rules.update is not None:
             np.add(mean, origin, out=mean)
-        states = [self._state(number, index, first, count) for number in range(rules.step.states)]
-        values = rules.step.apply(origin, mean, states)
-        kept = [state.astype(np.float32) for state in states]
+        values, kept, squares = self._stepped(index, first, base, origin, mean)
         if rules.down is not None:
-            return _Block(index, first, values, base, kept)
-        return _Block(index, first, self._cast(values, tensor, first, count), None, kept)
+            return _Block(index, first, values, base, kept, squares)
+        return _Block(index, first, self._cast(values, tensor, first, count), None, kept, squares)
+
+    def _stepped(
+        self, index: int, first: int, base: Array | None, origin: Float64Block, mean: Float64Block
+    ) -> tuple[Float64Block, list[Array], tuple[float, float] | None]:
+        """The outer step on a block: its new values, what it remembers, the squares of its way and of the mean's."""
+        step, count, tensor = self._rules.step, mean.size, self._layout.tensors[index]
+        states, squares = [self._state(number, index, first, count) for number in range(step.states)], None
+        measured = base if step.wants_base else None
+        scratch = self._scratch[:count]
+        changed = squared_distance(mean, measured, scratch=scratch) if measured is not None else 0.0
+        with np.errstate(over="ignore", invalid="ignore"):  # what is no number is refused, by name
+            values = step.apply(origin, mean, states)
+            kept = [state.astype(np.float32) for state in states]
+            if measured is not None:
+                squares = squared_distance(values, measured, scratch=scratch), changed
+        for state in kept:
+            _check_kept_values(state, tensor, first)
+        return values, kept, squares
 
     def _cast(self, values: Float64Block, tensor: TensorInfo, first: int, count: int) -> Array:
         return cast(values, tensor, first=first, out=typed(self._raw_result, tensor, count))
@@ -284,6 +316,14 @@ class _Fold:
         read_exactly(file, narrow, 4 * (self._in.before[index] + first))
         np.copyto(wide, narrow)
         return wide
+
+
+def _check_kept_values(state: Array, tensor: TensorInfo, first: int) -> None:
+    index = not_finite_at(state)
+    if index is not None:
+        where = f"{shown(tensor.name)} at element {first + index}"
+        sentence = f"what the outer step remembers of {where} is beyond what float32 can hold"
+        raise BadUpdateError(sentence, code="not_finite", advice="Lower train.lr: the workers' changes are too large.")
 
 
 def _in_order(
@@ -337,7 +377,7 @@ class _Outputs:
         for output, state in zip(self._states, block.states, strict=False):  # of a buffer there is none
             output.write(state)
 
-    def finish(self) -> Averaged:
+    def finish(self, amplification: float | None) -> Averaged:
         step = self._step.finish() if self._step is not None else None
         states = tuple(output.finish() for output in self._states)
-        return Averaged(self._model.finish(), states, step)
+        return Averaged(self._model.finish(), states, step, amplification)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeVar, assert_never
 
+from common.cautions import cautions, too_few_steps
 from common.errors import BadUpdateError, ConflictError, JobOverError, LateError, NotFoundError, SupersededError
 from common.facts import (
     Absent,
@@ -42,6 +43,7 @@ from common.facts import (
     Submitted,
 )
 from common.messages import JobSpec, Kind, ModelFacts, ModelRef, State, StepRef, Submission
+from server import amplification, nova
 from server.cutting import Place, check_bounds, open_round
 from server.deadlines import Due
 from server.lateness import MOST, Past, members, still_useful
@@ -233,6 +235,7 @@ class Job:
         default_factory=dict
     )  # (round, shard) -> one that waits for a round
     states: Mapping[int, "StateOf"] = field(default_factory=dict)  # keep_optimizer: shard -> where its newest state is
+    amplified: tuple[float | None, ...] = ()  # how far the outer steps of the last rounds went (server.amplification)
 
     @property
     def over(self) -> bool:
@@ -272,7 +275,8 @@ def begin(job: Job, serving: Sequence[str], spare: int) -> Step:
         taken = f", {len(serving) - spare} of them with older jobs" if spare < len(serving) else ""
         refused = "".join(f"; {why}" for why in sorted(set(job.excluded.values())))
         return Step(reason=f"waiting for {workers(wanted)}: {len(serving)} can serve it{taken}{refused}")
-    reason = f"{workers(spare)} there, {wanted} needed: one builds the model"
+    there = f"{workers(spare)} there, {wanted} needed: one builds the model"
+    reason = "; caution: ".join([there, *cautions(job.spec)])
     return Step((StateChanged(state="initialising", reason=reason),), reason)
 
 
@@ -566,7 +570,7 @@ def judge(job: Job, task: Task, submission: Submission, worker: str) -> Accepted
     Raises:
         JobOverError, SupersededError, LateError: it can count no more.
         NotFoundError: this attempt was never given to this worker.
-        BadUpdateError: it claims more samples than the shard has.
+        BadUpdateError: it claims more samples than the shard has; or, where they weigh, steps that cannot have been.
     """
     if task.kind == "train":
         standing = _standing(job, task)
@@ -580,6 +584,8 @@ def judge(job: Job, task: Task, submission: Submission, worker: str) -> Accepted
     _refuse_if_never_given(job, task, submission.attempt, worker)
     if task.kind == "train":
         _check_samples(job, task, submission.samples)
+        if job.spec.aggregation.algorithm == "fednova":
+            nova.check_steps(job.spec.train, submission.samples, submission.steps)
     return None
 
 
@@ -771,6 +777,7 @@ def close(
     *,
     step: StepRef | None = None,
     memory: tuple[str, ...] = (),
+    amplified: float | None = None,
     seconds: float,
     places: Sequence[Place],
     now: float,
@@ -796,16 +803,28 @@ def close(
         metrics=means(u.metrics for u in updates),
         step=step,
         memory=memory,
+        amplification=amplified,
+        warning=_warning(job, phase, amplified),
     )
     after = evolve(job, closed, now)
     if phase.round < job.spec.rounds:
         opened = _open(after, phase.round + 1, places, tuple(phase.before.shards.values()))
+        if closed.warning:
+            opened = opened.model_copy(update={"reason": f"{opened.reason}; in round {phase.round} {closed.warning}"})
         return Step((closed, opened), opened.reason)
     if after.evaluations:
         reason = f"{phase.round} rounds done; the last evaluation is awaited"
         return Step((closed, _changed("evaluating", reason)), reason)
     reason = f"{phase.round} rounds done"
     return Step((closed, _changed("finished", reason)), reason)
+
+
+def _warning(job: Job, phase: Aggregating, amplified: float | None) -> str:
+    """What about a round that closes needs a person."""
+    grows = amplification.growth(amplification.keep(job.amplified, amplified))
+    first = phase.round == 1 and job.spec.train.local_steps is None  # else it was said when the job began
+    few = too_few_steps(job.spec, max(update.steps for update in phase.accepted)) if first else ""
+    return "; ".join(filter(None, [grows, few]))
 
 
 def way_to(round_index: int, size: int, steps: Mapping[int, StepRef]) -> tuple[StepRef, ...]:
@@ -1047,7 +1066,7 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
         states = {**states, **{u.shard: StateOf(u.round, u.worker) for u in job.inner.accepted}}
     past = still_useful(_left_behind(job) if job.spec.round.late == "use" else {}, fact.round)
     job = replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
-    return replace(job, past=past)
+    return replace(job, past=past, amplified=amplification.keep(job.amplified, fact.amplification))
 
 
 def _left_behind(job: Job) -> dict[int, Past[Tries]]:

@@ -1,15 +1,15 @@
 """The next version of a model: the files of one average, each made durable and named by its digest."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.codecs import codec
 from common.messages import AggregationSection, ModelRef, StepRef
-from server import folding
+from server import folding, nova
 from server.blobs import Blobs
 from server.failpoints import reach
-from server.optimizers import outer_step
+from server.optimizers import FedNova, outer_step
 from server.rounds import Aggregating, Job
 
 
@@ -20,6 +20,7 @@ class Version:
     model: ModelRef
     step: StepRef | None  # how workers come here from the model before, where steps are sent
     memory: tuple[str, ...]  # digests of what the next average needs: outer states, then the residual
+    amplification: float | None = None  # server.amplification
 
     @property
     def digests(self) -> set[str]:
@@ -52,7 +53,10 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
         DiskFullError: there is no room for the files.
         OSError: reading or writing failed.
     """
-    rules = rules_of(job.spec.aggregation)
+    rules, weights = rules_of(job.spec.aggregation), None
+    if isinstance(rules.step, FedNova):
+        weighing = nova.weigh(job.spec.train, [(one.samples, one.steps) for one in (*phase.accepted, *phase.late)])
+        rules, weights = replace(rules, step=FedNova(weighing.scale)), weighing.weights
     targets = _targets(job.id, phase.round, rules, blobs)
     blobs.check_room(room_for(job, phase.base.size))
     states, memory = rules.step.states, [blobs.path(digest) for digest in job.memory]
@@ -65,6 +69,7 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
             (blobs.path(update.digest), update.samples, member.factor)
             for update, member in zip(phase.late, phase.members, strict=True)
         ],
+        weights=weights,
         memory=folding.Memory(tuple(memory[:states]), memory[states] if len(memory) > states else None),
         stopped=stopped,
     )
@@ -80,7 +85,7 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
         blobs.adopt(path, digest, durable=True)
     blobs.adopt(targets.model, model.digest, durable=True)
     reach("model-named")
-    return Version(model, step, tuple(digest for _, digest in kept))
+    return Version(model, step, tuple(digest for _, digest in kept), made.amplification)
 
 
 def _targets(job_id: str, round_index: int, rules: folding.Rules, blobs: Blobs) -> folding.Targets:

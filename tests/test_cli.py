@@ -372,6 +372,12 @@ def test_submit_prints_the_bare_id_and_sends_what_was_said(lydian: Lydian, coord
     assert (spec.train.lr, spec.config, request.task_source) == (0.25, {"depth": 3}, TASK_FILE)
 
 
+def test_submit_says_on_stderr_what_is_seldom_meant(lydian: Lydian) -> None:
+    ran = lydian("submit", "digits", "--algorithm", "diloco", "--local-steps", "20")
+    assert (ran.code, ran.out) == (0, "digits-1\n")
+    assert ran.err.startswith("caution: diloco with outer_momentum = 0.9 is meant for 50 local steps a round and more")
+
+
 def test_submit_makes_a_new_key_each_time_unless_one_is_given(lydian: Lydian, coordinator: Canned) -> None:
     for arguments in ([], [], ["--key", "nightly"]):
         lydian("submit", "digits", *arguments)

@@ -13,7 +13,7 @@ from client.job_file import build_spec, builtin_layer, file_layer, flag_layer, m
 from client.job_keys import RESERVED, Key, job_keys, key_at, nearest
 from client.task_file import check_task, read_task, task_name
 from common.errors import BadJobError, BadTaskError, LydianError
-from common.messages import JobSpec
+from common.messages import OUTER_KEYS, JobSpec
 from common.tasks import BUILTIN
 
 TASK_FILE = "def model(config): ...\n\n\ndef dataset(config, split): ...\n"
@@ -87,6 +87,14 @@ def specs(draw: st.DrawFn) -> JobSpec:
             train.pop(name, None)
     if document.get("aggregation", {}).get("update", "fp32") in ("fp32", "auto"):
         document.get("round", {}).pop("late", None)
+    aggregation = document.get("aggregation", {})
+    if aggregation.get("algorithm") == "fednova":
+        for name in ("optimizer", "batch_size", "keep_optimizer", "proximal"):
+            train.pop(name, None)
+    for name in {name for keys in OUTER_KEYS.values() for name in keys} - set(
+        OUTER_KEYS[aggregation.get("algorithm", "fedavg")]
+    ):
+        aggregation.pop(name, None)
     return JobSpec.model_validate(document)
 
 
@@ -187,8 +195,8 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
         (
             'task = "d"\n[aggregation]\nxyz = 1',
             (
-                "unknown key aggregation.xyz in job.toml: there are algorithm, outer_lr, outer_momentum, robust, "
-                "update, download, feedback, norm_bound"
+                "unknown key aggregation.xyz in job.toml: there are algorithm, outer_lr, outer_momentum, outer_beta1, "
+                "outer_beta2, outer_tau, robust, update, download, feedback, norm_bound"
             ),
         ),
         (
@@ -231,6 +239,27 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
         (
             'task = "d"\n[round]\nlate = "use"',
             LATE_FP32,
+        ),
+        (
+            'task = "d"\n[aggregation]\nouter_tau = 0.5',
+            (
+                "[aggregation]: outer_tau = 0.5 is of no use to fedavg, which has no such keys: leave it out, "
+                "or set algorithm to fedadagrad or fedadam or fedyogi"
+            ),
+        ),
+        (
+            'task = "d"\n[aggregation]\nalgorithm = "fedavgm"\nouter_beta2 = 0.5',
+            (
+                "[aggregation]: outer_beta2 = 0.5 is of no use to fedavgm, which takes outer_lr, outer_momentum: "
+                "leave it out, or set algorithm to fedadam or fedyogi"
+            ),
+        ),
+        (
+            'task = "d"\ntrain.batch_size = "auto"\n[aggregation]\nalgorithm = "fednova"',
+            (
+                "aggregation.algorithm = fednova weighs updates by what their gradients add up to, and "
+                "train.batch_size = auto gives each worker a learning rate of its own: change that, or use fedavg"
+            ),
         ),
         ("rounds = 5", "the job names no task: give a built-in one or --task FILE.py"),
     ],

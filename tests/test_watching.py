@@ -145,6 +145,12 @@ def test_fields_that_a_newer_coordinator_added_are_passed_over() -> None:
     assert board_after(closed(1, carbon_grams=3)).last(1)[0].closed.round == 1
 
 
+def test_a_rounds_warning_is_among_the_troubles() -> None:
+    assert list(board_after(closed(1), closed(2, warning="it moved\n3 times as far")).troubles) == [
+        "round 2: it moved 3 times as far"
+    ]
+
+
 # ---------------------------------------------------------------- plain lines
 
 
@@ -161,6 +167,10 @@ def test_fields_that_a_newer_coordinator_added_are_passed_over() -> None:
                 {"worker": "w-3", "worker_name": "c", "why": "slow"},
             ]),
             "round 3 of 4: 2.00 s, 1 worker, 9 samples, down 1 B, up 1 B, 1 shard left out; shard 1, b: late; c: slow",
+        ),
+        (
+            closed(3, workers=1, samples=9, bytes_down=1, bytes_up=1, metrics={}, warning="it moved 3 times as far"),
+            "round 3 of 4: 2.00 s, 1 worker, 9 samples, down 1 B, up 1 B; caution: it moved 3 times as far",
         ),
         (evaluated(3, 0.912), "evaluation of round 3: accuracy 0.912, loss 0.250 (best)"),
         (ended("failed", "no quorum"), "failed: no quorum"),

@@ -1,0 +1,33 @@
+"""What of a job is allowed, and seldom meant: a sentence each, for whoever submits it. Nothing is refused here.
+
+Pure.
+"""
+
+from common.messages import JobSpec
+
+ENOUGH_STEPS = 50
+"""Local steps from which on DiLoCo's momentum is known to do well: the fewest of OpenDiLoCo, arXiv 2407.07852."""
+DILOCO_MOMENTUM = 0.9  # unless the job says another
+
+
+def cautions(spec: JobSpec) -> tuple[str, ...]:
+    """What to tell whoever submits this job."""
+    steps = spec.train.local_steps
+    return tuple(filter(None, [too_few_steps(spec, steps) if steps is not None else ""]))
+
+
+def too_few_steps(spec: JobSpec, steps: int) -> str:
+    """What to say where DiLoCo's momentum meets few local steps; empty: nothing.
+
+    Args:
+        spec: the job.
+        steps: that a worker takes in a round.
+    """
+    given = spec.aggregation.outer_momentum
+    momentum = DILOCO_MOMENTUM if given is None else given
+    if spec.aggregation.algorithm != "diloco" or momentum == 0 or steps >= ENOUGH_STEPS:
+        return ""
+    return (
+        f"diloco with outer_momentum = {momentum:g} is meant for {ENOUGH_STEPS} local steps a round and more, and here "
+        f"it is {steps}: train longer between two rounds, or set outer_lr = 1 and outer_momentum = 0, which is fedavg"
+    )
