@@ -72,7 +72,7 @@ class FedAvgM:
 
         m <- β m + Δ;  x <- x + η m
 
-    Source: Hsu, Qi, Brown 2019, arXiv 1909.06335, section 4.3; η 1 and β 0.9 are its values.
+    Source: Hsu, Qi, Brown 2019, arXiv 1909.06335; β 0.9 is its value.
     """
 
     states = 1  # the momentum m
@@ -203,7 +203,7 @@ class FedNova:
 
     `scale` is of one round: 1 where all updates come of equally many steps, and then the mean is not even looked at.
 
-    Source: Wang et al. 2020, arXiv 2007.07481, equation 10.
+    Source: Wang et al. 2020, arXiv 2007.07481.
     """
 
     states = 0
