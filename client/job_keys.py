@@ -146,6 +146,8 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     if kind == "string":
         pattern = schema.get("pattern")
         return "a text" if pattern is None else _WORDS.get(pattern, f"a text that matches {pattern}")
+    if kind == "array":
+        return f"a list of {_in_words(schema['items']).removeprefix('a ')}s"
     if kind == "boolean":
         return "true or false"
     words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
@@ -157,6 +159,6 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 def _in_short(schema: Mapping[str, Any]) -> str:
     if "const" in schema or "enum" in schema:
         return "|".join(str(value) for value in schema.get("enum", [schema.get("const")]))
-    return {"integer": "N", "number": "X", "boolean": "true|false"}.get(
+    return {"integer": "N", "number": "X", "boolean": "true|false", "array": "LIST"}.get(
         str(schema.get("type")), "NAME" if re.search(r"1,63", str(schema.get("pattern"))) else "TEXT"
     )

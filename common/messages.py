@@ -5,7 +5,7 @@ Unknown fields are refused, bounds sit on the fields, and no torch is imported. 
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, in hex")]
@@ -39,6 +39,18 @@ REFERENCE_BATCH = 32
 """Samples a step that a job's learning rate is meant for with `batch_size = "auto"` (worker/task_batches.py)."""
 ADAMW = {"lr": 4e-4, "weight_decay": 0.1}
 """What `optimizer = "adamw"` begins with. Source: OpenDiLoCo, arXiv 2407.07852, with betas 0.9 and 0.95."""
+
+
+def _listed(given: object) -> object:
+    """A list as the tuple that a frozen message holds, and one pattern as a list of one."""
+    if isinstance(given, str) and given != "batchnorm":
+        return (given,)
+    return tuple(given) if isinstance(given, list) else given
+
+
+Pattern = Annotated[str, Field(min_length=1, max_length=200)]
+"""Of names, as a shell matches them: * ? [seq]."""
+Listed = BeforeValidator(_listed)
 
 
 class TrainSection(Message):
@@ -76,6 +88,18 @@ class TrainSection(Message):
         0.0, ge=0, allow_inf_nan=False, description="FedProx: mu of (mu/2)·‖w − w_global‖² in each local loss; 0: none"
     )
 
+    frozen: Annotated[tuple[Pattern, ...], Listed] = Field(
+        (), max_length=1_000, description='parameters that are not trained, by their names, e.g. ["encoder.*"]'
+    )
+    personal: Annotated[Literal["batchnorm"] | tuple[Pattern, ...], Listed] = Field(
+        (),
+        max_length=1_000,
+        description='tensors that never leave their worker, e.g. ["head.*"], or batchnorm (FedBN): all of those layers',
+    )
+    trainable_only: bool = Field(
+        False, description="only what is trained travels, and each machine's model(config) must build the same rest"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_adamw(cls, given: Any) -> Any:  # noqa: ANN401 - whatever is to be validated
@@ -98,6 +122,19 @@ class TrainSection(Message):
             raise ValueError(f"{' and '.join(given)} are both set; a round has one length: keep one of them")
         return self
 
+    @model_validator(mode="after")
+    def _trained_or_frozen(self) -> Self:
+        both = [pattern for pattern in self.frozen if pattern in self.personal and self.personal != "batchnorm"]
+        if both:
+            sentence = f"{both[0]!r} is in frozen and in personal: what is never trained is the same on every worker"
+            raise ValueError(f"{sentence}; keep one of them, or give model(config) the values")
+        return self
+
+    @property
+    def leaves_state(self) -> bool:
+        """Whether a shard leaves something on its worker that its next round goes on from."""
+        return self.keep_optimizer or bool(self.personal)
+
     @property
     def usual_batch(self) -> int:
         """Samples a step; where each worker finds its own, those that the learning rate is meant for."""
@@ -110,7 +147,7 @@ class TrainSection(Message):
         return (*new, *(["batch_size"] if self.batch_size == "auto" else []))
 
 
-CLIENT_TERMS = ("proximal",)
+CLIENT_TERMS = ("proximal", "frozen", "personal", "trainable_only")
 """Keys of [train] that a worker's child is told beside a task's configuration, and no task has to know of."""
 NEW_IN_TRAIN = (
     "precision", "optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer", *CLIENT_TERMS,
@@ -453,7 +490,12 @@ class Assignment(Message):
     spec: JobSpec
     base: ModelRef | None = Field(None, description="the model to train or evaluate; None for init")
     optimizer_of: Count = Field(
-        0, description="keep_optimizer: the round whose state of this shard the worker has and goes on from; 0: none"
+        0,
+        description="keep_optimizer, personal: the round whose state of this shard the worker has and goes on from; "
+        "0: none",
+    )
+    state_shard: Count | None = Field(
+        None, description="with optimizer_of: the number that the shard had in that round; None: the same"
     )
     ttl_s: float
     max_bytes: Count = Field(description="the most an upload for this may have")

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from pydantic import Field, ValidationError
 
 from common.errors import BadUpdateError
-from common.messages import Message
+from common.messages import Digest, Message
 
 Array = npt.NDArray[Any]
 Kind = tuple[str, str, tuple[int, ...]]
@@ -76,6 +76,9 @@ class Notes(Message):
     )
     variances: dict[str, str] = Field(default_factory=dict, description="BatchNorm running variance -> running mean")
     buffers: tuple[str, ...] = Field((), description="float tensors that no optimiser trains")
+    rest: Digest | None = Field(
+        None, description="of the model's tensors that are in no file, since model(config) builds them; None: all are"
+    )
     codec: str | None = Field(
         None, description="how the trained tensors are encoded (common.deltas); None: they are not"
     )

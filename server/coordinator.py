@@ -718,6 +718,7 @@ class Coordinator:
                 samples = None if shard.worker else Range(start=shard.start, stop=shard.stop)
             case _:
                 base = job.evaluations[task.round].model
+        state = rounds.state_to_go_on_from(job, task.shard, lease.worker) if task.kind == "train" else None
         return Assignment(
             id=assignment_id(job.id, task),
             attempt=lease.attempt,
@@ -731,7 +732,8 @@ class Coordinator:
             task=TaskRef(name=job.spec.task, digest=job.task_digest),
             spec=job.spec,
             base=base,
-            optimizer_of=rounds.state_to_go_on_from(job, task.shard, lease.worker) if task.kind == "train" else 0,
+            optimizer_of=state.round if state is not None else 0,
+            state_shard=state.shard if state is not None and state.shard != task.shard else None,
             ttl_s=self.settings.ttl_s,
             max_bytes=base.size + HEADER_ROOM if base else self.settings.max_model_bytes,
             together=TOGETHER,

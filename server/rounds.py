@@ -205,10 +205,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StateOf:
-    """The newest optimiser state of a shard: which round counted an update of it, and whose."""
+    """The newest state of a shard (optimiser, personal tensors): which round counted an update of it, and whose."""
 
     round: int
     worker: str
+    shard: int  # its number in that round
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,9 @@ class Job:
     late: Mapping[tuple[int, int], Accepted] = field(
         default_factory=dict
     )  # (round, shard) -> one that waits for a round
-    states: Mapping[int, "StateOf"] = field(default_factory=dict)  # keep_optimizer: shard -> where its newest state is
+    states: Mapping[int | str, "StateOf"] = field(
+        default_factory=dict
+    )  # keep_optimizer, personal: shard, or worker where data is local -> where its newest state is
     amplified: tuple[float | None, ...] = ()  # how far the outer steps of the last rounds went (server.amplification)
 
     @property
@@ -402,10 +405,22 @@ def _distance(job: Job, shard: int, worker: str) -> int:
     return 0 if state.worker == worker else 2
 
 
-def state_to_go_on_from(job: Job, shard: int, worker: str) -> int:
-    """The round whose optimiser state of this shard the worker has; 0: it has none that is the newest."""
-    state = job.states.get(shard)
-    return state.round if state is not None and state.worker == worker else 0
+def state_to_go_on_from(job: Job, shard: int, worker: str) -> StateOf | None:
+    """The newest state of this shard, if this worker has it. Local data is its worker's, whatever number it has now."""
+    state = job.states.get(worker if job.spec.data.partition == "local" else shard)
+    return state if state is not None and state.worker == worker else None
+
+
+def _states_after(job: Job, updates: Iterable[Accepted]) -> Mapping[int | str, StateOf]:
+    """Where the newest states are once these updates count."""
+    if not job.spec.train.leaves_state:
+        return job.states
+    local, states = job.spec.data.partition == "local", dict(job.states)
+    for update in updates:
+        key = update.worker if local else update.shard
+        if key not in states or states[key].round < update.round:
+            states[key] = StateOf(update.round, update.worker, update.shard)
+    return states
 
 
 def _evaluations(job: Job, held: frozenset[Task]) -> list[Task]:
@@ -1018,7 +1033,7 @@ def _evolve_accepted(job: Job, fact: Accepted, now: float) -> Job:
         past = job.past[fact.round]
         rest = replace(past, shards=_without(past.shards, fact.shard), tries=_without(past.tries, fact.shard))
         late = {**job.late, (fact.round, fact.shard): fact}
-        return replace(job, past={**job.past, fact.round: rest}, late=late)
+        return replace(job, past={**job.past, fact.round: rest}, late=late, states=_states_after(job, [fact]))
     phase = _training(job)
     if fact.shard in phase.accepted:
         raise ConflictError(f"round {fact.round}, shard {fact.shard} of {job.id} is accepted twice")
@@ -1061,9 +1076,7 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
     pending = job.evaluations
     if evaluates(job, fact.round):
         pending = {**pending, fact.round: Evaluation(model)}
-    states = job.states
-    if job.spec.train.keep_optimizer and isinstance(job.inner, Aggregating):
-        states = {**states, **{u.shard: StateOf(u.round, u.worker) for u in job.inner.accepted}}
+    states = _states_after(job, job.inner.accepted) if isinstance(job.inner, Aggregating) else job.states
     past = still_useful(_left_behind(job) if job.spec.round.late == "use" else {}, fact.round)
     job = replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
     return replace(job, past=past, amplified=amplification.keep(job.amplified, fact.amplification))

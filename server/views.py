@@ -24,7 +24,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "wanted": True,
             "prepare": True,
             "order": True,
-            "assignment": {"steps": True, "optimizer_of": True, "together": True, "spec": spec},
+            "assignment": {"steps": True, "optimizer_of": True, "state_shard": True, "together": True, "spec": spec},
         }
     )
 

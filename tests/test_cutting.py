@@ -129,8 +129,9 @@ def test_of_a_cut_by_label_the_largest_shard_is_for_the_fastest_worker() -> None
     skewed: dict[str, Any] = {"data": {"shards": "auto", "partition": "dirichlet"}, "bounds": (0, 100, 10_000, 13_600)}
     made = opened(places({"a": 0.2, "b": 1.0, "c": None}), **skewed)
     assert [shard.meant for shard in made.shards] == [None, "b", "a"]
-    kept = opened(places({"a": 0.2, "b": 1.0}), **skewed, train={"keep_optimizer": True})
-    assert {shard.meant for shard in kept.shards} == {None}
+    for train in ({"keep_optimizer": True}, {"personal": "batchnorm"}):
+        kept = opened(places({"a": 0.2, "b": 1.0}), **skewed, train=train)
+        assert {shard.meant for shard in kept.shards} == {None}
 
 
 # ---------------------------------------------------------------- evaluators

@@ -136,6 +136,27 @@ def test_an_optimisers_state_is_asked_for_where_the_job_keeps_it_and_needs_room(
     assert plan.room_needed(kept, fetched=9) == 27
 
 
+def test_personal_tensors_are_asked_for_where_the_job_has_some() -> None:
+    train = TrainSection(personal=("head.*",), proximal=0.1)
+    given = {"base": "b", "indices": "i", "out": "o", "personal": "after", "personal_from": "before"}
+    command = plan.train_command(assignment(optimizer_of=2, spec=JobSpec(task="digits", train=train)), **given)
+    assert [command[name] for name in ("personal", "personal_from", "personal_of")] == ["after", "before", 2]
+    assert "optimizer" not in command
+    assert not {"personal", "personal_of"} & plan.train_command(assignment(), **given).keys()
+
+
+def test_what_no_task_has_to_know_of_is_told_beside_its_configuration() -> None:
+    train = TrainSection(personal=("head.*",), proximal=0.1, frozen=("a.*",))
+    spec = JobSpec(task="digits", train=train, config={"frozen": True})
+    assert plan.client_terms(spec) == {
+        "proximal": 0.1, "frozen": ["a.*"], "personal": ["head.*"], "seed": plan.init_seed(spec),
+    }  # fmt: skip
+    assert plan.child_config(spec, {}, {})["frozen"] is True  # a key of the task's own
+    assert not {"personal", "proximal"} & plan.child_config(spec, {}, {}).keys()
+    assert plan.client_terms(JobSpec(task="digits")) == {}
+    assert "seed" not in plan.client_terms(JobSpec(task="digits", train=TrainSection(proximal=1.0)))
+
+
 def test_an_encoded_update_needs_room_beside_what_it_is_made_of() -> None:
     encoded = assignment(spec=JobSpec(task="digits", aggregation=AggregationSection(update="topk")))
     assert plan.room_needed(encoded, fetched=9) == 9 + 4 + 9

@@ -1331,6 +1331,12 @@ TestAnyHistory.settings = settings(
 KEPT = {"keep_optimizer": True}
 
 
+def going_on_from(play: Play, shard: int, worker: str) -> int:
+    """The round whose state the worker is told to go on from; 0: none."""
+    state = rounds.state_to_go_on_from(play.job, shard, worker)
+    return 0 if state is None else state.round
+
+
 def test_a_shard_goes_to_the_worker_that_has_its_state_and_one_with_anothers_goes_last() -> None:
     play = training(data={"shards": 3}, train=KEPT, rounds=3)
     for shard, worker in enumerate("abc"):
@@ -1345,7 +1351,7 @@ def test_a_shard_goes_to_the_worker_that_has_its_state_and_one_with_anothers_goe
 
 def test_a_worker_is_told_to_go_on_from_the_newest_state_of_a_shard_and_from_no_older_one() -> None:
     play = training(train=KEPT, rounds=4)
-    told = lambda shard, worker: rounds.state_to_go_on_from(play.job, shard, worker)  # noqa: E731
+    told = lambda shard, worker: going_on_from(play, shard, worker)  # noqa: E731
     assert told(0, "a") == 0
     play.train(0, "a")
     assert told(0, "a") == 0  # the round may still lose it
@@ -1364,8 +1370,30 @@ def test_a_shard_that_a_round_left_out_goes_on_from_the_round_before() -> None:
     play.now = 1e9
     play.close_if_due("a", "b")
     play.close(78)
-    assert rounds.state_to_go_on_from(play.job, 1, "b") == 1
-    assert rounds.state_to_go_on_from(play.job, 0, "a") == 2
+    assert going_on_from(play, 1, "b") == 1
+    assert going_on_from(play, 0, "a") == 2
+
+
+def test_what_a_worker_left_of_its_own_data_is_its_whatever_number_its_shard_has_next() -> None:
+    play = Play(spec(rounds=4, data={"partition": "local"}, train={"personal": ["head.*"]}))
+    play.begin("b", "c")
+    play.init(places=("b", "c"), bounds=())
+    for shard, worker in enumerate("bc"):
+        play.train(shard, worker, samples=5)
+    play.close_if_due("a", "b", "c")
+    play.close()
+    state = rounds.state_to_go_on_from(play.job, 1, "b")  # which is 1 now, since a has come
+    assert state == rounds.StateOf(round=1, worker="b", shard=0)
+    assert rounds.state_to_go_on_from(play.job, 0, "a") is None
+    assert play.replayed() == play.job
+
+
+def test_a_late_update_that_is_used_leaves_the_newest_state_of_its_shard() -> None:
+    play = closing_without(train={"personal": "batchnorm"})
+    assert going_on_from(play, 1, "b") == 0
+    hand_in_late(play)
+    assert (going_on_from(play, 1, "b"), going_on_from(play, 0, "a")) == (1, 1)
+    assert play.replayed() == play.job
 
 
 def test_without_keep_optimizer_nobody_is_preferred() -> None:

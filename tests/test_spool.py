@@ -330,9 +330,40 @@ def test_an_optimisers_state_counts_once_its_update_does_and_takes_the_place_of_
     assert not spool.optimizer(second.place, 3).exists()
 
 
+def with_personal(spool: Spool, number: int, **fields: Any) -> Trained:
+    held = train(spool, assignment(number, **fields))
+    held.place.personal.write_text(f"of {number}")
+    return held
+
+
+def test_personal_tensors_of_the_last_two_rounds_stay_since_the_last_one_may_be_lost(
+    tmp_path: Path, spool: Spool
+) -> None:
+    assert spool.newest_personal(train(spool, assignment(9)).place) is None
+    for number in (1, 2, 10):
+        spool.keep(spool.keep(with_personal(spool, number)))
+    spool.drop(with_personal(spool, 11))  # refused
+    with next_life(tmp_path) as found:
+        place = train(found, assignment(12)).place
+        assert {path.name for path in found.folder.glob("personal/*/*")} == {"job-1.0.2", "job-1.0.10"}
+        assert found.newest_personal(place) == found.personal(place, 10)
+        assert found.personal(place, 10).read_text() == "of 10"
+        assert found.jobs_with_state(URL) == ["job-1"]
+        found.drop_job("job-1", URL)
+        assert list(found.folder.glob("personal/*/*")) == []
+
+
+def test_the_newest_personal_tensors_are_the_jobs_own_and_of_two_shards_those_of_the_lower(spool: Spool) -> None:
+    for shard in (7, 3):
+        spool.keep(with_personal(spool, 2, id=f"job-1.train.2.{shard}", shard=shard))
+    spool.keep(with_personal(spool, 9, job="job-10", id="job-10.train.9.0"))
+    place = train(spool, assignment(3)).place
+    assert spool.newest_personal(place) == spool.personal(place, 2, 3)
+
+
 def test_a_kill_between_the_state_and_the_record_of_its_acceptance_loses_neither(tmp_path: Path, spool: Spool) -> None:
     held = with_state(spool)
-    spool._keep_optimizer(held.place)
+    spool.keep_states(held.place)
     with next_life(tmp_path) as found:
         (again,) = found.trained(URL)
         assert again == held

@@ -197,12 +197,12 @@ class Pair:
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
         return self.child.ask({"do": do, **fields}, on_progress=lambda p: self.when_seen(p), stall_s=STALL_S)
 
-    def open(self, source: str = TASK, **config: Any) -> None:
+    def open(self, source: str = TASK, terms: dict[str, Any] | None = None, **config: Any) -> None:
         file = self.folder / "my_task.py"
         file.write_text(source)
         config = {"lr": 0.1, "batch_size": 10, "momentum": 0.9, "weight_decay": 0.01, **config}
-        self.ask("open", task=str(file), config=config)
-        self.alone.open(str(file), dict(config))
+        self.ask("open", task=str(file), config=config, terms=terms)
+        self.alone.open(str(file), dict(config), terms)
         self.ask("init", seed=7, out=str(self.folder / "base"), labels=None)
 
     def command(self, out: str, **fields: Any) -> dict[str, Any]:
@@ -261,8 +261,9 @@ def test_hello_tells_how_many_train_together(pair: Pair) -> None:
         {"batch_size": 1},
         {"optimizer": "adamw", "lr": 0.01},
         {"batch_size": 100},
+        {"clip": 0.5, "terms": {"proximal": 0.3}},
     ],
-    ids=["uneven", "one by one", "adamw", "all at once"],
+    ids=["uneven", "one by one", "adamw", "all at once", "proximal"],
 )
 def test_two_ranks_come_to_what_one_process_comes_to(pair: Pair, config: dict[str, Any]) -> None:
     pair.open(**config)

@@ -103,7 +103,10 @@ def child_config(spec: JobSpec, builtin: Mapping[str, Any], data: Mapping[str, s
 def client_terms(spec: JobSpec) -> dict[str, Any]:
     """What of [train] the child is told beside `config`, where a task's own keys cannot be taken for it."""
     given = spec.train.model_dump(mode="json", include=set(CLIENT_TERMS))
-    return {name: value for name, value in given.items() if value}
+    terms = {name: value for name, value in given.items() if value}
+    if terms.keys() & {"personal", "trainable_only"}:  # what does not travel is built, and alike in every round
+        terms["seed"] = init_seed(spec)
+    return terms
 
 
 def batch_size(spec: JobSpec, *, found: int) -> int:
@@ -128,6 +131,8 @@ def train_command(
     checkpoint_every_s: float = 0.0,
     optimizer: str = "",
     optimizer_from: str = "",
+    personal: str = "",
+    personal_from: str = "",
     found: int = 0,
     fits: int = 0,
 ) -> dict[str, Any]:
@@ -145,6 +150,8 @@ def train_command(
         checkpoint_every_s: seconds between two checkpoints; 0: none is written, nor gone on from.
         optimizer: path of the optimiser's state at the end, where the job keeps it.
         optimizer_from: path of the state that the newest round of this shard that counted here left.
+        personal: path of the personal tensors at the end, where the job has some.
+        personal_from: path of those that the newest round of this shard that counted here left.
         found: samples a step that a probe found, where the job leaves that to each machine.
         fits: samples that this machine's memory takes at once; 0: as far as is known, any.
     """
@@ -159,6 +166,9 @@ def train_command(
     if train.keep_optimizer:
         of = assignment.optimizer_of
         keeping = {"optimizer": optimizer, "optimizer_from": optimizer_from, "optimizer_of": of}
+    if train.personal:
+        of = assignment.optimizer_of
+        keeping |= {"personal": personal, "personal_from": personal_from, "personal_of": of}
     if checkpoint is not None and checkpoint_every_s > 0:
         digest = assignment.base.digest if assignment.base else ""
         keeping |= {"checkpoint": checkpoint, "checkpoint_every_s": checkpoint_every_s, "base_digest": digest}

@@ -3,6 +3,7 @@
     FOLDER/models/DIGEST.safetensors     base models, the newest few; .part: half-fetched, gone on with
     FOLDER/tasks/DIGEST/NAME.py          task files
     FOLDER/optimizers/COORDINATOR/JOB.SHARD.ROUND   the optimiser's state after the newest accepted update of a shard
+    FOLDER/personal/COORDINATOR/JOB.SHARD.ROUND     likewise the tensors that never leave this worker: the only copy
     FOLDER/work/JOB.labels.npy           labels of the training set, for one life
     FOLDER/work/ASSIGNMENT.ATTEMPT/      one attempt
         assignment.json                  what was asked for, by which coordinator, and how often it was started
@@ -11,7 +12,7 @@
         trained.safetensors              what the child made, where the update is still to be encoded
         update.safetensors               what came out, and is sent
         pending                          what the encoded update leaves out
-        optimizer                        the optimiser's state then: takes the place of the last one when accepted
+        optimizer, personal              what the training leaves: takes the place of the last one when accepted
         submission.json                  written last: the update is whole, and this is how it is handed in
         accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
     FOLDER/errors/COORDINATOR/JOB.SHARD  what accepted updates have left out, added to the next one
@@ -59,7 +60,9 @@ _ERROR = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}")
 _STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}\.[0-9]{1,16}")
 
 ASKED, TRAINED, ACCEPTED, UPDATE = "assignment.json", "submission.json", "accepted.json", "update.safetensors"
-OPTIMIZER, PENDING = "optimizer", "pending"
+OPTIMIZER, PERSONAL, PENDING = "optimizer", "personal", "pending"
+STATES = {OPTIMIZER: "optimizers", PERSONAL: "personal"}
+"""File of an attempt that its shard's next round goes on from -> folder where it is kept once the update counts."""
 
 M = TypeVar("M", bound=Message)
 
@@ -140,6 +143,11 @@ class Place:
         """Where the child writes what became of the optimiser's state."""
         return self.folder / OPTIMIZER
 
+    @property
+    def personal(self) -> Path:
+        """Where the child writes the personal tensors."""
+        return self.folder / PERSONAL
+
 
 @dataclass(frozen=True)
 class Untrained:
@@ -219,7 +227,7 @@ class Spool:
             LydianError: it cannot be written (code folder_unusable).
         """
         with usable(folder):
-            for name in ("models", "optimizers", "tasks", "work", "errors", "sizes"):
+            for name in ("models", *STATES.values(), "tasks", "work", "errors", "sizes"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             self = cls(folder)
             self._probe()
@@ -320,13 +328,19 @@ class Spool:
     def keep(self, held: Trained) -> Kept:
         """The result was accepted: keep it until it is settled, without what only training needed. Twice is once.
 
-        The optimiser's state goes first: killed after that, the next life hears once more that the result was accepted.
+        What the next round goes on from goes first: killed after that, the next life hears once more that the result
+        was accepted.
         """
         place = held.place
-        if self._keep_optimizer(place):
-            for path in self._optimizers(place.coordinator):
-                if path.stem == f"{place.job}.{place.shard}" and path != self.optimizer(place, place.round):
-                    _remove(path)
+        for kind in self.keep_states(place):
+            own = [
+                path
+                for path in self._kept_states(kind, place.coordinator)
+                if path.stem == f"{place.job}.{place.shard}" and path != self._state(kind, place, place.round)
+            ]
+            own.sort(key=lambda path: int(path.suffix[1:]))
+            for path in own[: -1 if kind == PERSONAL else None]:  # the round may still be lost, and nobody has a copy
+                _remove(path)
         kept = Kept(place, held.submission)
         self.commit(held)  # before the update is called accepted: that may be repeated, and this then is done
         self._attempts[place.folder] = kept
@@ -349,12 +363,12 @@ class Spool:
 
         Args:
             held: the attempt.
-            may_count: its result may have been accepted, and the answer was lost: the optimiser's state stays, beside
-                the one before; the coordinator knows which of them counts.
+            may_count: its result may have been accepted, and the answer was lost: what its next round goes on from
+                stays, beside the one before; the coordinator knows which of them counts.
         """
         self._attempts.pop(held.place.folder, None)
         if may_count and isinstance(held, Trained):
-            self._keep_optimizer(held.place)
+            self.keep_states(held.place)
         _remove(held.place.folder)
 
     def find(self, assignment: str, attempt: int) -> Attempt | None:
@@ -394,9 +408,22 @@ class Spool:
         """What the accepted updates of this shard have left out: it is added to the next one."""
         return self._of_coordinator("errors", place.coordinator) / f"{place.job}.{place.shard}"
 
-    def optimizer(self, place: Place, round_index: int) -> Path:
+    def optimizer(self, place: Place, round_index: int, shard: int | None = None) -> Path:
         """Where the optimiser's state after an accepted update of this shard is, or would be."""
-        return self._of_coordinator("optimizers", place.coordinator) / f"{place.job}.{place.shard}.{round_index}"
+        return self._state(OPTIMIZER, place, round_index, shard)
+
+    def personal(self, place: Place, round_index: int, shard: int | None = None) -> Path:
+        """Where the personal tensors after an accepted update of this shard are, or would be."""
+        return self._state(PERSONAL, place, round_index, shard)
+
+    def newest_personal(self, place: Place) -> Path | None:
+        """The personal tensors of the last round of the job that this worker trained in; of two shards, the lower."""
+        own = [path for path in self._kept_states(PERSONAL, place.coordinator) if _job_of(path) == place.job]
+        return min(own, key=lambda path: (-int(path.name.split(".")[-1]), int(path.name.split(".")[-2])), default=None)
+
+    def _state(self, kind: str, place: Place, round_index: int, shard: int | None = None) -> Path:
+        number = place.shard if shard is None else shard
+        return self._of_coordinator(STATES[kind], place.coordinator) / f"{place.job}.{number}.{round_index}"
 
     def sizes(self, job: str, coordinator: str, device: str) -> Sizes:
         """What is known of a job's sizes on this device; nothing, where they were measured on another one."""
@@ -422,22 +449,26 @@ class Spool:
         return [
             *((path, path.stem) for path in sizes),
             *((path, path.name.rsplit(".", 1)[0]) for path in errors),
-            *((path, path.name.rsplit(".", 2)[0]) for path in self._optimizers(coordinator)),
+            *((path, _job_of(path)) for kind in STATES for path in self._kept_states(kind, coordinator)),
         ]
 
-    def _keep_optimizer(self, place: Place) -> bool:
-        """Give the state that an attempt left its place among those to go on from. Whether there was one."""
-        kept = False
-        if _is_file(place.optimizer):
-            with _reading(place.optimizer):
-                path = self.optimizer(place, place.round)
+    def keep_states(self, place: Place) -> list[str]:
+        """Give what an attempt left its place among what is gone on from. Returns which kinds there were."""
+        kept = []
+        for kind in STATES:
+            left, path = place.folder / kind, self._state(kind, place, place.round)
+            if not _is_file(left):
+                continue
+            with _reading(left):
                 path.parent.mkdir(exist_ok=True)
-                place.optimizer.replace(path)
-                kept = True
+                left.replace(path)
+                if kind == PERSONAL:
+                    _sync(path.parent)  # nobody has another copy
+                kept.append(kind)
         return kept
 
-    def _optimizers(self, coordinator: str) -> list[Path]:
-        folder = self._of_coordinator("optimizers", coordinator)
+    def _kept_states(self, kind: str, coordinator: str) -> list[Path]:
+        folder = self._of_coordinator(STATES[kind], coordinator)
         return [path for path in folder.iterdir() if _STATE.fullmatch(path.name)] if folder.is_dir() else []
 
     def _of_coordinator(self, kind: str, coordinator: str) -> Path:
@@ -550,7 +581,7 @@ class Spool:
         Raises:
             OSError: one of them does not take it.
         """
-        for name in ("models", "optimizers", "tasks", "work"):
+        for name in ("models", *STATES.values(), "tasks", "work"):
             probe = self.folder / name / "probe"
             try:
                 with probe.open("wb") as file:
@@ -629,6 +660,11 @@ def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def _job_of(state: Path) -> str:
+    """The job that a kept state is of."""
+    return state.name.rsplit(".", 2)[0]
+
+
 def _is_file(path: Path) -> bool:
     """Whether this is a plain file: neither a link that leads elsewhere, nor a pipe that would be read for ever."""
     return path.is_file() and not path.is_symlink()
@@ -665,7 +701,7 @@ def _put_onto_disk(folder: Path) -> None:
     Raises:
         OSError: the disk did not take them.
     """
-    for name in (UPDATE, PENDING, OPTIMIZER, ASKED, TRAINED, ACCEPTED):
+    for name in (UPDATE, PENDING, *STATES, ASKED, TRAINED, ACCEPTED):
         with contextlib.suppress(FileNotFoundError):
             _sync(folder / name)
     with contextlib.suppress(FileNotFoundError):  # dropped meanwhile

@@ -196,6 +196,38 @@ def read_optimizer(path: Path, optimizer: str, round_index: int) -> Any:  # noqa
     return content["optimizer"]
 
 
+# ---------------------------------------------------------------- personal tensors
+
+
+def write_personal(path: Path, kind: str, round_index: int, tensors: dict[str, Tensor]) -> None:
+    """Keep tensors that never leave this machine, whole or not at all.
+
+    Args:
+        path: where they go.
+        kind: digest of their names, shapes and dtypes.
+        round_index: the round at the end of which they are so.
+        tensors: by name.
+
+    Raises:
+        OSError: the disk does not take them.
+        UnkeepableError: one of them cannot be kept.
+    """
+    save(path, kind, {"round": round_index}, {f"model.{name}": tensor for name, tensor in tensors.items()})
+
+
+def read_personal(path: Path, kind: str, round_index: int | None) -> dict[str, Tensor]:
+    """The tensors that `write_personal` was given, on the CPU.
+
+    Raises:
+        OSError: there are none, or they cannot be read.
+        UnusableError: they are damaged, of another model, or of another round than the one asked for.
+    """
+    content, tensors = load(path, kind, of="model")
+    if round_index not in (None, content["round"]):
+        raise UnusableError(f"of round {content['round']}, not of round {round_index}")
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+
+
 # ---------------------------------------------------------------- the file
 
 

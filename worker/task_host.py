@@ -45,6 +45,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
@@ -68,6 +69,7 @@ task_ranks = beside("task_ranks")
 task_device = beside("task_device")
 task_precision = beside("task_precision")
 task_stacked = beside("task_stacked")
+task_parts = beside("task_parts")
 task_terms = beside("task_terms")
 
 is_out_of_memory = task_device.is_out_of_memory
@@ -598,21 +600,28 @@ class Layout:
 
     aliases: other name -> the name it is written under, for tied weights.
     variances: running variance -> its running mean, for normalisation layers with running statistics.
-    buffers: floating-point tensors that are not parameters.
+    buffers: floating-point tensors that no optimiser trains.
+    rest: digest of the tensors that are not written, because model(config) builds them; empty: there are none.
     """
 
     aliases: dict[str, str]
     variances: dict[str, str]
     buffers: list[str]
+    rest: str = ""
 
     def metadata(self) -> dict[str, str]:
         """One key alone: safetensors writes several in random order, and equal models must give equal bytes."""
         facts = {"aliases": self.aliases, "variances": self.variances, "buffers": self.buffers}
+        facts |= {"rest": self.rest} if self.rest else {}
         return {"lydian": json.dumps(facts, sort_keys=True, separators=(",", ":"))}
 
 
-def state_of(model: nn.Module) -> tuple[dict[str, Tensor], Layout]:
+def state_of(model: nn.Module, parts: Any = task_parts.WHOLE) -> tuple[dict[str, Tensor], Layout]:  # noqa: ANN401
     """The model's persistent tensors by name, tied ones under their first name only, and how they are written.
+
+    Args:
+        model: whose they are.
+        parts: a task_parts.Parts: what of it stays is left out.
 
     Raises:
         TaskError: something in the state is not a plain tensor; code bad_task.
@@ -631,10 +640,11 @@ def state_of(model: nn.Module) -> tuple[dict[str, Tensor], Layout]:
             same = first.setdefault((tensor.device, *place, tensor.dtype, tensor.shape, tensor.stride()), name)
             if same != name:
                 aliases[name] = same
-    kept = {name: tensor for name, tensor in state.items() if name not in aliases}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    kept = {name: tensor for name, tensor in state.items() if name not in aliases and name not in parts.stays}
+    aliases = {name: first for name, first in aliases.items() if first in kept}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)} - parts.untrained
     buffers = sorted(name for name, tensor in kept.items() if tensor.is_floating_point() and name not in parameters)
-    return kept, Layout(aliases=aliases, variances=running_variances(model, kept), buffers=buffers)
+    return kept, Layout(aliases, running_variances(model, kept), buffers, parts.rest)
 
 
 def running_variances(model: nn.Module, kept: dict[str, Tensor]) -> dict[str, str]:
@@ -648,9 +658,9 @@ def running_variances(model: nn.Module, kept: dict[str, Tensor]) -> dict[str, st
     return pairs
 
 
-def save_state(model: nn.Module, out: Path) -> None:
+def save_state(model: nn.Module, out: Path, parts: Any = task_parts.WHOLE) -> None:  # noqa: ANN401 - a task_parts.Parts
     """Write the model's state as safetensors: equal states give equal bytes, and a torn file never has the name."""
-    kept, layout = state_of(model)
+    kept, layout = state_of(model, parts)
     tensors = {}
     for name, tensor in kept.items():
         plain = tensor.detach().to("cpu").contiguous()
@@ -661,22 +671,43 @@ def save_state(model: nn.Module, out: Path) -> None:
     unfinished.replace(out)
 
 
-def load_state(model: nn.Module, base: Path) -> None:
+def load_state(model: nn.Module, base: Path, parts: Any = task_parts.WHOLE) -> None:  # noqa: ANN401 - a task_parts.Parts
     """Load a file that save_state wrote into a model of the same shape; tied weights stay tied.
 
     Raises:
-        TaskError: the file is not one of this model: other names, shapes or dtypes; code bad_task.
+        TaskError: the file is not one of this model: other names, shapes or dtypes; code bad_task. What is not in the
+            file was built otherwise on this machine; code no_data.
     """
-    put_state(model, load_file(base))
+    if parts.rest:
+        check_rest(base, parts.rest)
+    put_state(model, load_file(base), parts)
 
 
-def put_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def check_rest(base: Path, rest: str) -> None:
+    """Make sure that this machine's model is that of the file, in what the file does not have.
+
+    Args:
+        base: the file.
+        rest: digest of what is built here.
+
+    Raises:
+        TaskError: it is not; code no_data: another worker may well have the right one.
+    """
+    with safe_open(base, framework="pt") as file:
+        there = json.loads((file.metadata() or {}).get("lydian", "{}")).get("rest", "")
+    if there != rest:
+        sentence = f"what train.trainable_only leaves out of the model is {rest[:12]}… here, built by model(config)"
+        sentence += f" with torch {torch.__version__}, and {there[:12]}… where the job began: give this machine the"
+        raise TaskError("no_data", f"{sentence} same pretrained weights and torch, or have model() seed what it draws")
+
+
+def put_state(model: nn.Module, tensors: dict[str, Tensor], parts: Any = task_parts.WHOLE) -> None:  # noqa: ANN401
     """Put tensors into a model, under the names that state_of gives them.
 
     Raises:
         TaskError: they are not those of this model: other names, shapes or dtypes; code bad_task.
     """
-    kept, layout = state_of(model)
+    kept, layout = state_of(model, parts)
     differences = [f"{name!r} is missing" for name in kept.keys() - tensors.keys()]
     differences += [f"{name!r} is not in the model" for name in tensors.keys() - kept.keys()]
     for name in kept.keys() & tensors.keys():
@@ -686,7 +717,8 @@ def put_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
         raise TaskError("bad_task", f"the global model does not fit model(config): {min(differences)}{more}")
-    model.load_state_dict({**tensors, **{alias: tensors[name] for alias, name in layout.aliases.items()}})
+    given = {**tensors, **{alias: tensors[name] for alias, name in layout.aliases.items()}}
+    model.load_state_dict(given, strict=not parts.stays)  # what stays is not missing
 
 
 # ---------------------------------------------------------------- training
@@ -751,6 +783,7 @@ class Context:
     total_steps: int | None = None  # of the whole job; None: not known
     lr_scale: float = 1.0  # of the learning rate, where the batch size was found and not asked for
     _fresh: bool | None = None  # whether the optimiser began without the state of an earlier round; None: nobody asked
+    _fresh_personal: bool | None = None  # likewise, the personal tensors
     _rates: list[Any] = field(default_factory=list)  # learning rate of each group of the optimiser, before any step
     _keep: Callable[["Context"], None] | None = None  # keeps a checkpoint if one is due; holds no context: no cycle
     _ranks: Any = field(default_factory=lambda: task_ranks.Alone(threading.Event()))  # those who train this together
@@ -878,6 +911,8 @@ class Context:
         metrics = loss if has_loss else {}
         if self._fresh is not None:
             metrics["fresh_optimizer"] = [float(self._fresh), 1.0]
+        if self._fresh_personal is not None:
+            metrics["fresh_personal"] = [float(self._fresh_personal), 1.0]
         return {"steps": self._taken, "seconds": seconds, "metrics": metrics, "resumed_at": self._resumed_at}
 
     # What follows is between the loader and the context; a task has no use for it.
@@ -932,6 +967,7 @@ class Context:
             "loss_sum": self._loss_sum,
             "elapsed_s": time.monotonic() - self._began,
             "fresh": self._fresh,
+            "fresh_personal": self._fresh_personal,
             "stepper": self._stepper.state(),
         }
 
@@ -944,6 +980,7 @@ class Context:
         self._began = time.monotonic() - position["elapsed_s"]
         self._resumed_at = self._taken
         self._fresh = position.get("fresh", self._fresh)
+        self._fresh_personal = position.get("fresh_personal", self._fresh_personal)
         if "stepper" in position:
             self._stepper.go_on_from(position["stepper"])
 
@@ -1090,6 +1127,9 @@ class Host:
         self._stopping = self._ranks.stopping
         self._task: Task | None = None
         self._model: nn.Module | None = None
+        self._parts: Any = task_parts.WHOLE  # of that model
+        self._first: dict[str, Tensor] = {}  # its personal tensors as they were built
+        self._marks: Any = {}  # of what is built and never trained, as it was when a base was loaded
         self._splits: dict[str, Any] = {}
         self._said: str | None = None  # why this task's training cannot be resumed: said once, not once a round
         self._computes: tuple[str, str] | None = None  # in which precision, and why: said when it changes
@@ -1124,23 +1164,25 @@ class Host:
     def open(self, task: str, config: dict[str, Any], terms: dict[str, Any] | None = None) -> dict[str, Any]:
         """Import the task file; forget the one before, its model and its data."""
         self._events.progress("loading")
-        self._task, self._model, self._splits, self._said, self._computes = None, None, {}, None, None
+        self._task, self._splits, self._said, self._computes = None, {}, None, None
+        self._forget_model()
         self._many = task_stacked.Many(self, sys.modules[__name__])
         self._task = import_task(Path(task).resolve(), config, terms)
         return {}
 
     def close(self) -> dict[str, Any]:
         """Forget the task, its model and its data."""
-        self._task, self._model, self._splits, self._said = None, None, {}, None
+        self._task, self._splits, self._said = None, {}, None
+        self._forget_model()
         task_device.give_back_memory(self._device)
         return {}
 
     def init(self, seed: int, out: str, labels: str | None) -> dict[str, Any]:
         """Build the model from the seed, on the CPU, and write it; count what there is to train on."""
         self._events.progress("loading")
-        self._model = None
+        self._forget_model()
         model = self._built(seed)
-        save_state(model, Path(out))
+        save_state(model, Path(out), self._parts)
         facts, test = self.describe(labels), self._split("test")
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
@@ -1170,6 +1212,9 @@ class Host:
         optimizer: str | None = None,
         optimizer_from: str = "",
         optimizer_of: int = 0,
+        personal: str | None = None,
+        personal_from: str = "",
+        personal_of: int = 0,
         checkpoint: str | None = None,
         checkpoint_every_s: float = 0.0,
         base_digest: str = "",
@@ -1191,6 +1236,9 @@ class Host:
             optimizer: path of what becomes of the optimiser's state in the end; None: it is not kept.
             optimizer_from: path of the state that an earlier round of this shard left.
             optimizer_of: the round that must have left it; 0: none did. Without it, the optimiser begins fresh.
+            personal: path of what becomes of the personal tensors; None: they are not kept.
+            personal_from: path of those that an earlier round of this shard left.
+            personal_of: the round that must have left them; 0: none did. Without, they begin as they were built.
             checkpoint: path of a file: this command goes on from what it left there when it was killed, leaves others
                 there from time to time, and removes them when `out` is written. None: it does nothing of the kind.
             checkpoint_every_s: seconds between two checkpoints, and before the first.
@@ -1234,10 +1282,13 @@ class Host:
         context._rates = [group.get("lr") for group in getattr(context.optimizer, "param_groups", [])]
         if optimizer is not None:
             context._fresh = True
+        if self._parts.personal:
+            context._fresh_personal = True
         kept, began = None, False
         if checkpoint is not None and self._resumable(context.optimizer):
             base_digest = base_digest or digest_of_file(Path(base))
             facts = [base_digest, seed, round, context.epochs, steps, seconds, total_steps, optimizer_of, batch_size]
+            facts += [personal_of] if self._parts.personal else []
             facts += [ranks.world] if ranks.joint else []  # other ranks draw other numbers
             command = identity(task, self._device, facts, shard)
             kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
@@ -1245,7 +1296,10 @@ class Host:
             context._keep = partial(self._keep, kept, model)
         if optimizer_of and not began:  # one state at a time is in memory: a checkpoint has its own
             self._take_up(Path(optimizer_from), optimizer_of, model, context)
-        ranks.agree("where to begin", context.place(), context._taken, context._fresh, len(dataset))
+        if self._parts.personal and personal_of and not began:
+            context._fresh_personal = not self._take_personal(model, Path(personal_from), personal_of)
+        fresh = context._fresh, context._fresh_personal
+        ranks.agree("where to begin", context.place(), context._taken, *fresh, len(dataset))
         context.report()
         loader = ShardLoader(dataset, shard, ends, context)
         with task.watched("train"):
@@ -1257,8 +1311,11 @@ class Host:
         if not result["steps"]:
             raise TaskError("task_failed", "train() returned and never called context.step(loss) after a step")
         model.zero_grad(set_to_none=True)
+        self._check_built(model)
         if ranks.rank == 0:  # all have the same
-            save_state(model, Path(out))
+            save_state(model, Path(out), self._parts)
+            if personal is not None:
+                self._leave_personal(Path(personal), model, round)
             if optimizer is not None:
                 self._leave(Path(optimizer), model, context)
             if kept is not None:
@@ -1320,7 +1377,8 @@ class Host:
     def _terms(self, model: nn.Module) -> tuple[Callable[[], None], ...]:
         """What adds the job's terms to the gradients of this model, in which the round's base is now."""
         config = self._opened().terms
-        return tuple(partial(term, model) for term in task_terms.terms_of(config, task_terms.base_of(config, model)))
+        base = task_terms.base_of(config, model, self._parts.personal)
+        return tuple(partial(term, model) for term in task_terms.terms_of(config, base))
 
     def _sized(self, batch_size: int | None) -> Task:
         """The task that is open, its configuration with the batch that was found for it."""
@@ -1393,13 +1451,13 @@ class Host:
             return False
         task = self._opened()
         try:
-            put_state(model, saved.model)
+            put_state(model, saved.model, self._parts.here)
             with task.watched("optimizer"):
                 context.optimizer.load_state_dict(saved.optimizer)
         except TaskError as error:
             task_checkpoint.say(f"it cannot be gone on from, training starts from the base: {error}")
             kept.remove()
-            load_state(model, base)
+            self._load(model, base)
             context.optimizer = fresh_optimizer(task, model, context.seed)
             return False
         context.go_on_from(saved.position)
@@ -1417,21 +1475,28 @@ class Host:
         except TaskError as error:  # an optimiser that trains is good enough to train with
             kept.give_up(str(error))
             return
-        kept.write(state_of(model)[0], optimizer, context.position())
+        kept.write(state_of(model, self._parts.here)[0], optimizer, context.position())
 
     def train_many(self, **command: Any) -> dict[str, Any]:  # noqa: ANN401 - as task_stacked.Many takes them
         """Train the base model on many shards."""
         answer: dict[str, Any] = self._many.train(**command)
         return answer
 
-    def evaluate(self, base: str, batch_size: int) -> dict[str, Any]:
-        """Measure the base model on the whole test split. Sums that are not finite are left out."""
+    def evaluate(self, base: str, batch_size: int, personal_from: str = "") -> dict[str, Any]:
+        """Measure the base model on the whole test split. Sums that are not finite are left out.
+
+        Args:
+            base: path of the model.
+            batch_size: samples at once.
+            personal_from: path of personal tensors that training has left here; without, they are as they were built.
+        """
         self._events.progress("loading")
         task, ranks = self._opened(), self._ranks
         dataset = ranks.first_rank_0(partial(self._split, "test"))
         if dataset is None or not len(dataset):
             raise TaskError("bad_task", "there is nothing to evaluate on: dataset(config, 'test') has no samples")
         model = self._loaded(base, seed=0)
+        fresh = self._parts.personal and not (personal_from and self._take_personal(model, Path(personal_from)))
         seed_everything(0)
         model.eval()
         began = time.monotonic()
@@ -1456,6 +1521,8 @@ class Host:
             for name, (total, count) in metrics.items():
                 held = sums.setdefault(name, [0.0, 0.0])
                 held[0], held[1] = held[0] + total, held[1] + count
+        if self._parts.personal:
+            sums["fresh_personal"] = [float(fresh), 1.0]
         usable = {name: held for name, held in sums.items() if all(map(math.isfinite, held))}
         return {"metrics": usable, "samples": len(dataset), "seconds": time.monotonic() - began}
 
@@ -1468,21 +1535,86 @@ class Host:
     def _built(self, seed: int) -> nn.Module:
         """The model: the one kept, else a new one, built on the CPU from the seed."""
         task = self._opened()
+        if self._model is not None and task_parts.changed(self._marks, self._model) is not None:
+            self._forget_model()  # a command that failed has left it so
         if self._model is None:
-            seed_everything(seed)
+            seed_everything(task.terms.get("seed", seed))
             with task.watched("model"):
                 model = task.call("model", task.config)
             if not isinstance(model, nn.Module):
                 raise TaskError("bad_task", f"model(config) gives a {type(model).__name__}, not a torch.nn.Module")
+            self._parts = self._parted(model)
+            self._first = {name: t.cpu().clone() for name, t in task_parts.personal_of(model, self._parts).items()}
             self._model = model
         return self._model
+
+    def _forget_model(self) -> None:
+        self._model, self._parts, self._first, self._marks = None, task_parts.WHOLE, {}, {}
+
+    def _parted(self, model: nn.Module) -> Any:  # noqa: ANN401 - a task_parts.Parts
+        """Freeze what the job freezes in a model that was just built; which of its tensors travel and which stay."""
+        terms = self._opened().terms
+        if not terms.keys() & {"frozen", "personal", "trainable_only"}:
+            return task_parts.WHOLE
+        try:
+            task_parts.freeze(model, terms.get("frozen", ()))
+            return task_parts.parts_of(terms, model, state_of(model)[1].aliases)
+        except task_parts.UnfitError as error:
+            raise TaskError("bad_task", str(error)) from error
+
+    def _load(self, model: nn.Module, base: Path) -> None:
+        """Put the base file into the model, and its personal tensors back to what they were when it was built."""
+        load_state(model, base, self._parts)
+        task_parts.put(model, self._first)
+
+    def _check_built(self, model: nn.Module) -> None:
+        """Make sure that what does not travel was not trained either.
+
+        Raises:
+            TaskError: it was; code bad_task.
+        """
+        name = task_parts.changed(self._marks, model)
+        if name is not None:
+            self._forget_model()
+            sentence = f"{name!r} changes while the model trains, and train.trainable_only lets only parameters with"
+            sentence += " requires_grad and the running statistics of normalisation layers travel: what it learns would"
+            raise TaskError("bad_task", f"{sentence} be lost; train it, keep it as it is, or leave trainable_only out")
+
+    def _take_personal(self, model: nn.Module, path: Path, round_index: int | None = None) -> bool:
+        """Give the model the personal tensors that an earlier round left here; without them, leave it as it is.
+
+        Args:
+            model: on its device.
+            path: of what was left.
+            round_index: the round that must have left it; None: any.
+
+        Returns:
+            whether they were there.
+        """
+        kind = task_parts.kind_of(self._first)
+        try:
+            tensors = task_checkpoint.read_personal(path, kind, round_index)
+        except (OSError, task_checkpoint.UnusableError) as error:
+            task_checkpoint.say(f"begins as it was built: what was kept is {error}", about="personal")
+            return False
+        task_parts.put(model, tensors)
+        return True
+
+    def _leave_personal(self, path: Path, model: nn.Module, round_index: int) -> None:
+        """Keep the personal tensors for the next round. A disk that does not take them is an error: no copy exists."""
+        tensors = task_parts.personal_of(model, self._parts)
+        try:
+            task_checkpoint.write_personal(path, task_parts.kind_of(tensors), round_index, tensors)
+        except task_checkpoint.UnkeepableError as error:
+            raise TaskError("bad_task", f"train.personal: {error}") from error
 
     def _loaded(self, base: str, seed: int) -> nn.Module:
         """The model on the device, with the state of the base file."""
         model = self._built(seed)
         with self._opened().watched("model"):
             model.to(self._device)
-        load_state(model, Path(base))
+        self._load(model, Path(base))
+        self._marks = task_parts.marks_of(model, self._parts.built)
         return model
 
     def _split(self, name: str) -> Any:  # noqa: ANN401 - a map-style dataset, or None

@@ -64,7 +64,8 @@ def base_of(config: Mapping[str, Any], model: nn.Module, without: Collection[str
 
 @torch.no_grad()
 def add(term: Term, base: Mapping[str, Tensor], coefficient: float, model: nn.Module) -> None:
-    """Add a term to the gradients, as if the loss had it: a parameter without a gradient then has the term's alone.
+    """Add a term to the gradients, as if the loss had it. A parameter without a gradient gets the term's alone, once
+    it has moved; what no loss depends on is left alone, so that weight decay does not begin to move it.
 
     Raises:
         ValueError: a gradient is sparse.
@@ -74,7 +75,8 @@ def add(term: Term, base: Mapping[str, Tensor], coefficient: float, model: nn.Mo
             continue
         gained = term(parameter.detach().to(base[name].dtype), base[name], coefficient)
         if parameter.grad is None:
-            parameter.grad = gained.to(parameter.dtype)
+            if not torch.equal(parameter.to(base[name].dtype), base[name]):
+                parameter.grad = gained.to(parameter.dtype)
         elif parameter.grad.layout != torch.strided:
             raise ValueError(f"the gradient of {name!r} is sparse, and a term has every number: use sparse=False")
         else:

@@ -317,10 +317,12 @@ class Trainer:
         sizes = self._sizes(begun, child)
         if assignment.kind == "evaluate":
             size = plan.batch_size(assignment.spec, found=sizes.batch_size)
-            return {"do": "evaluate", "base": base, "batch_size": size}
+            own = self._spool.newest_personal(place) if assignment.spec.train.personal else None
+            return {"do": "evaluate", "base": base, "batch_size": size, **({"personal_from": str(own)} if own else {})}
         indices = self._indices(child, begun, heart)
         if assignment.spec.train.batch_size == "auto" and not sizes.batch_size:
             sizes = self._probe(begun, child, plan.probe_command(assignment, base=base, indices=indices), heart)
+        before = assignment.optimizer_of, assignment.state_shard
         return plan.train_command(
             assignment,
             base=base,
@@ -329,7 +331,9 @@ class Trainer:
             checkpoint=str(place.checkpoint),
             checkpoint_every_s=self._options.checkpoint_every_s,
             optimizer=str(place.optimizer),
-            optimizer_from=str(self._spool.optimizer(place, assignment.optimizer_of)),
+            optimizer_from=str(self._spool.optimizer(place, *before)),
+            personal=str(place.personal),
+            personal_from=str(self._spool.personal(place, *before)),
             found=sizes.batch_size,
             fits=sizes.fits,
         )

@@ -295,6 +295,7 @@ class Simulator:
             log.info("%s is not used: %s", assignment.id, error)
         else:
             self._spool.commit(trained)
+            self._spool.keep_states(trained.place)
 
     def _abandon(self, held: Held, failure: TaskFailure) -> None:
         reason = Abandon.model_validate(
