@@ -126,8 +126,17 @@ class TrainSection(Message):
     def _trained_or_frozen(self) -> Self:
         both = [pattern for pattern in self.frozen if pattern in self.personal and self.personal != "batchnorm"]
         if both:
-            sentence = f"{both[0]!r} is in frozen and in personal: what is never trained is the same on every worker"
-            raise ValueError(f"{sentence}; keep one of them, or give model(config) the values")
+            sentence = f"{both[0]!r} is in frozen and in personal: what is never trained is nobody's own"
+            raise ValueError(f"{sentence}; keep one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_to_pull_back(self) -> Self:
+        if self.proximal and self.local_steps == 1:
+            sentence = (
+                "proximal has no effect with local_steps = 1: the only step of a round begins at the global model"
+            )
+            raise ValueError(f"{sentence}; take more steps, or leave it out")
         return self
 
     @property
@@ -289,7 +298,7 @@ class JobSpec(Message):
 
     @model_validator(mode="after")
     def _steps_that_fednova_can_weigh(self) -> Self:
-        train, proximal = self.train, getattr(self.train, "proximal", 0.0)
+        train, proximal = self.train, self.train.proximal
         reasons = {
             "train.optimizer = adamw divides them by what it has seen": train.optimizer != "sgd",
             "train.batch_size = auto gives each worker a learning rate of its own": train.batch_size == "auto",

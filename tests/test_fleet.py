@@ -35,7 +35,18 @@ def queued(job_id: str = "q", **keys: Any) -> Job:
 
 
 @pytest.mark.parametrize(
-    "train", [{}, {"optimizer": "adamw"}, {"clip": 1.0}, {"keep_optimizer": True}, {"precision": "auto"}]
+    "train",
+    [
+        {},
+        {"optimizer": "adamw"},
+        {"clip": 1.0},
+        {"keep_optimizer": True},
+        {"precision": "auto"},
+        {"proximal": 0.1},
+        {"frozen": ["a.*"]},
+        {"personal": "batchnorm"},
+        {"trainable_only": True},
+    ],
 )
 def test_a_worker_of_protocol_1_is_given_no_job_that_it_would_train_in_another_way(train: dict[str, Any]) -> None:
     some = fleet("old", protocol=1)

@@ -51,6 +51,8 @@ def one_of_schema(schema: Any) -> st.SearchStrategy[Any]:
         return st.integers(schema.get("minimum", 0), top)
     if schema["type"] == "boolean":
         return st.booleans()
+    if schema["type"] == "array":
+        return st.lists(NAMES, max_size=3)
     return st.floats(
         schema.get("minimum", schema.get("exclusiveMinimum")),
         schema.get("maximum", schema.get("exclusiveMaximum")),
@@ -85,6 +87,10 @@ def specs(draw: st.DrawFn) -> JobSpec:
     if "local_steps" not in (train := document.get("train", {})):
         for name in ("schedule", "warmup_steps"):
             train.pop(name, None)
+    if train.get("local_steps") == 1:
+        train.pop("proximal", None)
+    if set(train.get("frozen", [])) & set(train.get("personal", [])):
+        del train["personal"]
     if document.get("aggregation", {}).get("update", "fp32") in ("fp32", "auto"):
         document.get("round", {}).pop("late", None)
     aggregation = document.get("aggregation", {})
@@ -100,7 +106,7 @@ def specs(draw: st.DrawFn) -> JobSpec:
 
 def toml(value: Any) -> str:
     """A value as TOML. JSON's strings are TOML's, but for the one control character that JSON leaves alone."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(toml, value))}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
@@ -113,6 +119,43 @@ def given_keys(spec: JobSpec) -> dict[tuple[str, ...], Any]:
     sections = {name: document.pop(name) for name, value in list(document.items()) if isinstance(value, dict)}
     nested = {(name, leaf): value for name, section in sections.items() for leaf, value in section.items()}
     return {(name,): value for name, value in document.items()} | nested
+
+
+ONE_STEP = "proximal has no effect with local_steps = 1: the only step of a round begins at the global model"
+
+
+@pytest.mark.parametrize(
+    ("written", "frozen", "personal"),
+    [
+        ('frozen = "encoder.*"', ("encoder.*",), ()),
+        ('personal = "batchnorm"\nfrozen = ["batchnorm"]', ("batchnorm",), "batchnorm"),
+        ('personal = "head.*"', (), ("head.*",)),
+        ('personal = ["head.*", "norm.*"]', (), ("head.*", "norm.*")),
+    ],
+)
+def test_one_pattern_is_a_list_of_one_and_batchnorm_is_a_word(written: str, frozen: object, personal: object) -> None:
+    train = spec_of(f'task = "d"\n[train]\n{written}').train
+    assert (train.frozen, train.personal) == (frozen, personal)
+
+
+@pytest.mark.parametrize(
+    ("written", "why"),
+    [
+        (
+            'frozen = ["a.*", "head.*"]\npersonal = ["head.*"]',
+            "[train]: 'head.*' is in frozen and in personal: what is never trained is nobody's own; keep one of them",
+        ),
+        (
+            "proximal = 0.1\nlocal_steps = 1",
+            f"[train]: {ONE_STEP}; take more steps, or leave it out",
+        ),
+        ("proximal = -1.0", "train.proximal = -1.0 in job.toml: a number (at least 0) is allowed"),
+        ("frozen = 3", "train.frozen = 3 in job.toml: a list of texts is allowed"),
+        ('personal = [""]', "train.personal = [''] in job.toml: \"batchnorm\" or a list of texts is allowed"),
+    ],
+)
+def test_client_terms_that_make_no_sense_are_refused_in_words(written: str, why: str) -> None:
+    assert sentence_of(f'task = "d"\n[train]\n{written}') == why
 
 
 @given(specs())

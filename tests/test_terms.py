@@ -2,6 +2,7 @@
 
 import io
 import math
+import runpy
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from common.messages import CLIENT_TERMS, TrainSection
 from tests.test_checkpoints import TASK as NOISY_TASK
 from tests.test_checkpoints import Bench
-from worker import task_terms
+from worker import task_host, task_terms
 from worker.task_host import Events, Host
 from worker.task_terms import add, base_of, proximal, terms_of
 
@@ -302,6 +303,16 @@ def test_many_shards_in_one_command_are_trained_one_by_one_with_the_term(tmp_pat
     own = {**shards[1], "out": str(tmp_path / "alone")}
     assert bench.answer("train", base=str(bench.base), round=1, epochs=2, **own)["event"] == "done"
     assert (tmp_path / "alone").read_bytes() == (tmp_path / "many-1").read_bytes()
+
+
+def test_the_example_of_an_own_term_is_two_lines_away_from_every_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path(__file__).parent.parent / "examples" / "extending" / "bounded_pull.py"
+    monkeypatch.setitem(task_host.task_terms.TERMS, "bounded_pull", runpy.run_path(str(file))["bounded_pull"])
+    found = Desk(tmp_path, LINE, {"bounded_pull": 1.0}, lr=1.0).trained(steps=4)["w"].tolist()
+    # By hand, from (1, -2) with the gradient (2, 0.5): each step is -2 - clamp(d0) and -0.5 - clamp(d1).
+    assert found == pytest.approx([1.0 - 2 - 1 - 1 - 1, -2.0 - 0.5], abs=1e-6)
 
 
 def test_every_term_is_a_key_of_the_job() -> None:

@@ -194,6 +194,9 @@ class Simulator:
             worker.order = answer.order
         if answer is not None and answer.forget:
             log.info("%s: over", ", ".join(answer.forget))
+            with self._keeping:
+                for job in answer.forget:
+                    self._spool.drop_job(job, self._url)
         return answer
 
     def _keep_model(self, digest: str, data: bytes) -> None:
