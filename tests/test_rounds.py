@@ -1396,6 +1396,13 @@ def test_a_late_update_that_is_used_leaves_the_newest_state_of_its_shard() -> No
     assert play.replayed() == play.job
 
 
+def test_a_late_update_leaves_no_state_that_is_older_than_the_one_there_is() -> None:
+    play = closing_without(train=KEPT)
+    play.whole_round("a", "a", number=78)
+    hand_in_late(play)
+    assert (going_on_from(play, 1, "a"), going_on_from(play, 1, "b")) == (2, 0)
+
+
 def test_without_keep_optimizer_nobody_is_preferred() -> None:
     play = training(rounds=3)
     play.whole_round("a", "b")
