@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from common.robustness import CUTTING, Robust, least_updates
+from common.robustness import CUTTING, WEIGHING, Robust, least_updates
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, in hex")]
@@ -249,6 +249,10 @@ class AggregationSection(Message):
             raise ValueError(f"faulty = {self.faulty} says nothing without a robust rule: set robust, or leave it out")
         if self.robust not in CUTTING and self.clip_norm is not None:
             raise ValueError(f"clip_norm = {self.clip_norm:g} is for robust = clip or centered_clip, not {self.robust}")
+        if self.robust != "none" and self.algorithm in WEIGHING:
+            raise ValueError(
+                f"algorithm = {self.algorithm} weighs updates, and robust = {self.robust} gives each one voice: drop one"
+            )
         if self.robust not in ("none", "clip") and self.update == "topk":
             raise ValueError(
                 f"robust = {self.robust} compares whole changes, and update = topk sends a few elements of each: "

