@@ -251,7 +251,7 @@ class AggregationSection(Message):
             raise ValueError(f"clip_norm = {self.clip_norm:g} is for robust = clip or centered_clip, not {self.robust}")
         if self.robust != "none" and self.algorithm in WEIGHING:
             raise ValueError(
-                f"algorithm = {self.algorithm} weighs updates, and robust = {self.robust} gives each one voice: drop one"
+                f"algorithm = {self.algorithm} weighs updates, and robust = {self.robust} gives each one voice: use one"
             )
         if self.robust not in ("none", "clip") and self.update == "topk":
             raise ValueError(

@@ -78,6 +78,10 @@ def test_a_quorum_below_what_the_rule_needs_is_refused() -> None:
             {"robust": "median", "update": "topk"},
             "robust = median compares whole changes, and update = topk sends a few",
         ),
+        (
+            {"robust": "median", "algorithm": "fednova"},
+            "fednova weighs updates, and robust = median gives each one voice",
+        ),
         ({"robust": "any"}, "Input should be 'none', 'clip'"),
         ({"norm_outlier": 1.0}, "greater than 1"),
         ({"norm_outlier": float("nan")}, "finite number"),
@@ -91,6 +95,8 @@ def test_keys_that_cannot_work_together_are_refused(keys: dict[str, Any], senten
 def test_rounds_that_mix_are_refused() -> None:
     keys = {"robust": "median", "update": "bf16"}
     refused("median judges the updates of one round, and late = use", data={"shards": 9}, aggregation=keys,
+            round={"late": "use"})  # fmt: skip
+    refused("clip judges the updates of one round", aggregation={"robust": "clip", "clip_norm": 1.0, "update": "bf16"},
             round={"late": "use"})  # fmt: skip
 
 
