@@ -214,7 +214,8 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
             'task = "d"\n[aggregation]\nxyz = 1',
             (
                 "unknown key aggregation.xyz in job.toml: there are algorithm, outer_lr, outer_momentum, outer_beta1, "
-                "outer_beta2, outer_tau, robust, faulty, clip_norm, norm_outlier, update, download, feedback, norm_bound"
+                "outer_beta2, outer_tau, robust, faulty, clip_norm, norm_outlier, update, download, feedback, "
+                "norm_bound"
             ),
         ),
         (

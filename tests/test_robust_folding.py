@@ -157,7 +157,8 @@ def test_an_outer_step_takes_what_the_rule_gives(tmp_path: Path) -> None:
     rules = Rules(DiLoCo(lr=2.0, momentum=0.0), robust=Rule("median"))
     average(base, updates, Rule("median"))
     plain = load(tmp_path / "next")["w"] - load(base)["w"]
-    average(base, updates, Rule("median"), rules=rules, targets=Targets(tmp_path / "next", (tmp_path / "m",)))
+    made = average(base, updates, Rule("median"), rules=rules, targets=Targets(tmp_path / "next", (tmp_path / "m",)))
+    assert made.amplification == pytest.approx(2)
     assert np.allclose(load(tmp_path / "next")["w"] - load(base)["w"], 2 * plain, atol=1e-6)
 
 
@@ -222,7 +223,7 @@ def test_too_few_updates_are_refused_before_a_file_is_written(tmp_path: Path) ->
 def test_late_updates_have_no_part_in_a_robust_rule(tmp_path: Path) -> None:
     base, updates = write(tmp_path)
     rules = Rules(FedAvg(), codec("bf16"), robust=Rule("clip"))
-    with pytest.raises(ValueError, match="late updates have no part in clip"):
+    with pytest.raises(ValueError, match="late updates and other weights have no part in clip"):
         average(base, updates, Rule("clip"), rules=rules, late=[(*updates[0], 0.5)])
 
 
