@@ -272,3 +272,12 @@ def test_a_norm_that_is_said_needs_no_majority() -> None:
 def test_no_rule_is_no_plan() -> None:
     with pytest.raises(ValueError, match="none is no robust rule"):
         decide(Rule("none"), [1], Known(column(1)))
+
+
+def test_only_centred_clipping_remembers_a_centre() -> None:
+    assert [name for name in NAMES if Rule(name).states] == ["centered_clip"]  # type: ignore[arg-type]
+
+
+def test_spans_cover_every_element_once() -> None:
+    assert list(rules.spans(10, 4)) == [(0, 4), (4, 4), (8, 2)]
+    assert list(rules.spans(0, 4)) == []
