@@ -135,6 +135,9 @@ class Accepted(Message):
     took_s: float | None = Field(
         None, ge=0, description="seconds from hand-out to hand-in on the coordinator's clock; None: it did not see both"
     )
+    norm: float | None = Field(
+        None, ge=0, description="L2 norm of its change over the trained tensors; None: the job does not ask for it"
+    )
 
 
 class Lost(Message):
@@ -222,7 +225,9 @@ class RoundClosed(Message):
     size: Count
     metrics: dict[str, float] = Field(default_factory=dict, description="means over the updates: train_loss …")
     step: StepRef | None = Field(None, description="how workers come here from the model before, where steps are sent")
-    memory: tuple[Digest, ...] = Field((), description="what the next round needs: outer states, then the residual")
+    memory: tuple[Digest, ...] = Field(
+        (), description="what the next round needs: outer states, a robust rule's, the residual"
+    )
     amplification: float | None = Field(
         None, description="how far the outer step moved the model, in lengths of the mean change; None: nothing changed"
     )

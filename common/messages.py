@@ -3,9 +3,13 @@
 Unknown fields are refused, bounds sit on the fields, and no torch is imported. docs/protocol.md tells the calls.
 """
 
+import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from common.robustness import CUTTING, WEIGHING, Robust, least_updates
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, in hex")]
@@ -162,12 +166,22 @@ NEW_IN_TRAIN = (
     "precision", "optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer", *CLIENT_TERMS,
 )  # fmt: skip
 """Keys of [train] that protocol 2 brought."""
+KEYS_OF_ROBUST = ("robust", "faulty", "clip_norm", "norm_outlier")  # the coordinator's business alone
 NEW_KEYS = {
     "round": ("fsync", "deadline", "late"),
     "train": NEW_IN_TRAIN,
-    "aggregation": ("outer_lr", "outer_momentum", "outer_beta1", "outer_beta2", "outer_tau", "download", "feedback"),
+    "aggregation": (
+        "outer_lr",
+        "outer_momentum",
+        "outer_beta1",
+        "outer_beta2",
+        "outer_tau",
+        "download",
+        "feedback",
+        *KEYS_OF_ROBUST,
+    ),
 }
-"""Section -> all keys of a job that a worker of protocol 1 would refuse as unknown."""
+"""Section -> all keys of a job that a worker of protocol 1 would refuse as unknown, or whose new values it would."""
 
 
 class DataSection(Message):
@@ -241,7 +255,21 @@ class AggregationSection(Message):
     outer_tau: float | None = Field(
         None, gt=0, description="fedadagrad, fedadam, fedyogi: added to the root of that square (default 0.001)"
     )
-    robust: Literal["none"] = Field("none", description="the robust rule before the mean")
+    robust: Robust = Field(
+        "none",
+        description="the rule that a few bad updates cannot turn, instead of the mean (docs/algorithms.md): none, "
+        "clip, trimmed, median, krum, multikrum, bulyan, rfa or centered_clip",
+    )
+    faulty: int | None = Field(None, ge=1, description="robust: updates of a round that may be bad (default 1)")
+    clip_norm: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="clip, centered_clip: cut a change to this norm (default: median)"
+    )
+    norm_outlier: float | None = Field(
+        None,
+        gt=1,
+        allow_inf_nan=False,
+        description="refuse an update whose change is so many times as long as the median of its round (e.g. 10)",
+    )
     update: Literal["fp32", "bf16", "int8", "int4", "topk", "auto"] = Field(
         "fp32",
         description="how updates travel: fp32 (whole, in the model's own dtypes), their changes in fewer bits, or auto "
@@ -268,6 +296,34 @@ class AggregationSection(Message):
                     f"leave it out, or set algorithm to {others}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _robust_together(self) -> Self:
+        if self.robust == "none" and self.faulty is not None:
+            raise ValueError(f"faulty = {self.faulty} says nothing without a robust rule: set robust, or leave it out")
+        if self.robust not in CUTTING and self.clip_norm is not None:
+            raise ValueError(f"clip_norm = {self.clip_norm:g} is for robust = clip or centered_clip, not {self.robust}")
+        if self.robust != "none" and self.algorithm in WEIGHING:
+            raise ValueError(
+                f"algorithm = {self.algorithm} weighs updates, and robust = {self.robust} gives each one voice: use one"
+            )
+        if self.robust not in ("none", "clip") and self.update == "topk":
+            raise ValueError(
+                f"robust = {self.robust} compares whole changes, and update = topk sends a few elements of each: "
+                "use robust = clip, or update = int4"
+            )
+        return self
+
+    @property
+    def needs(self) -> int:
+        """The least number of updates that a round of this job is averaged from."""
+        return least_updates(self.robust, self.faulty or 1, self.clip_norm)
+
+    @property
+    def needs_words(self) -> str:
+        """Which rule needs that many, for people."""
+        against = "" if self.robust in CUTTING and self.clip_norm is not None else f" with faulty = {self.faulty or 1}"
+        return f"robust = {self.robust}{against} needs {self.needs} updates"
 
 
 class JobSpec(Message):
@@ -315,6 +371,34 @@ class JobSpec(Message):
                 "change that, or use fedavg"
             )
         return self
+
+    @model_validator(mode="after")
+    def _enough_for_the_rule(self) -> Self:
+        """What is known before the first round: whatever closes a round must be enough for its rule."""
+        rule, needs = self.aggregation, self.aggregation.needs
+        if rule.robust != "none" and self.round.late == "use":
+            raise ValueError(f"robust = {rule.robust} judges the updates of one round, and late = use mixes rounds")
+        for most, where, advice in self._closing_updates() if needs > 1 else ():
+            if most < needs:
+                raise ValueError(f"{rule.needs_words}, and {where}: {advice}, or lower aggregation.faulty")
+        return self
+
+    def _closing_updates(self) -> Iterator[tuple[int, str, str]]:
+        """(updates, why no more, what to do) of each number that a round may close with, as far as it is known."""
+        shards, quorum = self.data.shards, self.round.quorum
+        if isinstance(quorum, int):
+            yield quorum, f"round.quorum = {quorum} closes a round with fewer", "raise round.quorum"
+        if shards == "auto" or self.data.partition == "local":
+            started = self.round.min_workers
+            yield started, f"the job may start with round.min_workers = {started}", "raise round.min_workers"
+            return
+        from common.sharding import drawn_of  # numpy stays out of what only reads messages
+
+        drawn = drawn_of(shards, self.data.fraction)
+        yield drawn, f"a round trains {drawn} of data.shards = {shards}", "raise data.shards or data.fraction"
+        if isinstance(quorum, float):
+            share = math.ceil(quorum * drawn)
+            yield share, f"round.quorum = {quorum:g} closes a round with {share} of {drawn}", "raise round.quorum"
 
     @property
     def beyond_protocol_1(self) -> str:

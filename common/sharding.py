@@ -151,9 +151,13 @@ def cohort(shards: int, fraction: float, *, seed: int, round_index: int) -> tupl
             f"a fraction of {fraction} of {shards} shards cannot train",
             advice="[data] fraction is above 0 and at most 1, and a round needs a shard.",
         )
-    chosen = max(int(Fraction(repr(float(fraction))) * shards), 1)
-    drawn = _permutation(shards, derived_seed(seed, "cohort", round_index))[:chosen]
+    drawn = _permutation(shards, derived_seed(seed, "cohort", round_index))[: drawn_of(shards, fraction)]
     return tuple(int(shard) for shard in np.sort(drawn))
+
+
+def drawn_of(shards: int, fraction: float) -> int:
+    """How many of the shards `cohort` draws."""
+    return max(int(Fraction(repr(float(fraction))) * shards), 1)
 
 
 def derived_seed(seed: int, *parts: int | str) -> int:

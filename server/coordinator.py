@@ -65,7 +65,7 @@ from server.deadlines import Due, expected_s
 from server.events import Hub
 from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
-from server.inspection import inspect
+from server.inspection import Inspection, inspect
 from server.naming import assignment_id, new_id, parse_assignment
 from server.probe import Probes
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
@@ -265,8 +265,8 @@ class Coordinator:
             log.info("%s: %s", job_id, step.reason)
             if any(not isinstance(fact, HandedOut | Accepted) for fact in step.facts):
                 self._wake()
-            if self.jobs[job_id].over:
-                self._dropped |= held
+            if self.jobs[job_id].over or isinstance(self.jobs[job_id].inner, Aggregating):
+                self._dropped |= held  # what is frozen is needed, and what the guard refused is not
             self._settle(job_id)
         return self.jobs[job_id]
 
@@ -321,6 +321,11 @@ class Coordinator:
             reach("frozen-before")
             self._apply(job_id, step)
             reach("frozen-after")
+            for fact in step.facts:
+                if isinstance(
+                    fact, HandedBack
+                ):  # after the facts: a kill between them forgives, and never counts twice
+                    self._strike(self.worker(fact.worker), fact.sentence)
             return
         if step.look_again_at is not None:
             delay = max(step.look_again_at - now, 0.0)
@@ -964,8 +969,8 @@ class Coordinator:
         if digest is None:
             raise BadUpdateError(f"{name} was submitted without the digest of its bytes", code=DAMAGED)
         with self._arrival(digest):
-            size = await self._look(job, task, name, submission.attempt, digest)
-            return self._count(job.id, task, submission, worker_id, digest, size)
+            found = await self._look(job, task, name, submission.attempt, digest)
+            return self._count(job.id, task, submission, worker_id, digest, found)
 
     @contextmanager
     def _arrival(self, digest: str) -> Iterator[None]:
@@ -983,25 +988,27 @@ class Coordinator:
             if digest in self._dropped:
                 self._discard()
 
-    async def _look(self, job: Job, task: Task, name: str, attempt: int, digest: str) -> int:
-        """Check the uploaded bytes and give them their name. Returns how many they are."""
+    async def _look(self, job: Job, task: Task, name: str, attempt: int, digest: str) -> Inspection:
+        """Check the uploaded bytes and give them their name. Returns what is known of them."""
         staging = self._uploads.finish((name, attempt))
         base = self.blobs.path(job.model.digest) if task.kind == "train" and job.model else None
-        bound = job.spec.aggregation.norm_bound
+        bound, measured = job.spec.aggregation.norm_bound, job.spec.aggregation.norm_outlier is not None
         durable = task.kind == "init" or job.spec.round.fsync
         try:
             codec = versions.rules_of(job.spec.aggregation).update if task.kind == "train" else None
-            await asyncio.to_thread(inspect, staging.path, base, digest=digest, norm_bound=bound, codec=codec)
+            found = await asyncio.to_thread(
+                inspect, staging.path, base, digest=digest, norm_bound=bound, measured=measured, codec=codec
+            )
             await asyncio.to_thread(self.blobs.adopt, staging.path, digest, durable=durable)
         except OSError as error:
             _die_if_broken(error)
             raise
         self._uploads.forget((name, attempt))
         reach("update-named")
-        return staging.size
+        return found
 
     def _count(
-        self, job_id: str, task: Task, submission: Submission, worker_id: str, digest: str, size: int
+        self, job_id: str, task: Task, submission: Submission, worker_id: str, digest: str, found: Inspection
     ) -> Receipt:
         """The bytes are good: decide once more, since time has passed, and let them count."""
         job, now = self.jobs[job_id], self.clock()
@@ -1015,9 +1022,9 @@ class Coordinator:
                 attempt=submission.attempt,
                 worker=worker_id,
                 digest=digest,
-                size=size,
+                size=found.size,
                 facts=submission.facts,
-                update=self._encoding(job, (assignment_id(job_id, task), submission.attempt), size),
+                update=self._encoding(job, (assignment_id(job_id, task), submission.attempt), found.size),
             )
             step = rounds.take_init(job, made, self.places(job), now)
         else:
@@ -1034,9 +1041,10 @@ class Coordinator:
                 seconds=submission.seconds,
                 metrics=submission.metrics,
                 bytes_down=submission.bytes_down,
-                bytes_up=size,
+                bytes_up=found.size,
                 resumed_at=submission.resumed_at,
                 took_s=now - lease.since if lease is not None and lease.whole else None,
+                norm=found.norm,
             )
             step = rounds.take_update(job, update)
         self.fleet.release(worker_id, job_id, task)
@@ -1058,15 +1066,17 @@ class Coordinator:
 
     def _refuse(self, job_id: str, task: Task, attempt: int, worker_id: str, error: LydianError) -> None:
         """A result that must not count: the task is handed out again, and the worker gets a strike."""
-        worker = self.worker(worker_id)
         self.fleet.release(worker_id, job_id, task, attempt)
-        worker.strikes += 1
-        if worker.strikes >= self.settings.strikes and worker.set_aside is None:
-            worker.set_aside = f"{worker.strikes} results were refused, the last: {error}"
-            log.warning("%s is set aside: %s", worker.name, worker.set_aside)
-        self.journal.worker_judged(worker_id, worker.strikes, worker.set_aside)
+        self._strike(self.worker(worker_id), str(error))
         back = self._back(task, attempt, worker_id, error.code, str(error))
         self._apply(job_id, rounds.hand_back(self.jobs[job_id], back, self._limits))
+
+    def _strike(self, worker: Worker, why: str) -> None:
+        worker.strikes += 1
+        if worker.strikes >= self.settings.strikes and worker.set_aside is None:
+            worker.set_aside = f"{worker.strikes} results were refused, the last: {why}"
+            log.warning("%s is set aside: %s", worker.name, worker.set_aside)
+        self.journal.worker_judged(worker.id, worker.strikes, worker.set_aside)
 
     # ------------------------------------------------------------ averaging
 

@@ -15,6 +15,7 @@ from common.facts import Absent, Opened, Shard
 from common.messages import JobSpec, ModelFacts
 from common.pace import LEAST_SHARE
 from common.sharding import cohort, cut
+from server.outliers import FEWEST
 
 LEAST_BATCHES = 20  # in a round; a worker with less only evaluates, where others have ten times as many
 FEW = 0.1  # share of the largest shard under which LEAST_BATCHES counts
@@ -74,12 +75,16 @@ def open_round(
     if data.shards == "auto" and data.partition == "iid":
         known = before if data.fraction == 1 else ()  # else it is not the whole cut
         shards, evaluators = _by_speed(spec, facts.train_samples, round_index, places, known)
+        if len(shards) < (least := _least(spec, places)):
+            shards, evaluators = _equal(max(least, len(places)), facts.train_samples, places), ()
     else:
         shards = _as_built(spec, facts.bounds, places)
     chosen = cohort(len(shards), data.fraction, seed=spec.seed, round_index=round_index)
     drawn = tuple(shards[at] for at in chosen)
     sizes = [shard.stop - shard.start for shard in drawn]
     reason = f"round {round_index}: {len(drawn)} of {len(shards)} shards, {sum(sizes)} samples"
+    if 1 < len(shards) == spec.aggregation.needs > len(places):
+        reason += f", more than the {len(places)} workers: {spec.aggregation.needs_words}"
     if evaluators:
         reason += f"; {'; '.join(f'{one.worker_name} {one.why}' for one in evaluators)}"
     return Opened(round=round_index, base=base, shards=drawn, reason=reason, evaluators=evaluators)
@@ -132,6 +137,23 @@ def _by_speed(
     names = {place.worker: place.name for place in places}
     absent = (Absent(worker=w, worker_name=names[w], why=why) for w, why in found.evaluators.items())
     return shards, tuple(absent)
+
+
+def _least(spec: JobSpec, places: Sequence[Place]) -> int:
+    """The fewest shards that a round may have: a robust rule needs so many updates, and a guard three to compare.
+
+    Speed is what a worker says of itself. One that claims a great deal would else be given all the work, and with it
+    the only voice.
+    """
+    guarded = spec.aggregation.norm_outlier is not None
+    return max(spec.aggregation.needs, min(FEWEST, len(places)) if guarded else 1)
+
+
+def _equal(count: int, total: int, places: Sequence[Place]) -> list[Shard]:
+    """So many equal shards; where they are more than the workers, some train two."""
+    bounds = cut(total, [1.0] * min(count, total))
+    workers = dict(enumerate(sorted(place.worker for place in places)))
+    return [Shard(shard=k, start=a, stop=b, meant=workers.get(k)) for k, (a, b) in enumerate(pairwise(bounds))]
 
 
 def roles(spec: JobSpec, total: int, round_index: int, places: Sequence[Place], before: Mapping[str, int]) -> Roles:

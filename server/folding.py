@@ -34,6 +34,9 @@ from server.averaging import Float64Block, Rule, cast, majority, maximum, pooled
 from server.inspection import BLOCK_ELEMENTS, model_layout
 from server.optimizers import OuterStep
 from server.robust import check_layout, norm_of, not_finite_at, squared_distance
+from server.robust_rules import Plan, Weighted, combination, decide, middle, spans, trimmed_mean
+from server.robust_rules import Rule as RobustRule
+from server.surveying import SPAN, Survey
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = max(1, min(4, CORES))
@@ -52,7 +55,7 @@ class Memory:
     A file that is None, or is not there, is zeros: that of the first round.
     """
 
-    states: tuple[Path | None, ...] = ()  # of the outer step
+    states: tuple[Path | None, ...] = ()  # of the outer step, then of the robust rule
     residual: Path | None = None  # what the steps that were sent left out
 
 
@@ -63,6 +66,12 @@ class Rules:
     step: OuterStep
     update: Codec | None = None  # what updates are encoded with; None: they are whole models
     down: Codec | None = None  # what the step to the next model is encoded with; None: workers fetch whole models
+    robust: RobustRule | None = None  # instead of the mean
+
+    @property
+    def states(self) -> int:
+        """Numbers that are remembered for each element."""
+        return self.step.states + (0 if self.robust is None else self.robust.states)
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,8 @@ def average(
         threads: that compute; nor does their number.
 
     Raises:
-        ValueError: no update, one with less than one sample, or late ones that are no changes.
+        ValueError: no update, one with less than one sample, too few for the robust rule, late ones that are no
+            changes, or late ones with a robust rule.
         Stopped: `stopped` said so.
         BadUpdateError: an update no longer fits the base, a new value is beyond its dtype (server.averaging.cast), or
             what the outer step remembers beyond float32.
@@ -127,6 +137,10 @@ def average(
         raise ValueError(f"{len(updates)} updates, each of at least one sample, were to be averaged")
     if late and rules.update is None:
         raise ValueError("late updates that are whole models cannot be averaged")
+    if rules.robust is not None:
+        rules.robust.check(len(updates))
+        if late or weights is not None:
+            raise ValueError(f"late updates and other weights have no part in {rules.robust.name}")
     layout = model_layout(base)
     factors = [1.0] * len(updates) + [factor for _, _, factor in late]
     updates = [*updates, *((path, samples) for path, samples, _ in late)]
@@ -137,6 +151,10 @@ def average(
         outputs = _Outputs(layout, rules, targets, memory.residual, stack)
         inputs = _Inputs(layout, base, updates, factors, weighed, starts, rules, _trained_before(layout), memory.states)
         folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
+        if rules.robust is not None:
+            plan = _plan(rules.robust, folds, inputs, threads, stopped)
+            for fold in folds:
+                fold.plan = plan
         for block in _in_order(folds, threads, layout, block_elements, stopped):
             outputs.write(block)
             if block.squares is not None:
@@ -145,6 +163,19 @@ def average(
         # A step that does not look at the base gives the mean: it goes as far as that, whatever that is.
         gone = amplification(norm_of(moved), norm_of(changed)) if rules.step.wants_base else 1.0
         return outputs.finish(gone)
+
+
+def _plan(
+    rule: RobustRule, folds: Sequence["_Fold"], inputs: "_Inputs", threads: int, stopped: Callable[[], bool]
+) -> Plan:
+    """Measure the updates as far as the rule needs that, and decide how they are joined."""
+
+    def check() -> None:
+        if stopped():
+            raise Stopped("averaging was broken off while the updates were measured")
+
+    samples = [samples for _, samples in inputs.updates]
+    return decide(rule, samples, Survey(folds, len(samples), inputs.layout, threads, check))
 
 
 def _starts(at: int, path: Path, layout: Layout, codec: Codec | None) -> "array[int]":
@@ -218,9 +249,13 @@ class _Fold:
             if file is not None:
                 check_kept(file, self._layout)
         self._index_of = {tensor.name: index for index, tensor in enumerate(self._layout.tensors)}
-        longest = min(block_elements, max((tensor.elements for tensor in self._layout.tensors), default=0))
+        at_once = block_elements if self._rules.robust is None else max(block_elements, SPAN)
+        longest = min(at_once, max((tensor.elements for tensor in self._layout.tensors), default=0))
         self._total, self._scratch, self._origin = (np.empty(longest) for _ in range(3))
-        self._wide_states = [np.empty(longest) for _ in range(self._rules.step.states)]
+        measured = 0 if self._rules.robust is None else longest
+        self._away, self._raw_origin = np.empty(measured), np.empty(measured * _WIDEST, np.uint8)
+        self._wide_states = [np.empty(longest) for _ in range(self._rules.states)]
+        self.plan: Plan | None = None  # of a robust rule, once it is decided
         self._raw, self._raw_mean, self._raw_result, self._raw_base = (
             np.empty(longest * _WIDEST, np.uint8) for _ in range(4)
         )
@@ -230,6 +265,8 @@ class _Fold:
         tensor, notes = self._layout.tensors[index], self._layout.notes
         if is_trained(tensor, notes):
             return self._trained(index, first, count)
+        if self.plan is not None:
+            return _Block(index, first, self._middle(self.plan, index, first, count), None)
         blocks, in_time = self._blocks(index, first, count, self._raw), self._samples[: self._in_time]
         rule = rule_of(tensor, notes)
         if rule is Rule.MAJORITY:
@@ -245,20 +282,26 @@ class _Fold:
 
     def _trained(self, index: int, first: int, count: int) -> _Block:
         tensor, rules = self._layout.tensors[index], self._rules
-        wants_base = rules.update is not None or rules.down is not None or rules.step.wants_base
+        wants_base = rules.step.wants_base or any(rule is not None for rule in (rules.update, rules.down, rules.robust))
         base, origin = None, self._origin[:count]
         if wants_base:
             base = read_block(self._model, tensor, tensor.start, first, count, self._raw_base)
             np.copyto(origin, base)
-        blocks = (
-            self._blocks(index, first, count, self._raw)
-            if rules.update is None
-            else self._deltas(rules.update, index, first, count)
-        )
-        mean = weighted_mean(blocks, self._in.weights, out=self._total[:count], scratch=self._scratch[:count])
-        if rules.update is not None:
+        if self.plan is not None:
+            centre = [self._state(at, index, first, count) for at in range(rules.step.states, rules.states)]
+            mean = self._joined(self.plan, index, first, count, centre)
+        else:
+            centre = []
+            blocks = (
+                self._blocks(index, first, count, self._raw)
+                if rules.update is None
+                else self._deltas(rules.update, index, first, count)
+            )
+            mean = weighted_mean(blocks, self._in.weights, out=self._total[:count], scratch=self._scratch[:count])
+        if rules.update is not None or self.plan is not None:
             np.add(mean, origin, out=mean)
         values, kept, squares = self._stepped(index, first, base, origin, mean)
+        kept += _narrowed(centre, tensor, first)
         if rules.down is not None:
             return _Block(index, first, values, base, kept, squares)
         return _Block(index, first, self._cast(values, tensor, first, count), None, kept, squares)
@@ -274,12 +317,65 @@ class _Fold:
         changed = squared_distance(mean, measured, scratch=scratch) if measured is not None else 0.0
         with np.errstate(over="ignore", invalid="ignore"):  # what is no number is refused, by name
             values = step.apply(origin, mean, states)
-            kept = [state.astype(np.float32) for state in states]
             if measured is not None:
                 squares = squared_distance(values, measured, scratch=scratch), changed
-        for state in kept:
-            _check_kept_values(state, tensor, first)
-        return values, kept, squares
+        return values, _narrowed(states, tensor, first), squares
+
+    # ------------------------------------------------------------ a robust rule
+
+    def _joined(self, plan: Plan, index: int, first: int, count: int, centre: Sequence[Float64Block]) -> Float64Block:
+        """The change that a plan makes of these elements; where a centre is kept, it becomes that."""
+        change = self._total[:count]
+        if isinstance(plan, Weighted):
+            changes = self._changes(index, first, count)
+            combination(changes, plan.weights, change, self._scratch[:count])
+        else:
+            for at, elements in spans(count, SPAN):
+                rows = self.changes(index, first + at, elements)
+                change[at : at + elements] = plan.join(rows[list(plan.members)])
+        for kept in centre:
+            assert isinstance(plan, Weighted)  # noqa: S101 - only centred clipping has one
+            change += plan.of_centre * kept
+            np.copyto(kept, change)
+        return change
+
+    def _middle(self, plan: Plan, index: int, first: int, count: int) -> Array:
+        """The median of what is not trained, over the updates that the plan kept; of masks the majority."""
+        tensor, members = self._layout.tensors[index], plan.members
+        result = typed(self._raw_result, tensor, count)
+        for at, elements in spans(count, SPAN):
+            blocks = enumerate(self._blocks(index, first + at, elements, self._raw))
+            rows = np.stack([block.copy() for number, block in blocks if number in members])
+            piece = result[at : at + elements]
+            if tensor.is_float:
+                values = trimmed_mean(rows.astype(np.float64), (len(rows) - 1) // 2)
+                cast(values, tensor, first=first + at, out=piece)
+            elif tensor.dtype == "BOOL":
+                np.copyto(piece, majority(rows, [1] * len(rows)))
+            else:
+                np.copyto(piece, middle(rows))
+        return result
+
+    def changes(self, index: int, first: int, count: int) -> Float64Block:
+        """Shape (updates, count): what every update changed in these elements (surveying.Reader)."""
+        rows = np.empty((len(self._samples), count))
+        for row, change in zip(rows, self._changes(index, first, count), strict=True):
+            np.copyto(row, change)
+        return rows
+
+    def centre(self, index: int, first: int, count: int) -> Float64Block:
+        """Shape (count,): what the robust rule remembers of these elements (surveying.Reader)."""
+        return self._state(self._rules.step.states, index, first, count)
+
+    def _changes(self, index: int, first: int, count: int) -> Iterator[Array]:
+        """What each update changed in these elements in turn, each over the one before."""
+        if self._rules.update is not None:
+            yield from self._deltas(self._rules.update, index, first, count)
+            return
+        tensor, away = self._layout.tensors[index], self._away[:count]
+        base = read_block(self._model, tensor, tensor.start, first, count, self._raw_origin)
+        for block in self._blocks(index, first, count, self._raw):
+            yield np.subtract(block, base, out=away, dtype=np.float64)
 
     def _cast(self, values: Float64Block, tensor: TensorInfo, first: int, count: int) -> Array:
         return cast(values, tensor, first=first, out=typed(self._raw_result, tensor, count))
@@ -318,12 +414,18 @@ class _Fold:
         return wide
 
 
-def _check_kept_values(state: Array, tensor: TensorInfo, first: int) -> None:
-    index = not_finite_at(state)
-    if index is not None:
-        where = f"{shown(tensor.name)} at element {first + index}"
-        sentence = f"what the outer step remembers of {where} is beyond what float32 can hold"
-        raise BadUpdateError(sentence, code="not_finite", advice="Lower train.lr: the workers' changes are too large.")
+def _narrowed(states: Sequence[Float64Block], tensor: TensorInfo, first: int) -> list[Array]:
+    """What is remembered of a block, as it is kept."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        kept: list[Array] = [state.astype(np.float32) for state in states]
+    for state in kept:
+        index = not_finite_at(state)
+        if index is not None:
+            where = f"{shown(tensor.name)} at element {first + index}"
+            sentence = f"what the outer step remembers of {where} is beyond what float32 can hold"
+            advice = "Lower train.lr: the workers' changes are too large."
+            raise BadUpdateError(sentence, code="not_finite", advice=advice)
+    return kept
 
 
 def _in_order(

@@ -37,6 +37,7 @@ def inspect(
     *,
     digest: str,
     norm_bound: float | None,
+    measured: bool = False,
     codec: Codec | None = None,
     block_elements: int = BLOCK_ELEMENTS,
 ) -> Inspection:
@@ -47,6 +48,7 @@ def inspect(
         base: the model that it was trained from; None for a freshly built model, of which nothing is known.
         digest: SHA-256 in hex that its sender announced.
         norm_bound: largest L2 distance to the base over trained float tensors, if there is a bound.
+        measured: whether that distance is wanted without a bound too.
         codec: what the job's updates are encoded with; None: they are whole models. A first model always is.
         block_elements: elements read at once, whole blocks of the codec.
 
@@ -58,7 +60,8 @@ def inspect(
     """
     try:
         with ExitStack() as stack:
-            look = _Look(update, base, codec, stack, measured=norm_bound is not None, block_elements=block_elements)
+            measured = measured or norm_bound is not None
+            look = _Look(update, base, codec, stack, measured=measured, block_elements=block_elements)
             found, inspection = look.run()
     except BadUpdateError as error:
         found = file_digest(update)  # the look ended early; a second pass, only for what is refused anyway

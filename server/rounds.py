@@ -43,7 +43,7 @@ from common.facts import (
     Submitted,
 )
 from common.messages import JobSpec, Kind, ModelFacts, ModelRef, State, StepRef, Submission
-from server import amplification, nova
+from server import amplification, nova, outliers
 from server.cutting import Place, check_bounds, open_round
 from server.deadlines import Due
 from server.lateness import MOST, Past, members, still_useful
@@ -697,7 +697,8 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
         return Step(reason=job.reason)
     live = set(live)
     missing = [s for s in phase.shards.values() if s.shard not in phase.accepted]
-    awaited = [s for s in missing if s.worker is None or s.worker in live or not phase.accepted]
+    enough = len(phase.accepted) >= job.spec.aggregation.needs
+    awaited = [s for s in missing if s.worker is None or s.worker in live or not enough]
     held, total, waited = len(phase.accepted), len(phase.accepted) + len(awaited), now - phase.opened_at
     quorum = quorum_of(job.spec, total)
     tally = f"{held} of {total} updates after {waited:.1f} s"
@@ -705,6 +706,10 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
         return Step(reason=_awaits_lost(job, phase.round))
     if not phase.shards:
         return Step(reason=f"round {phase.round}: no live worker offers data for it")
+    if not awaited and held < job.spec.aggregation.needs:
+        return fail(
+            job, f"round {phase.round} cannot have more than {held} updates, and {job.spec.aggregation.needs_words}"
+        )
     if not awaited:
         return _freeze(job, phase, f"round {phase.round} closed: {tally}", _absent(phase, dues, now))
     look_again: list[float] = []
@@ -763,8 +768,19 @@ def _awaits_lost(job: Job, round_index: int) -> str:
 
 
 def _freeze(job: Job, phase: Training, reason: str, absent: tuple[Absent, ...]) -> Step:
-    shards, late = tuple(sorted(phase.accepted)), members(job.late.values(), phase.round)
-    return Step((Frozen(round=phase.round, shards=shards, reason=reason, absent=absent, late=late),), reason)
+    """Decide the set that is averaged: what is in, but for what the guard refuses."""
+    rule, counted = (
+        job.spec.aggregation,
+        {(u.round, u.shard): u for u in (*phase.accepted.values(), *job.late.values())},
+    )
+    found = outliers.guard(tuple(phase.accepted.values()), job.late.values(), rule.norm_outlier, rule.needs)
+    refused = [(counted[place], why) for place, why in sorted(found.refused.items())]
+    shards = tuple(s for s in sorted(phase.accepted) if (phase.round, s) not in found.refused)
+    late = members((u for place, u in job.late.items() if place not in found.refused), phase.round)
+    absent = (*(outliers.absent(update, phase.round, why) for update, why in refused), *absent)
+    reason += "".join(f"; shard {update.shard} of {update.worker_name} refused" for update, _ in refused) + found.spared
+    frozen = Frozen(round=phase.round, shards=shards, reason=reason, absent=absent, late=late)
+    return Step((*(outliers.back(update, why) for update, why in refused), frozen), reason)
 
 
 def _deadline(job: Job, phase: Training, awaited: Sequence[Shard], quorum: int, tally: str) -> Step:
@@ -776,14 +792,14 @@ def _deadline(job: Job, phase: Training, awaited: Sequence[Shard], quorum: int, 
 
 
 def quorum_of(spec: JobSpec, total: int) -> int:
-    """Updates that close a round of `total` shards."""
+    """Updates that close a round of `total` shards; never fewer than its robust rule needs."""
     match spec.round.quorum:
         case "all":
-            return max(total, 1)
+            return max(total, spec.aggregation.needs)
         case int(count):
-            return max(min(count, total), 1)
+            return max(min(count, total), spec.aggregation.needs)
         case share:
-            return max(math.ceil(share * total), 1)
+            return max(math.ceil(share * total), spec.aggregation.needs)
 
 
 def close(
@@ -1001,6 +1017,8 @@ def _evolve_back(job: Job, fact: HandedBack) -> Job:
     if fact.code in NOT_FOR_THIS_WORKER:
         job = replace(job, excluded={**job.excluded, fact.worker: fact.sentence})
     phase = job.inner.before if isinstance(job.inner, Aggregating) else job.inner
+    if fact.code == outliers.CODE:
+        return _evolve_refused(job, fact)
     if fact.code == "lost" and isinstance(phase, Training) and phase.round == fact.round:
         accepted, shards = _without(phase.accepted, fact.shard), phase.lost - {fact.shard}
         job = replace(job, late={(update.round, update.shard): update for update in waiting_late(job)})
@@ -1008,6 +1026,14 @@ def _evolve_back(job: Job, fact: HandedBack) -> Job:
     if not is_open(job, task):
         return job
     return _with_tries(job, task, _counted(tries_of(job, task), fact))
+
+
+def _evolve_refused(job: Job, fact: HandedBack) -> Job:
+    """An accepted update stops counting, in time or late; its round is frozen without it in the same breath."""
+    phase = _training(job)
+    if fact.round != phase.round:
+        return replace(job, late={place: one for place, one in job.late.items() if place != (fact.round, fact.shard)})
+    return _with_inner(job, replace(phase, accepted=_without(phase.accepted, fact.shard)))
 
 
 def _evolve_lost(job: Job, round_index: int, change: Callable[[frozenset[int]], frozenset[int]]) -> Job:

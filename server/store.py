@@ -31,6 +31,7 @@ from server.ballast import Ballast
 SCHEMA = 3  # of the file, in PRAGMA user_version
 BUSY_TIMEOUT_S = 5.0  # for a backup or a person's sqlite3 that holds the file
 PAGE = 200  # facts read at a time
+UNDONE = ("lost", "norm_outlier")  # codes by which an accepted update counts no more
 
 T = TypeVar("T")
 
@@ -220,7 +221,7 @@ class Journal:
     def _insert(self, job: str, at: str, fact: Fact) -> int:
         place = getattr(fact, "round", None), getattr(fact, "shard", None)
         values = (job, at, fact.type, *place, fact.model_dump_json())
-        if isinstance(fact, HandedBack) and fact.code == "lost":
+        if isinstance(fact, HandedBack) and fact.code in UNDONE:
             opened = "UPDATE facts SET stands = 0 WHERE type = 'accepted' AND job = ? AND round = ? AND shard = ?"
             self._database.execute(opened, (job, *place))
         statement = "INSERT INTO facts (job, at, type, round, shard, body) VALUES (?, ?, ?, ?, ?, ?)"

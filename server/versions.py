@@ -10,6 +10,7 @@ from server import folding, nova
 from server.blobs import Blobs
 from server.failpoints import reach
 from server.optimizers import FedNova, outer_step
+from server.robust_rules import rule_of
 from server.rounds import Aggregating, Job
 
 
@@ -19,7 +20,7 @@ class Version:
 
     model: ModelRef
     step: StepRef | None  # how workers come here from the model before, where steps are sent
-    memory: tuple[str, ...]  # digests of what the next average needs: outer states, then the residual
+    memory: tuple[str, ...]  # digests of what the next average needs: outer states, a robust rule's, then the residual
     amplification: float | None = None  # server.amplification
 
     @property
@@ -35,13 +36,14 @@ def rules_of(section: AggregationSection) -> folding.Rules:
         BadJobError: there is no such step or codec.
     """
     encoded = None if section.update == "fp32" else codec(section.update)
-    return folding.Rules(outer_step(section), encoded, encoded if section.download == "same" else None)
+    down = encoded if section.download == "same" else None
+    return folding.Rules(outer_step(section), encoded, down, rule_of(section))
 
 
 def room_for(job: Job, size: int) -> int:
     """Bytes that the files of one average take, of a model of `size` bytes."""
     rules = rules_of(job.spec.aggregation)
-    return size * (1 + rules.step.states + 2 * (rules.down is not None))
+    return size * (1 + rules.states + 2 * (rules.down is not None))
 
 
 def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]) -> Version:
@@ -59,7 +61,7 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
         rules, weights = replace(rules, step=FedNova(weighing.scale)), weighing.weights
     targets = _targets(job.id, phase.round, rules, blobs)
     blobs.check_room(room_for(job, phase.base.size))
-    states, memory = rules.step.states, [blobs.path(digest) for digest in job.memory]
+    states, memory = rules.states, [blobs.path(digest) for digest in job.memory]
     made = folding.average(
         blobs.path(phase.base.digest),
         [(blobs.path(update.digest), update.samples) for update in phase.accepted],
@@ -94,7 +96,7 @@ def _targets(job_id: str, round_index: int, rules: folding.Rules, blobs: Blobs) 
 
     return folding.Targets(
         model=part("model"),
-        states=tuple(part(f"state{number}") for number in range(rules.step.states)),
+        states=tuple(part(f"state{number}") for number in range(rules.states)),
         step=part("step") if rules.down else None,
         residual=part("residual") if rules.down else None,
     )

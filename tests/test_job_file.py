@@ -14,6 +14,7 @@ from client.job_keys import RESERVED, Key, job_keys, key_at, nearest
 from client.task_file import check_task, read_task, task_name
 from common.errors import BadJobError, BadTaskError, LydianError
 from common.messages import OUTER_KEYS, JobSpec
+from common.robustness import CUTTING
 from common.tasks import BUILTIN
 
 TASK_FILE = "def model(config): ...\n\n\ndef dataset(config, split): ...\n"
@@ -101,7 +102,24 @@ def specs(draw: st.DrawFn) -> JobSpec:
         OUTER_KEYS[aggregation.get("algorithm", "fedavg")]
     ):
         aggregation.pop(name, None)
+    _let_a_robust_rule_fit(document)
     return JobSpec.model_validate(document)
+
+
+def _let_a_robust_rule_fit(document: dict[str, Any]) -> None:
+    """What a rule needs of the rest of its job, and what is nothing without one."""
+    rule = document.get("aggregation", {})
+    if rule.get("robust", "none") not in CUTTING:
+        rule.pop("clip_norm", None)
+    if rule.get("robust", "none") == "none":
+        rule.pop("faulty", None)
+        return
+    rule["faulty"] = min(rule.get("faulty", 1), 3)
+    rule["algorithm"] = {"fednova": "fedavg"}.get(rule.get("algorithm", "fedavg"), rule.get("algorithm", "fedavg"))
+    rule["update"] = {"topk": "int4"}.get(rule.get("update", "fp32"), rule.get("update", "fp32"))
+    document["data"] = {**document.get("data", {}), "shards": 100, "fraction": 1.0, "partition": "iid"}
+    for name in ("late", "quorum"):
+        document.get("round", {}).pop(name, None)
 
 
 def toml(value: Any) -> str:
@@ -239,7 +257,8 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
             'task = "d"\n[aggregation]\nxyz = 1',
             (
                 "unknown key aggregation.xyz in job.toml: there are algorithm, outer_lr, outer_momentum, outer_beta1, "
-                "outer_beta2, outer_tau, robust, update, download, feedback, norm_bound"
+                "outer_beta2, outer_tau, robust, faulty, clip_norm, norm_outlier, update, download, feedback, "
+                "norm_bound"
             ),
         ),
         (
