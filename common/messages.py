@@ -138,7 +138,9 @@ class RoundSection(Message):
         "sync", description="sync: a round is averaged when its shards are in; async: whenever `buffer` updates are"
     )
     buffer: int | None = Field(
-        None, ge=1, description="async: updates that make a version (default: the workers at the start, at most 10)"
+        None,
+        ge=1,
+        description="async: updates that make a version (default: half the workers at the start, at most 10)",
     )
     max_staleness: int = Field(
         20, ge=1, description="async: versions that an update may be behind the one that it lands in"
@@ -273,6 +275,11 @@ class JobSpec(Message):
             ("round.deadline", not isinstance(given.deadline, float), f"{nobody}; leave it out"),
             ("round.late = use", given.late == "refuse", "every update is used, up to round.max_staleness"),
             ("data.fraction", self.data.fraction == 1, "every shard is trained, the one that counted least first"),
+            (
+                "aggregation.robust",
+                self.aggregation.robust == "none",
+                "its rules compare updates of one and the same model",
+            ),
             ("train.keep_optimizer", not self.train.keep_optimizer, "a shard's state would come out of order"),
         )
 

@@ -101,18 +101,17 @@ class Buffering(Generic[T]):
 
 
 def size_of(spec: JobSpec, workers: int, shards: int | None = None) -> int:
-    """The updates that make a version: what the job says, else one for each worker that is there at the start.
+    """The updates that make a version: what the job says, else half as many as workers are there at the start.
 
-    Where the data is the workers' own, half of them: each counts once from a version at most, so that a buffer for all
-    of them would wait for the slowest.
+    With one for each worker, a version would have to wait for slow ones wherever fast ones run out of shards: data of
+    their own, say, counts once from a version.
 
     Args:
         spec: the job's.
         workers: that a round would be cut for.
         shards: that there are; more updates can never be in. None: not known yet, or not fixed.
     """
-    usual = workers // 2 if spec.data.partition == "local" else workers
-    wanted = spec.round.buffer or max(min(usual, MOST_BY_DEFAULT), 1)
+    wanted = spec.round.buffer or max(min(workers // 2, MOST_BY_DEFAULT), 1)
     return wanted if shards is None else min(wanted, shards)
 
 

@@ -306,10 +306,10 @@ class Coordinator:
             self._dropped.add(steps.pop(old).digest)
 
     def keeps(self, digest: str) -> bool:
-        """Whether this is a model that is kept, or a step to one."""
+        """Whether this is a model that is kept, or that work which goes on begins with, or a step to one."""
         models = (model.digest for models in self.models.values() for model in models.values())
         steps = (step.digest for steps in self.steps.values() for step in steps.values())
-        return digest in models or digest in steps
+        return digest in models or digest in steps or any(digest in rounds.bases_of(job) for job in self._active())
 
     def _settle(self, job_id: str) -> None:
         """Do what the job's phase calls for. Safe to call at any time, any number of times."""

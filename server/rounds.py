@@ -347,7 +347,7 @@ def next_task(
     """The task of this job that the worker should do next; None when there is nothing for it.
 
     Training goes first, since a round waits for it; but an evaluation that lags two rounds behind goes before, so that
-    a fleet which is never idle is still measured.
+    a fleet which is never idle is still measured. Asynchronously nothing waits, and an evaluation goes first.
 
     Args:
         job: the job.
@@ -368,12 +368,10 @@ def next_task(
                 return waiting[0]
             return next(iter([*_open_shards(job, phase, worker, held, coming), *waiting]), None)
         case buffering.Buffering() as phase:
-            waiting = _evaluations(job, held)
-            if waiting and waiting[0].round <= phase.newest - 2:
-                return waiting[0]
             shards = frozenset(task.shard for task in held if task.kind == "train")
             free = buffering.free_shards(phase, worker, shards, job.spec)
-            return next(iter([*(Task("train", phase.newest, shard) for shard in free), *waiting]), None)
+            train = (Task("train", phase.newest, shard) for shard in free)
+            return next(iter([*_evaluations(job, held), *train]), None)
         case Aggregating() | Evaluating():
             return next(iter(_evaluations(job, held)), None)
         case _:

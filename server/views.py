@@ -90,10 +90,15 @@ def now_of(coordinator: Coordinator, job: Job) -> Now:
         reason=why(coordinator, job),
         round=min(training.round, job.spec.rounds) if training else job.closed,
         rounds=job.spec.rounds,
-        received=len(training.buffer if isinstance(training, Buffering) else training.accepted) if training else 0,
+        received=_received(training) if training else 0,
         shards=(training.size if isinstance(training, Buffering) else len(training.shards)) if training else 0,
         workers=tuple(sorted(workers, key=lambda w: w.worker)),
     )
+
+
+def _received(phase: Training | rounds.Buffering) -> int:
+    """Updates that are in; of an asynchronous version, at most as many as it needs."""
+    return min(len(phase.buffer), phase.size) if isinstance(phase, Buffering) else len(phase.accepted)
 
 
 def _left(at: float | None, now: float) -> float | None:

@@ -16,9 +16,10 @@ from common.messages import ModelRef, Submission
 from server import buffering, rounds
 from server.buffering import Buffering, size_of
 from server.deadlines import Due
+from server.fleet import workers_needed
 from server.lateness import factor_of
 from server.rounds import Evaluating, Failed, Finished, Job, Paused, Task
-from tests.rounds_kit import LIMITS, Play, at, digest, spec, submission
+from tests.rounds_kit import LIMITS, Play, at, digest, spec, submission, training
 
 # ---------------------------------------------------------------- a stage with workers
 
@@ -27,7 +28,7 @@ class Stage(Play):
     """A play of asynchronous rounds in which workers hold leases."""
 
     def __init__(self, *workers: str, rounds: int = 9, total: int = 40, data: Any = None, **section: Any) -> None:
-        given = {"mode": "async", "evaluate_every": 0, **section}
+        given = {"mode": "async", "evaluate_every": 0, "buffer": 2, **section}
         super().__init__(spec(rounds=rounds, round=given, data={"shards": "auto"} if data is None else data))
         self.workers = workers
         self.held: dict[str, tuple[Task, int]] = {}
@@ -89,15 +90,14 @@ class Stage(Play):
 @pytest.mark.parametrize(
     ("workers", "keys", "size"),
     [
-        (3, {}, 3),
-        (40, {}, 10),
         (0, {}, 1),
+        (1, {}, 1),
+        (5, {}, 2),
+        (40, {}, 10),
         (3, {"round": {"mode": "async", "buffer": 7}}, 7),
-        (4, {"data": {"partition": "local"}}, 2),
-        (1, {"data": {"partition": "local"}}, 1),
     ],
 )
-def test_a_version_is_made_of_as_many_updates_as_workers_unless_the_job_says_so(
+def test_a_version_is_made_of_half_as_many_updates_as_workers_unless_the_job_says_so(
     workers: int, keys: Any, size: int
 ) -> None:
     assert size_of(spec(**{"data": {"shards": "auto"}, "round": {"mode": "async"}, **keys}), workers) == size
@@ -113,9 +113,8 @@ def test_the_size_is_in_the_journal_and_does_not_follow_workers_that_join() -> N
 
 
 def test_a_version_is_never_made_of_more_updates_than_there_are_shards() -> None:
-    stage = Stage("a", "b", "c", data={"shards": 2})
-    assert stage.phase.size == 2
-    assert Stage("a", "b", "c", total=2).phase.size == 2
+    assert Stage("a", "b", "c", "d", "e", "f", data={"shards": 2}, buffer=None).phase.size == 2
+    assert Stage("a", "b", total=2, buffer=9).phase.size == 2
 
 
 def test_whoever_is_done_gets_other_work_at_once_on_the_newest_version_also_while_one_is_averaged() -> None:
@@ -312,25 +311,19 @@ def test_the_last_version_ends_the_job_and_work_for_another_one_is_late() -> Non
     assert isinstance(stage.job.phase, Finished)
 
 
-def test_the_last_evaluation_is_awaited_and_earlier_ones_do_not_lag_for_ever() -> None:
-    stage = Stage("a", rounds=4, buffer=1, evaluate_every=1)
-    stage.work("a")
+def test_an_evaluation_goes_before_training_and_the_last_one_is_awaited() -> None:
+    stage = Stage("a", "b", rounds=4, buffer=1, evaluate_every=2)
+    for _ in range(2):
+        stage.work("a")
+        stage.averaged()
+    assert (stage.ask("a"), stage.ask("b")) == (Task("evaluate", 2), Task("train", 3, 2))
+    stage.hand_in("b")
     stage.averaged()
-    assert stage.ask("a") == Task("train", 2, 1)
-    stage.hand_in("a")
-    stage.averaged()
-    assert stage.ask("a") == Task("evaluate", 1)
-    stage.held.clear()
-    stage.evaluate(1)
-    stage.work("a")
-    stage.averaged()
-    assert stage.ask("a") == Task("evaluate", 2)
-    stage.held.clear()
-    stage.evaluate(2)
-    stage.work("a")
-    assert stage.ask("a") == Task("evaluate", 3)
+    stage.work("b")
+    assert stage.ask("b") is None, "the last version is being averaged"
     stage.averaged()
     assert isinstance(stage.job.phase, Evaluating)
+    assert stage.ask("b") == Task("evaluate", 4)
 
 
 def test_a_paused_job_takes_what_is_out_and_averages_it_but_hands_nothing_out() -> None:
@@ -663,6 +656,20 @@ def test_samples_are_used_alike_however_unlike_the_workers_are(finishers: list[s
 def test_a_job_that_makes_no_sense_asynchronously_is_refused_in_a_sentence(keys: Any, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         spec(**keys)
+
+
+def test_the_last_version_needs_one_worker_and_all_others_are_kept_busy() -> None:
+    stage = Stage("a", rounds=1, buffer=1)
+    assert workers_needed(stage.job, 5) == 5
+    stage.work("a")
+    assert workers_needed(stage.job, 5) == 1
+
+
+def test_a_synchronous_job_stands_on_the_base_of_its_round_and_an_ended_one_on_none() -> None:
+    play = training()
+    assert rounds.bases_of(play.job) == {digest(0)}
+    play.do(rounds.cancel(play.job, "me"))
+    assert (rounds.bases_of(play.job), rounds.frozen_of(play.job)) == (frozenset(), None)
 
 
 def test_an_ended_job_changes_its_state_by_no_version() -> None:
