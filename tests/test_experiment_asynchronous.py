@@ -1,6 +1,7 @@
 """The experiment of docs/algorithms.md: the same command prints the same numbers, whatever runs beside it."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    monkeypatch.setitem(__import__("sys").modules, "asynchronous", module)  # where dataclasses look for their module
+    monkeypatch.setitem(sys.modules, "asynchronous", module)  # where dataclasses look for their module
     found.loader.exec_module(module)
     monkeypatch.setattr(module, "HORIZON_S", 25.0)
     return module
