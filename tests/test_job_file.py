@@ -95,7 +95,22 @@ def specs(draw: st.DrawFn) -> JobSpec:
         OUTER_KEYS[aggregation.get("algorithm", "fedavg")]
     ):
         aggregation.pop(name, None)
+    _suit_the_mode(document)
     return JobSpec.model_validate(document)
+
+
+def _suit_the_mode(document: dict[str, Any]) -> None:
+    """Leave out what synchronous rounds, or asynchronous ones, have not."""
+    section, data = document.get("round", {}), document.get("data", {})
+    only_async, only_sync = ("buffer", "max_staleness"), ("quorum", "deadline", "late")
+    is_async = section.get("mode") == "async"
+    for name in only_sync if is_async else only_async:
+        section.pop(name, None)
+    if is_async:
+        data.pop("fraction", None)
+        document.get("train", {}).pop("keep_optimizer", None)
+        if isinstance(data.get("shards"), int):
+            section.pop("buffer", None)
 
 
 def toml(value: Any) -> str:
