@@ -153,7 +153,7 @@ def open_version(
     else:
         size = size or size_of(spec, workers, len(facts.bounds) - 1)
         shards = _shards(facts.bounds)
-    reason = f"version {version}: {size} updates are awaited, {whose} {len(shards)} shards"
+    reason = f"version {version}: {_several(size, 'update')} to come, {whose} {_several(len(shards), 'shard')}"
     return Opened(round=version, base=base, shards=shards, reason=reason, buffer=size)
 
 
@@ -208,7 +208,7 @@ def why_closed(phase: Buffering[T], round_index: int, shard: int, spec: JobSpec)
     if phase.round > spec.rounds:
         return f"the last version, {spec.rounds}, has its updates"
     if stale > most:
-        return f"it is {_versions(stale)} behind, and at most {most} are used (round.max_staleness)"
+        return f"it is {_several(stale, 'version')} behind, and at most {most} are used (round.max_staleness)"
     turn = phase.turns.get(shard)
     if turn is not None and turn.round > round_index:
         return f"shard {shard} was handed out anew, on the model of version {turn.round - 1}"
@@ -220,7 +220,7 @@ def why_closed(phase: Buffering[T], round_index: int, shard: int, spec: JobSpec)
 
 def received(phase: Buffering[T], number: int) -> str:
     """How it stands with so many updates in the buffer."""
-    return f"{number} of {phase.size} updates for version {phase.round}"
+    return f"{number} of {_several(phase.size, 'update')} for version {phase.round}"
 
 
 def freeze_if_due(
@@ -282,7 +282,7 @@ def _too_old(phase: Buffering[T], spec: JobSpec, dues: Mapping[int, Due]) -> tup
         for number, turn in sorted(phase.turns.items())
         if turn.tries.out and not turn.counted and phase.round - turn.round == most
     )
-    why = f"{_versions(most + 1)} behind, and at most {most} are used"
+    why = f"{_several(most + 1, 'version')} behind, and at most {most} are used"
     return tuple(
         Absent(worker=worker, worker_name=dues[number].name if number in dues else "", shard=number, why=why)
         for number, worker in gone
@@ -302,11 +302,11 @@ def _behind_words(phase: Buffering[T], dues: Mapping[int, Due]) -> str:
         if number in phase.turns and phase.turns[number].round < phase.newest
     }
     oldest = sorted(ages.items(), key=lambda each: (-each[1], each[0]))
-    return "".join(f"; {name} is {_versions(age)} behind" for name, age in oldest[:8])
+    return "".join(f"; {name} is {_several(age, 'version')} behind" for name, age in oldest[:8])
 
 
-def _versions(number: int) -> str:
-    return f"{number} version{'' if number == 1 else 's'}"
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 # ---------------------------------------------------------------- facts into state

@@ -892,7 +892,7 @@ def close(
     return Step((closed, _changed("finished", reason)), reason)
 
 
-def _warning(job: Job, phase: Aggregating, amplified: float | None) -> str:
+def _warning(job: Job, phase: Aggregating | Batch, amplified: float | None) -> str:
     """What about a round that closes needs a person."""
     grows = amplification.growth(amplification.keep(job.amplified, amplified))
     first = phase.round == 1 and job.spec.train.local_steps is None  # else it was said when the job began

@@ -258,7 +258,7 @@ def test_who_is_behind_is_said_the_oldest_first() -> None:
     stage.work("a")
     stage.averaged()
     stage.ask("a")
-    assert stage.look() == "0 of 1 updates for version 3; B is 2 versions behind; C is 1 version behind"
+    assert stage.look() == "0 of 1 update for version 3; B is 2 versions behind; C is 1 version behind"
 
 
 def test_work_that_is_too_old_counts_no_more_and_the_version_says_whose() -> None:

@@ -331,6 +331,8 @@ def test_the_mean_of_damped_changes_is_added_to_the_newest_model(tmp_path: Path)
     since = [Since(newest, 1.0), Since(old, 0.5)]
     average(newest, [(fresh, 2), (stale, 6)], tmp_path / "next", step=FEDAVG, since=since)
     assert load(tmp_path / "next")["w"].tolist() == [12.0, 9.5]
+    average(newest, [(fresh, 2), (stale, 6)], tmp_path / "next", step=FEDAVG, since=since, weights=[1.0, 1.0])
+    assert load(tmp_path / "next")["w"].tolist() == [12.0, 9.0]
 
 
 def test_buffers_and_counters_are_joined_whatever_their_age(tmp_path: Path) -> None:
