@@ -128,8 +128,10 @@ def plan_of(api: CoordinatorApi, job: Job, *, like: str | None, measure: bool) -
         measure: train so much of this job first that there are some.
 
     Raises:
-        LydianError: nothing was measured (`not_measured`), or the measurement failed.
+        LydianError: nothing was measured (`not_measured`), the measurement failed, or rounds are asynchronous
+            (`not_foretold`).
     """
+    _refuse_asynchronous(job.spec)
     known = api.jobs()
     if measure:
         base = _measure(api, job)
@@ -151,8 +153,9 @@ def plan_beside_truth(api: CoordinatorApi, view: JobView) -> Plan:
     """A job that has run, as it would have been foretold before it, beside what became of it.
 
     Raises:
-        LydianError: it has closed no round (`not_measured`).
+        LydianError: it has closed no round (`not_measured`), or its rounds are asynchronous (`not_foretold`).
     """
+    _refuse_asynchronous(view.spec)
     truth = _measured(api, view)
     if truth is None:
         raise LydianError(
@@ -167,6 +170,15 @@ def plan_beside_truth(api: CoordinatorApi, view: JobView) -> Plan:
     foretold = _plan(base, _serving(api.workers(), truth), view.spec)
     rows = tuple(row.model_copy(update={"true_s": truth.busy_s.get(row.worker)}) for row in foretold.workers)
     return foretold.model_copy(update={"workers": rows, "true_round_s": truth.round_s})
+
+
+def _refuse_asynchronous(spec: JobSpec) -> None:
+    if spec.round.mode == "async":
+        raise LydianError(
+            "with round.mode = async nobody waits for a round, so there is none to foretell",
+            code="not_foretold",
+            advice="--set round.mode=sync foretells what each worker needs for a shard.",
+        )
 
 
 def _plan(base: Measured, boxes: Sequence[Box], spec: JobSpec) -> Plan:

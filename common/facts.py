@@ -113,6 +113,7 @@ class Opened(Message):
     shards: tuple[Shard, ...]
     reason: str
     evaluators: tuple[Absent, ...] = Field((), description="workers that are too slow for a shard, and only evaluate")
+    buffer: Count | None = Field(None, description="asynchronous: the updates that make a version")
 
 
 class Accepted(Message):
@@ -184,7 +185,7 @@ class Extended(Message):
 
 
 class LateMember(Message):
-    """An update that came after its round had closed, and counts in a later one."""
+    """An update that came after its round had closed, and counts in a later one; asynchronous: any update."""
 
     round: Count = Field(description="that it was trained in")
     shard: Count
@@ -203,6 +204,9 @@ class Frozen(Message):
     reason: str
     absent: tuple[Absent, ...] = Field((), description="who is not in it, and why")
     late: tuple[LateMember, ...] = Field((), description="updates of earlier rounds that are in it")
+    members: tuple[LateMember, ...] = Field(
+        (), description="asynchronous: every update that is in it, in the order in which they came and are added"
+    )
 
 
 class RoundClosed(Message):

@@ -168,7 +168,7 @@ NEW_IN_TRAIN = (
 """Keys of [train] that protocol 2 brought."""
 KEYS_OF_ROBUST = ("robust", "faulty", "clip_norm", "norm_outlier")  # the coordinator's business alone
 NEW_KEYS = {
-    "round": ("fsync", "deadline", "late"),
+    "round": ("fsync", "deadline", "late", "mode", "buffer", "max_staleness"),
     "train": NEW_IN_TRAIN,
     "aggregation": (
         "outer_lr",
@@ -202,6 +202,17 @@ class DataSection(Message):
 class RoundSection(Message):
     """`[round]`: when a round starts and when it closes."""
 
+    mode: Literal["sync", "async"] = Field(
+        "sync", description="sync: a round is averaged when its shards are in; async: whenever `buffer` updates are"
+    )
+    buffer: int | None = Field(
+        None,
+        ge=1,
+        description="async: updates that make a version (default: half the workers at the start, at most 10)",
+    )
+    max_staleness: int = Field(
+        20, ge=1, description="async: versions that an update may be behind the one that it lands in"
+    )
     min_workers: int = Field(1, ge=1, description="live workers needed before the job starts")
     quorum: Literal["all"] | Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(gt=0, lt=1)] = Field(
         "all", description="updates that close a round: all, a count (3) or a share (0.75)"
@@ -342,6 +353,51 @@ class JobSpec(Message):
     config: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
         default_factory=dict, description="handed to the task as it is"
     )
+
+    @model_validator(mode="after")
+    def _asynchronous(self) -> Self:
+        """Refuse what asynchronous rounds have not, and what only they have."""
+        given = self.round
+        if given.mode == "sync":
+            for name in ("buffer", "max_staleness"):
+                if getattr(given, name) != RoundSection.model_fields[name].default:
+                    raise ValueError(
+                        f"round.{name} is for asynchronous rounds: set round.mode = async, or leave it out"
+                    )
+            return self
+        for key, without, why in self._not_asynchronous:
+            if not without:
+                raise ValueError(f"round.mode = async has no {key}: {why}")
+        shards = self.data.shards
+        if given.buffer is not None and self.data.partition != "local" and shards != "auto" and given.buffer > shards:
+            raise ValueError(
+                f"round.buffer = {given.buffer} updates never come together from data.shards = {shards}, each of which "
+                f"counts once from a version: set at least {given.buffer} shards, or a smaller buffer"
+            )
+        return self
+
+    @property
+    def _not_asynchronous(self) -> tuple[tuple[str, bool, str], ...]:
+        """(key, whether the job does without it, why asynchronous rounds have none)."""
+        given, nobody = self.round, "nobody waits for anybody there"
+        return (
+            ("round.quorum", given.quorum == "all", f"{nobody}, and round.buffer says how many updates make a version"),
+            ("round.deadline", not isinstance(given.deadline, float), f"{nobody}; leave it out"),
+            ("round.late = use", given.late == "refuse", "every update is used, up to round.max_staleness"),
+            ("data.fraction", self.data.fraction == 1, "every shard is trained, the one that counted least first"),
+            (
+                "aggregation.robust",
+                self.aggregation.robust == "none",
+                "its rules compare updates of one and the same model",
+            ),
+            (
+                "aggregation.norm_outlier",
+                self.aggregation.norm_outlier is None,
+                "it compares updates of one and the same model; norm_bound does not",
+            ),
+            ("train.keep_optimizer", not self.train.keep_optimizer, "a shard's state would come out of order"),
+            ("train.personal", not self.train.personal, "a shard's own tensors would come out of order"),
+        )
 
     @model_validator(mode="after")
     def _late_changes(self) -> Self:

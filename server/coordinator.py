@@ -60,6 +60,7 @@ from common.weights import file_digest
 from server import folding, nova, rounds, versions
 from server.auth import Tokens
 from server.blobs import Blobs
+from server.buffering import Batch, Buffering, shards_for, size_of
 from server.cutting import Place
 from server.deadlines import Due, expected_s
 from server.events import Hub
@@ -145,7 +146,7 @@ class Coordinator:
         for job_id in self.jobs.keys() - active.keys():
             self.speeds.forget(job_id)
         for worker_id, (job_id, round_index) in recent.items():
-            if job_id in active and round_index >= active[job_id].closed and worker_id in self.fleet.workers:
+            if job_id in active and round_index >= _oldest(active[job_id]) and worker_id in self.fleet.workers:
                 self.fleet.seen(worker_id, now)
         for job in active.values():
             self.fleet.adopt(((job.id, *out) for out in rounds.outstanding(job)), now)
@@ -220,12 +221,12 @@ class Coordinator:
                 what = "model" if job.model and digest == job.model.digest else "memory of the outer step"
                 self._apply(job.id, rounds.fail(job, f"the {what} {digest[:12]}… is damaged on the disk"))
                 return
-        known = {update.shard for update in rounds.lost_of(job)}
+        known = rounds.lost_of(job)
         for update in rounds.accepted_of(job):
             intact = await asyncio.to_thread(self._intact, update.digest)
-            if intact and update.shard in known:
+            if intact and update in known:
                 self._apply(job.id, rounds.restored(update))
-            elif not intact and update.shard not in known:
+            elif not intact and update not in known:
                 self.blobs.remove(update.digest)  # no name without its bytes
                 self._apply(job.id, rounds.lost(update))
         for update in rounds.waiting_late(job):
@@ -258,12 +259,14 @@ class Coordinator:
         """Journal a decision, make it the state, tell who listens, and do what the new phase calls for."""
         before = self.jobs[job_id]
         held = {update.digest for update in (*rounds.accepted_of(before), *rounds.waiting_late(before))}
+        held |= rounds.bases_of(before)
         for stored in self._keep_facts(job_id, step):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
         if step.facts:
             log.info("%s: %s", job_id, step.reason)
-            if any(not isinstance(fact, HandedOut | Accepted) for fact in step.facts):
+            frees = isinstance(before.inner, Buffering)  # an accepted update: its shard is there for others
+            if any(not isinstance(fact, HandedOut if frees else HandedOut | Accepted) for fact in step.facts):
                 self._wake()
             if self.jobs[job_id].over or isinstance(self.jobs[job_id].inner, Aggregating):
                 self._dropped |= held  # what is frozen is needed, and what the guard refused is not
@@ -303,10 +306,10 @@ class Coordinator:
             self._dropped.add(steps.pop(old).digest)
 
     def keeps(self, digest: str) -> bool:
-        """Whether this is a model that is kept, or a step to one."""
+        """Whether this is a model that is kept, or that work which goes on begins with, or a step to one."""
         models = (model.digest for models in self.models.values() for model in models.values())
         steps = (step.digest for steps in self.steps.values() for step in steps.values())
-        return digest in models or digest in steps
+        return digest in models or digest in steps or any(digest in rounds.bases_of(job) for job in self._active())
 
     def _settle(self, job_id: str) -> None:
         """Do what the job's phase calls for. Safe to call at any time, any number of times."""
@@ -330,8 +333,9 @@ class Coordinator:
         if step.look_again_at is not None:
             delay = max(step.look_again_at - now, 0.0)
             self._looks[job_id] = asyncio.get_running_loop().call_later(delay, self._settle, job_id)
-        if isinstance(job.inner, Aggregating) and not rounds.lost_of(job) and job_id not in self._averaging:
-            task = asyncio.create_task(self._average(job_id, job.inner), name=f"average {job_id}")
+        frozen = rounds.frozen_of(job)
+        if frozen is not None and not rounds.lost_of(job) and job_id not in self._averaging:
+            task = asyncio.create_task(self._average(job_id, frozen), name=f"average {job_id}")
             task.add_done_callback(lambda done: self._averaged(job_id, done))
             self._averaging[job_id] = task
         self.hub.touch(job_id)
@@ -444,19 +448,16 @@ class Coordinator:
 
     def dues(self, job: Job) -> dict[int, Due]:
         """Who has the shards of the open round that are out, and when each is expected."""
-        phase = job.inner
-        if not isinstance(phase, Training):
-            return {}
         return {
-            lease.task.shard: lease.due or self._expect(job, phase, lease)
+            lease.task.shard: lease.due or self._expect(job, lease)
             for lease in self.fleet.leases.values()
-            if lease.job == job.id and (lease.task.kind, lease.task.round) == ("train", phase.round)
+            if lease.job == job.id and lease.task.kind == "train" and _is_awaited(job, lease.task)
         }
 
-    def _expect(self, job: Job, phase: Training, lease: Lease) -> Due:
+    def _expect(self, job: Job, lease: Lease) -> Due:
         """Work out when the update of a lease is expected; it stays while the lease does."""
         measured, known = self.speeds.of(job.id, lease.worker), self.fleet.workers.get(lease.worker)
-        samples = ahead(job.spec.train, phase.shards[lease.task.shard].samples)
+        samples = ahead(job.spec.train, rounds.subject_of(job, lease.task)[1].samples)
         within = expected_s(measured.updates, samples) if measured is not None else None
         lease.due = Due(lease.worker, known.name if known else lease.worker, lease.since, within)
         return lease.due
@@ -466,9 +467,9 @@ class Coordinator:
         phase, now = job.inner, self.clock()
         if rounds.is_late(job, lease.task):
             return f"round {lease.task.round} closed without this update; it is used in a later one if it comes soon"
-        if lease.task.kind != "train" or not isinstance(phase, Training):
+        if lease.task.kind != "train" or not isinstance(phase, Training | Buffering):
             return None
-        due = lease.due or self._expect(job, phase, lease)
+        due = lease.due or self._expect(job, lease)
         if not due.is_behind(now):
             return None
         if not lease.is_behind:
@@ -753,7 +754,10 @@ class Coordinator:
 
     def _shards_to_cut(self, job: Job) -> int:
         wanted = job.spec.data.shards
-        return max(len(self.fleet.places(job, self.clock())), 1) if wanted == "auto" else wanted
+        if wanted != "auto":
+            return wanted
+        workers = max(len(self.fleet.places(job, self.clock())), 1)
+        return workers if job.spec.round.mode == "sync" else shards_for(size_of(job.spec, workers), workers)
 
     def heartbeat(self, worker_id: str, beat: Heartbeat) -> HeartbeatAnswer:
         """Renew a lease. Says whether the work still counts."""
@@ -767,7 +771,8 @@ class Coordinator:
             return HeartbeatAnswer(order="cancelled", reason=f"the job is {job.phase.state}: {job.reason}")
         if not rounds.is_open(job, task):  # closed by quorum: whatever comes now is late
             self.fleet.release(worker_id, job_id, task)
-            return HeartbeatAnswer(order="superseded", reason=f"{task} takes no more results: {job.reason}")
+            reason = f"{task} takes no more results: {rounds.why_closed(job, task)}"
+            return HeartbeatAnswer(order="superseded", reason=reason)
         if lease is None:
             return HeartbeatAnswer(order="superseded", reason=f"{task} is not with this worker any more")
         self.fleet.renew(lease, beat.progress, now)
@@ -875,7 +880,7 @@ class Coordinator:
         job = self.job(job_id)
         self._check_owner(job, task, attempt, worker_id)
         if not rounds.is_open(job, task) and self._lost(job, task, attempt, worker_id) is None:
-            raise LateError(f"{task} takes no more results: {job.reason}")
+            raise LateError(f"{task} takes no more results: {rounds.why_closed(job, task)}")
         if task.kind == "evaluate":
             raise ForbiddenError("an evaluation has no bytes to upload", code="no_upload")
         most = job.model.size + HEADER_ROOM if job.model and task.kind == "train" else self.settings.max_model_bytes
@@ -991,7 +996,8 @@ class Coordinator:
     async def _look(self, job: Job, task: Task, name: str, attempt: int, digest: str) -> Inspection:
         """Check the uploaded bytes and give them their name. Returns what is known of them."""
         staging = self._uploads.finish((name, attempt))
-        base = self.blobs.path(job.model.digest) if task.kind == "train" and job.model else None
+        model = rounds.base_of(job, task) if task.kind == "train" else None
+        base = self.blobs.path(model.digest) if model else None
         bound, measured = job.spec.aggregation.norm_bound, job.spec.aggregation.norm_outlier is not None
         durable = task.kind == "init" or job.spec.round.fsync
         try:
@@ -1080,7 +1086,7 @@ class Coordinator:
 
     # ------------------------------------------------------------ averaging
 
-    async def _average(self, job_id: str, phase: Aggregating) -> None:
+    async def _average(self, job_id: str, phase: Aggregating | Batch) -> None:
         """Fold the frozen updates into the next model, make it durable, and close the round."""
         job = self.jobs[job_id]
         try:
@@ -1103,7 +1109,8 @@ class Coordinator:
         self._averaging.pop(job_id, None)
         job, now = self.jobs[job_id], self.clock()
         self._dropped |= {update.digest for update in (*phase.accepted, *phase.late)} | set(job.memory)
-        if job.inner != phase:  # it was ended meanwhile
+        self._dropped |= rounds.bases_of(job)
+        if rounds.frozen_of(job) != phase:  # it was ended meanwhile
             self._dropped |= made.digests
         else:
             step = rounds.close(
@@ -1150,11 +1157,7 @@ class Coordinator:
                 continue
             needed |= {evaluation.model.digest for evaluation in job.evaluations.values()} | set(job.memory)
             needed |= {update.digest for update in rounds.waiting_late(job)}
-            match job.inner:
-                case Training(base=base, accepted=accepted):
-                    needed |= {base.digest, *(update.digest for update in accepted.values())}
-                case Aggregating(base=base, accepted=frozen):
-                    needed |= {base.digest, *(update.digest for update in frozen)}
+            needed |= rounds.bases_of(job) | {update.digest for update in rounds.accepted_of(job)}
         return needed
 
     # ------------------------------------------------------------ time
@@ -1220,6 +1223,18 @@ def _source_of(request: JobRequest) -> str:
         return request.task_source
     builtin = BUILTIN.get(request.spec.task)
     return builtin.file.read_text("utf-8") if builtin is not None else ""
+
+
+def _is_awaited(job: Job, task: Task) -> bool:
+    """Whether an update of this task is awaited, and does not only come late."""
+    if isinstance(job.inner, Training):
+        return task.round == job.inner.round
+    return isinstance(job.inner, Buffering) and rounds.is_open(job, task)
+
+
+def _oldest(job: Job) -> int:
+    """The oldest round that work of this job may still be out of."""
+    return job.closed if job.spec.round.mode == "sync" else job.closed - job.spec.round.max_staleness
 
 
 def _die_if_broken(error: OSError) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.messages import Link, Order, Progress, Registration
+from server.buffering import Buffering
 from server.deadlines import Due
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
 
@@ -314,10 +315,12 @@ def workers_needed(job: Job, serving: int) -> int:
     match job.inner:
         case Aggregating() if job.inner.round >= job.spec.rounds:
             return 1
+        case Buffering() if job.inner.round > job.spec.rounds:
+            return 1
         case _ if job.inner.state == "evaluating":
             return len(job.evaluations)
     data = job.spec.data
-    if data.shards == "auto" or data.partition == "local":
+    if data.shards == "auto" or data.partition == "local" or job.spec.round.mode == "async":
         return serving
     return min(serving, max(int(data.shards * data.fraction), 1))
 

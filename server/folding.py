@@ -16,7 +16,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from io import FileIO
 from itertools import islice
@@ -85,6 +85,14 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class Since:
+    """What an update of asynchronous rounds began with."""
+
+    base: Path
+    factor: float  # of its change
+
+
+@dataclass(frozen=True)
 class Averaged:
     """What was written: SHA-256 in hex, of each target."""
 
@@ -104,6 +112,7 @@ def average(
     rules: Rules,
     late: Sequence[tuple[Path, int, float]] = (),
     weights: Sequence[float] | None = None,
+    since: Sequence[Since] | None = None,
     memory: Memory = Memory(),
     stopped: Callable[[], bool] = lambda: False,
     block_elements: int = BLOCK_ELEMENTS,
@@ -119,6 +128,8 @@ def average(
         late: (file, samples, factor) of each encoded update of an earlier round: its change times the factor is one
             more member of the mean. In what is not trained (buffers, integers) it has no part.
         weights: what each update weighs in what is trained, those of `late` after the others; None: its samples.
+        since: of asynchronous rounds, one for each update: the mean of all changes, each times its factor, is added to
+            the base. What is not trained (buffers, integers) is joined as it is, of all updates.
         memory: what the round before has left.
         stopped: asked before each block whether to give up.
         block_elements: elements of each file in memory at once, in each thread, whole blocks of every codec; it changes
@@ -127,7 +138,7 @@ def average(
 
     Raises:
         ValueError: no update, one with less than one sample, too few for the robust rule, late ones that are no
-            changes, or late ones with a robust rule.
+            changes, not a base for each, or late ones with a robust rule.
         Stopped: `stopped` said so.
         BadUpdateError: an update no longer fits the base, a new value is beyond its dtype (server.averaging.cast), or
             what the outer step remembers beyond float32.
@@ -139,17 +150,25 @@ def average(
         raise ValueError("late updates that are whole models cannot be averaged")
     if rules.robust is not None:
         rules.robust.check(len(updates))
-        if late or weights is not None:
+        if late or since is not None or weights is not None:
             raise ValueError(f"late updates and other weights have no part in {rules.robust.name}")
+    if since is not None and (late or len(since) != len(updates)):
+        raise ValueError(f"{len(updates)} updates began with {len(since)} bases, and {len(late)} are late")
     layout = model_layout(base)
     factors = [1.0] * len(updates) + [factor for _, _, factor in late]
+    if since is not None:
+        factors = [one.factor for one in since]
     updates = [*updates, *((path, samples) for path, samples, _ in late)]
     starts = [_starts(at, path, layout, rules.update) for at, (path, _) in enumerate(updates)]
     weighed = [float(samples) for _, samples in updates] if weights is None else list(weights)
     moved, changed = array("d"), array("d")  # squares, of each block
     with ExitStack() as stack:
         outputs = _Outputs(layout, rules, targets, memory.residual, stack)
-        inputs = _Inputs(layout, base, updates, factors, weighed, starts, rules, _trained_before(layout), memory.states)
+        bases = [one.base for one in since] if since is not None and rules.update is None else None
+        before = _trained_before(layout)
+        inputs = _Inputs(
+            layout, base, updates, factors, weighed, starts, rules, before, memory.states, len(late), bases
+        )
         folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
         if rules.robust is not None:
             plan = _plan(rules.robust, folds, inputs, threads, stopped)
@@ -223,12 +242,14 @@ class _Inputs:
     layout: Layout
     base: Path
     updates: Sequence[tuple[Path, int]]  # those in time first
-    factors: Sequence[float]  # of each update's change; below one: it is late, and only its change counts
+    factors: Sequence[float]  # of each update's change
     weights: Sequence[float]  # of each update, in what is trained
     starts: Sequence["array[int]"]  # of each update's tensors
     rules: Rules
     before: Sequence[int]  # trained elements before each tensor
     states: Sequence[Path | None]
+    late: int = 0  # how many of the updates, the last ones, are late: only their change counts
+    bases: Sequence[Path] | None = None  # whole updates of asynchronous rounds: that each began with
 
 
 class _Fold:
@@ -238,9 +259,11 @@ class _Fold:
         """`stack` closes what is opened; of more updates than `open_files`, each is opened again for every block."""
         self._in, self._layout, self._rules = inputs, inputs.layout, inputs.rules
         self._samples = [samples for _, samples in inputs.updates]
-        self._in_time = sum(factor == 1.0 for factor in inputs.factors)
+        self._in_time = len(inputs.updates) - inputs.late
         self._model = stack.enter_context(inputs.base.open("rb", buffering=0))
         self._files = [stack.enter_context(path.open("rb", buffering=0)) for path, _ in inputs.updates[:open_files]]
+        known = list(dict.fromkeys(inputs.bases or ()))[:open_files]
+        self._bases = {path: stack.enter_context(path.open("rb", buffering=0)) for path in known}
         self._states = [
             stack.enter_context(path.open("rb", buffering=0)) if path is not None and path.exists() else None
             for path in inputs.states
@@ -254,6 +277,7 @@ class _Fold:
         self._total, self._scratch, self._origin = (np.empty(longest) for _ in range(3))
         measured = 0 if self._rules.robust is None else longest
         self._away, self._raw_origin = np.empty(measured), np.empty(measured * _WIDEST, np.uint8)
+        self._change = np.empty(longest if inputs.bases is not None else 0)
         self._wide_states = [np.empty(longest) for _ in range(self._rules.states)]
         self.plan: Plan | None = None  # of a robust rule, once it is decided
         self._raw, self._raw_mean, self._raw_result, self._raw_base = (
@@ -282,23 +306,19 @@ class _Fold:
 
     def _trained(self, index: int, first: int, count: int) -> _Block:
         tensor, rules = self._layout.tensors[index], self._rules
-        wants_base = rules.step.wants_base or any(rule is not None for rule in (rules.update, rules.down, rules.robust))
+        changes = rules.update is not None or rules.robust is not None or self._in.bases is not None
+        wants_base = changes or rules.down is not None or rules.step.wants_base
         base, origin = None, self._origin[:count]
         if wants_base:
             base = read_block(self._model, tensor, tensor.start, first, count, self._raw_base)
             np.copyto(origin, base)
+        centre = [self._state(at, index, first, count) for at in range(rules.step.states, rules.states)]
         if self.plan is not None:
-            centre = [self._state(at, index, first, count) for at in range(rules.step.states, rules.states)]
             mean = self._joined(self.plan, index, first, count, centre)
         else:
-            centre = []
-            blocks = (
-                self._blocks(index, first, count, self._raw)
-                if rules.update is None
-                else self._deltas(rules.update, index, first, count)
-            )
+            blocks = self._members(index, first, count)
             mean = weighted_mean(blocks, self._in.weights, out=self._total[:count], scratch=self._scratch[:count])
-        if rules.update is not None or self.plan is not None:
+        if changes:
             np.add(mean, origin, out=mean)
         values, kept, squares = self._stepped(index, first, base, origin, mean)
         kept += _narrowed(centre, tensor, first)
@@ -320,6 +340,14 @@ class _Fold:
             if measured is not None:
                 squares = squared_distance(values, measured, scratch=scratch), changed
         return values, _narrowed(states, tensor, first), squares
+
+    def _members(self, index: int, first: int, count: int) -> Iterator[Array]:
+        """What the mean is taken of: each update's change where it is one or is made one, else what it came to."""
+        if self._rules.update is not None:
+            return self._deltas(self._rules.update, index, first, count)
+        if self._in.bases is not None:
+            return self._differences(self._in.bases, index, first, count)
+        return self._blocks(index, first, count, self._raw)
 
     # ------------------------------------------------------------ a robust rule
 
@@ -392,6 +420,17 @@ class _Fold:
         for (file, start), factor in zip(self._of_each(index), self._in.factors, strict=True):
             change = read_delta(file, codec, tensor, start, first, count, out=delta)
             yield change if factor == 1.0 else np.multiply(change, np.float32(factor), out=delta)
+
+    def _differences(self, bases: Sequence[Path], index: int, first: int, count: int) -> Iterator[Array]:
+        """The same block of every whole update in turn, less the base that it began with, times its factor."""
+        tensor, change = self._layout.tensors[index], self._change[:count]
+        for (file, start), path, factor in zip(self._of_each(index), bases, self._in.factors, strict=True):
+            np.copyto(change, read_block(file, tensor, start, first, count, self._raw))
+            known = self._bases.get(path)
+            with path.open("rb", buffering=0) if known is None else nullcontext(known) as base:
+                # every version of a model has the header of the one before, so a tensor lies at the same place in all
+                np.subtract(change, read_block(base, tensor, tensor.start, first, count, self._raw_mean), out=change)
+            yield np.multiply(change, factor, out=change)
 
     def _of_each(self, index: int) -> Iterator[tuple[FileIO, int]]:
         """Every update, open, and the byte at which it has this tensor."""

@@ -6,6 +6,7 @@ else changes one, so that replaying the journal gives the state back.
 
     Queued ──▶ Initialising ──▶ Training ⇄ Aggregating ──▶ Evaluating ──▶ Finished
        Paused wraps any of these; Failed and Cancelled end any of these.
+       Asynchronous rounds have one phase in place of Training and Aggregating (server.buffering).
 
 An accepted update whose bytes a power cut took is *lost* until its worker has sent its copy again (*restored*), or
 until nobody can send it any more and its shard is open again. No round is frozen or averaged while it lacks one.
@@ -43,7 +44,8 @@ from common.facts import (
     Submitted,
 )
 from common.messages import JobSpec, Kind, ModelFacts, ModelRef, State, StepRef, Submission
-from server import amplification, nova, outliers
+from server import amplification, buffering, nova, outliers
+from server.buffering import Batch
 from server.cutting import Place, check_bounds, open_round
 from server.deadlines import Due
 from server.lateness import MOST, Past, members, still_useful
@@ -153,6 +155,9 @@ class Aggregating:
     state: State = field(default="aggregating", init=False)
 
 
+Buffering = buffering.Buffering[Tries]
+
+
 @dataclass(frozen=True)
 class Evaluating:
     """Every round is closed; the last evaluations are awaited."""
@@ -164,7 +169,7 @@ class Evaluating:
 class Paused:
     """No work is handed out. What is out may come in, and a frozen round is averaged."""
 
-    before: "Queued | Initialising | Training | Aggregating | Evaluating"
+    before: "Queued | Initialising | Training | Aggregating | Buffering | Evaluating"
     room: int = 0  # bytes that must be free before it goes on by itself; 0: a person paused it
     state: State = field(default="paused", init=False)
 
@@ -190,7 +195,7 @@ class Cancelled:
     state: State = field(default="cancelled", init=False)
 
 
-Active = Queued | Initialising | Training | Aggregating | Evaluating
+Active = Queued | Initialising | Training | Aggregating | Buffering | Evaluating
 Over = Finished | Failed | Cancelled
 Phase = Active | Paused | Over
 
@@ -345,7 +350,7 @@ def next_task(
     """The task of this job that the worker should do next; None when there is nothing for it.
 
     Training goes first, since a round waits for it; but an evaluation that lags two rounds behind goes before, so that
-    a fleet which is never idle is still measured.
+    a fleet which is never idle is still measured. Asynchronously nothing waits, and an evaluation goes first.
 
     Args:
         job: the job.
@@ -365,6 +370,11 @@ def next_task(
             if waiting and waiting[0].round <= phase.round - 2:
                 return waiting[0]
             return next(iter([*_open_shards(job, phase, worker, held, coming), *waiting]), None)
+        case buffering.Buffering() as phase:
+            shards = frozenset(task.shard for task in held if task.kind == "train")
+            free = buffering.free_shards(phase, worker, shards, job.spec)
+            train = (Task("train", phase.newest, shard) for shard in free)
+            return next(iter([*_evaluations(job, held), *train]), None)
         case Aggregating() | Evaluating():
             return next(iter(_evaluations(job, held)), None)
         case _:
@@ -478,12 +488,23 @@ def tries_of(job: Job, task: Task) -> Tries:
             return tries
         case "train", Training(round=task.round) as phase:
             return phase.tries.get(task.shard, Tries())
+        case "train", buffering.Buffering() as phase:
+            return _tries_of_turn(phase.turns.get(task.shard), task.round)
         case "evaluate", _ if task.round in job.evaluations:
             return job.evaluations[task.round].tries
         case "train", _ if task.round in job.past:
             return job.past[task.round].tries.get(task.shard, Tries())
         case _:
             return Tries()
+
+
+def _tries_of_turn(turn: buffering.Turn[Tries] | None, round_index: int) -> Tries:
+    """Of a shard that was not handed out from this version: the failures since it last counted."""
+    if turn is not None and turn.round == round_index:
+        return turn.tries
+    return (
+        Tries() if turn is None or turn.counted else Tries(failures=turn.tries.failures, expiries=turn.tries.expiries)
+    )
 
 
 def is_late(job: Job, task: Task) -> bool:
@@ -501,6 +522,8 @@ def is_late(job: Job, task: Task) -> bool:
 
 def subject_of(job: Job, task: Task) -> tuple[ModelRef, Shard]:
     """What is trained on what: the base and the shard of a task whose update could still count."""
+    if isinstance(job.inner, buffering.Buffering):
+        return job.inner.bases[task.round], job.inner.turns[task.shard].shard
     phase = job.past[task.round] if is_late(job, task) else _training(job)
     return phase.base, phase.shards[task.shard]
 
@@ -514,6 +537,8 @@ def is_open(job: Job, task: Task) -> bool:
             return True
         case "train", Training(round=task.round) as phase:
             return task.shard in phase.shards and task.shard not in phase.accepted
+        case "train", buffering.Buffering() as phase:
+            return buffering.is_open(phase, task.round, task.shard, job.spec)
         case "evaluate", _:
             return task.round in job.evaluations
         case _:
@@ -529,6 +554,8 @@ def outstanding(job: Job) -> list[tuple[Task, int, str, str]]:
                 tasks.append(Task("init", 0))
             case Training() as phase:
                 tasks += [Task("train", phase.round, shard) for shard in phase.tries]
+            case buffering.Buffering(turns=turns):
+                tasks += [Task("train", turn.round, shard) for shard, turn in turns.items()]
         tasks += [Task("evaluate", round_index) for round_index in job.evaluations]
         tasks += [Task("train", index, shard) for index, past in job.past.items() for shard in past.tries]
     found = [(task, tries_of(job, task)) for task in tasks]
@@ -573,6 +600,9 @@ def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float) 
 def _open(job: Job, round_index: int, places: Sequence[Place], before: Sequence[Shard] = ()) -> Opened:
     assert job.facts is not None  # noqa: S101 - Initialised came before
     assert job.model is not None  # noqa: S101
+    if job.spec.round.mode == "async":
+        phase = job.inner if isinstance(job.inner, buffering.Buffering) else None
+        return buffering.open_version(job.spec, job.facts, job.model.digest, round_index, places, phase)
     return open_round(job.spec, job.facts, job.model.digest, round_index, places, before)
 
 
@@ -595,13 +625,20 @@ def judge(job: Job, task: Task, submission: Submission, worker: str) -> Accepted
             raise SupersededError(f"{task}: attempt {standing.attempt} by {standing.worker_name} counts")
     _refuse_if_over(job)
     if not is_open(job, task):
-        raise LateError(f"{task} takes no more results: {job.reason}")
+        raise LateError(f"{task} takes no more results: {why_closed(job, task)}")
     _refuse_if_never_given(job, task, submission.attempt, worker)
     if task.kind == "train":
         _check_samples(job, task, submission.samples)
         if job.spec.aggregation.algorithm == "fednova":
             nova.check_steps(job.spec.train, submission.samples, submission.steps)
     return None
+
+
+def why_closed(job: Job, task: Task) -> str:
+    """Why no result of this task can count any more, in words."""
+    if task.kind == "train" and isinstance(job.inner, buffering.Buffering):
+        return buffering.why_closed(job.inner, task.round, task.shard, job.spec)
+    return job.reason
 
 
 def lost(update: Accepted) -> Step:
@@ -641,10 +678,38 @@ def accepted_of(job: Job) -> tuple[Accepted, ...]:
     match job.inner:
         case Training(accepted=accepted):
             return tuple(accepted.values())
-        case Aggregating(accepted=frozen):
+        case Aggregating(accepted=frozen) | buffering.Buffering(accepted=frozen):
             return frozen
         case _:
             return ()
+
+
+def frozen_of(job: Job) -> "Aggregating | Batch | None":
+    """What is being averaged."""
+    match job.inner:
+        case Aggregating() as frozen:
+            return frozen
+        case buffering.Buffering(frozen=batch):
+            return batch
+        case _:
+            return None
+
+
+def base_of(job: Job, task: Task) -> ModelRef | None:
+    """The model that an update of this task has the names and shapes of, and was trained from where that is known."""
+    bases = job.inner.bases if isinstance(job.inner, buffering.Buffering) else {}
+    return bases.get(task.round, job.model)
+
+
+def bases_of(job: Job) -> frozenset[str]:
+    """Digests of the models that the work of this job stands on, and what is being averaged."""
+    match job.inner:
+        case Training(base=base) | Aggregating(base=base):
+            return frozenset({base.digest})
+        case buffering.Buffering(bases=bases):
+            return frozenset(base.digest for base in bases.values())
+        case _:
+            return frozenset()
 
 
 def lost_of(job: Job) -> tuple[Accepted, ...]:
@@ -652,6 +717,8 @@ def lost_of(job: Job) -> tuple[Accepted, ...]:
     match job.inner:
         case Training(lost=shards) | Aggregating(before=Training(lost=shards)):
             return tuple(update for update in accepted_of(job) if update.shard in shards)
+        case buffering.Buffering(lost=lost):
+            return tuple(update for update in accepted_of(job) if (update.round, update.shard) in lost)
         case _:
             return ()
 
@@ -669,6 +736,8 @@ def take_update(job: Job, update: Accepted) -> Step:
         raise LateError(f"{task} takes no more results: {job.reason}")
     if is_late(job, task):
         return Step((update,), f"{task} came late: it joins the next round that is averaged, and weighs less")
+    if isinstance(job.inner, buffering.Buffering):
+        return Step((update,), buffering.received(job.inner, len(job.inner.buffer) + 1))
     phase = _training(job)
     return Step((update,), f"round {update.round}: {len(phase.accepted) + 1} of {len(phase.shards)} updates are in")
 
@@ -693,6 +762,9 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
         dues: shard -> who has it, and when its update is expected.
     """
     phase = job.inner
+    if isinstance(phase, buffering.Buffering):
+        frozen, reason = buffering.freeze_if_due(phase, set(live) - job.excluded.keys(), job.spec, dues)
+        return Step((frozen,) if frozen else (), reason)
     if not isinstance(phase, Training):
         return Step(reason=job.reason)
     live = set(live)
@@ -814,8 +886,8 @@ def close(
     now: float,
 ) -> Step:
     """The frozen round was averaged, and what that gave is durable. Opens the next round, or ends the job."""
-    phase = job.inner
-    if not isinstance(phase, Aggregating):
+    phase = frozen_of(job)
+    if phase is None:
         raise ConflictError(f"round {job.closed} of {job.id} is not being averaged: the job is {job.phase.state}")
     updates = phase.accepted
     closed = RoundClosed(
@@ -825,7 +897,7 @@ def close(
         shards=len(updates),
         left_out=phase.left_out,
         absent=phase.absent,
-        late=phase.members,
+        late=tuple(one for one in phase.members if one.staleness),
         samples=sum(u.samples for u in updates),
         bytes_down=sum(u.bytes_down for u in updates),
         bytes_up=sum(u.bytes_up for u in updates),
@@ -839,7 +911,8 @@ def close(
     )
     after = evolve(job, closed, now)
     if phase.round < job.spec.rounds:
-        opened = _open(after, phase.round + 1, places, tuple(phase.before.shards.values()))
+        before = tuple(phase.before.shards.values()) if isinstance(phase, Aggregating) else ()
+        opened = _open(after, phase.round + 1, places, before)
         if closed.warning:
             opened = opened.model_copy(update={"reason": f"{opened.reason}; in round {phase.round} {closed.warning}"})
         return Step((closed, opened), opened.reason)
@@ -850,7 +923,7 @@ def close(
     return Step((closed, _changed("finished", reason)), reason)
 
 
-def _warning(job: Job, phase: Aggregating, amplified: float | None) -> str:
+def _warning(job: Job, phase: Aggregating | Batch, amplified: float | None) -> str:
     """What about a round that closes needs a person."""
     grows = amplification.growth(amplification.keep(job.amplified, amplified))
     first = phase.round == 1 and job.spec.train.local_steps is None  # else it was said when the job began
@@ -959,8 +1032,13 @@ def evolve(job: Job, fact: Fact, now: float) -> Job:
         case Accepted():
             return _evolve_accepted(job, fact, now)
         case Lost():
+            if isinstance(job.inner, buffering.Buffering):
+                lost = job.inner.lost | {(fact.round, fact.shard)}
+                return _with_inner(replace(job, reason=fact.reason), replace(job.inner, lost=lost))
             return _evolve_lost(replace(job, reason=fact.reason), fact.round, lambda shards: shards | {fact.shard})
         case Restored():
+            if isinstance(job.inner, buffering.Buffering):
+                return _with_inner(job, replace(job.inner, lost=job.inner.lost - {(fact.round, fact.shard)}))
             return _evolve_lost(job, fact.round, lambda shards: shards - {fact.shard})
         case Extended():
             return _with_inner(replace(job, reason=fact.reason), replace(_training(job), extended=True))
@@ -994,7 +1072,7 @@ def _evolve_state(job: Job, fact: StateChanged, now: float) -> Job:
             phase = Cancelled()
         case "initialising" if isinstance(job.phase, Queued):
             phase = Initialising()
-        case "evaluating" if isinstance(job.inner, Aggregating | Training):
+        case "evaluating" if isinstance(job.inner, Aggregating | Training | buffering.Buffering):
             return _with_inner(replace(job, reason=fact.reason), Evaluating())
         case _ if isinstance(job.phase, Paused):  # resumed: the state named is the one before
             phase = _resumed(job.phase.before, now)
@@ -1007,6 +1085,8 @@ def _evolve_state(job: Job, fact: StateChanged, now: float) -> Job:
 
 def _resumed(phase: Active, now: float) -> Active:
     """The phase after a pause: the round's time starts again, since nobody was given work meanwhile."""
+    if isinstance(phase, buffering.Buffering):
+        return replace(phase, opened_at=now)
     if not isinstance(phase, Training):
         return phase
     return replace(phase, opened_at=now, quorum_at=None if phase.quorum_at is None else now)
@@ -1016,6 +1096,8 @@ def _evolve_back(job: Job, fact: HandedBack) -> Job:
     task = Task(fact.kind, fact.round, fact.shard)
     if fact.code in NOT_FOR_THIS_WORKER:
         job = replace(job, excluded={**job.excluded, fact.worker: fact.sentence})
+    if fact.code == "lost" and isinstance(job.inner, buffering.Buffering):
+        return _with_inner(job, buffering.without(job.inner, fact.round, fact.shard))
     phase = job.inner.before if isinstance(job.inner, Aggregating) else job.inner
     if fact.code == outliers.CODE:
         return _evolve_refused(job, fact)
@@ -1049,6 +1131,9 @@ def _evolve_lost(job: Job, round_index: int, change: Callable[[frozenset[int]], 
 
 def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
     assert job.model is not None  # noqa: S101 - a round opens on a model
+    if job.spec.round.mode == "async":
+        before = job.inner if isinstance(job.inner, buffering.Buffering) else None
+        return _with_inner(replace(job, reason=fact.reason), buffering.opened(before, fact, job.model, job.spec, now))
     shards = {shard.shard: shard for shard in fact.shards}
     phase = Training(fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators)
     return _with_inner(replace(job, reason=fact.reason), phase)
@@ -1060,6 +1145,12 @@ def _evolve_accepted(job: Job, fact: Accepted, now: float) -> Job:
         rest = replace(past, shards=_without(past.shards, fact.shard), tries=_without(past.tries, fact.shard))
         late = {**job.late, (fact.round, fact.shard): fact}
         return replace(job, past={**job.past, fact.round: rest}, late=late, states=_states_after(job, [fact]))
+    if isinstance(job.inner, buffering.Buffering):
+        if not is_open(job, Task("train", fact.round, fact.shard)):
+            raise ConflictError(f"round {fact.round}, shard {fact.shard} of {job.id} is accepted twice")
+        tries = replace(job.inner.turns[fact.shard].tries, out=False)
+        after = buffering.accepted(job.inner, fact, tries)
+        return _with_inner(replace(job, reason=buffering.received(after, len(after.buffer))), after)
     phase = _training(job)
     if fact.shard in phase.accepted:
         raise ConflictError(f"round {fact.round}, shard {fact.shard} of {job.id} is accepted twice")
@@ -1077,6 +1168,8 @@ def _evolve_accepted(job: Job, fact: Accepted, now: float) -> Job:
 
 
 def _evolve_frozen(job: Job, fact: Frozen) -> Job:
+    if isinstance(job.inner, buffering.Buffering):
+        return _with_inner(replace(job, reason=fact.reason), buffering.frozen(job.inner, fact))
     phase = _training(job)
     updates = tuple(phase.accepted[shard] for shard in fact.shards)
     left_out = len(phase.shards) - len(updates)
@@ -1105,6 +1198,8 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
     states = _states_after(job, job.inner.accepted) if isinstance(job.inner, Aggregating) else job.states
     past = still_useful(_left_behind(job) if job.spec.round.late == "use" else {}, fact.round)
     job = replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
+    if isinstance(job.inner, buffering.Buffering):
+        job = _with_inner(job, buffering.closed(job.inner))
     return replace(job, past=past, amplified=amplification.keep(job.amplified, fact.amplification))
 
 
@@ -1132,6 +1227,8 @@ def _with_tries(job: Job, task: Task, tries: Tries) -> Job:
             return _with_inner(job, Initialising(tries))
         case "train", Training(round=task.round) as phase:
             return _with_inner(job, replace(phase, tries={**phase.tries, task.shard: tries}))
+        case "train", buffering.Buffering() as phase:
+            return _with_inner(job, buffering.handed_out(phase, task.round, task.shard, tries))
         case "evaluate", _ if task.round in job.evaluations:
             changed = replace(job.evaluations[task.round], tries=tries)
             return replace(job, evaluations={**job.evaluations, task.round: changed})
@@ -1156,6 +1253,8 @@ def _standing(job: Job, task: Task) -> Accepted | None:
             return phase.accepted.get(task.shard)
         case Aggregating(round=task.round, accepted=accepted):
             return next((update for update in accepted if update.shard == task.shard), None)
+        case buffering.Buffering(accepted=accepted):
+            return next((u for u in accepted if (u.round, u.shard) == (task.round, task.shard)), None)
         case _:
             found = (update for update in waiting_late(job) if (update.round, update.shard) == (task.round, task.shard))
             return next(found, None)

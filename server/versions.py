@@ -8,6 +8,7 @@ from common.codecs import codec
 from common.messages import AggregationSection, ModelRef, StepRef
 from server import folding, nova
 from server.blobs import Blobs
+from server.buffering import Batch
 from server.failpoints import reach
 from server.optimizers import FedNova, outer_step
 from server.robust_rules import rule_of
@@ -46,8 +47,8 @@ def room_for(job: Job, size: int) -> int:
     return size * (1 + rules.states + 2 * (rules.down is not None))
 
 
-def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]) -> Version:
-    """Average the frozen updates of a round.
+def make(job: Job, phase: Aggregating | Batch, blobs: Blobs, stopped: Callable[[], bool]) -> Version:
+    """Average the frozen updates of a round, or of a version.
 
     Raises:
         Stopped: `stopped` said so (server.folding).
@@ -70,7 +71,10 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
         late=[
             (blobs.path(update.digest), update.samples, member.factor)
             for update, member in zip(phase.late, phase.members, strict=True)
-        ],
+        ]
+        if isinstance(phase, Aggregating)
+        else (),
+        since=None if isinstance(phase, Aggregating) else _since(phase, blobs),
         weights=weights,
         memory=folding.Memory(tuple(memory[:states]), memory[states] if len(memory) > states else None),
         stopped=stopped,
@@ -88,6 +92,14 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
     blobs.adopt(targets.model, model.digest, durable=True)
     reach("model-named")
     return Version(model, step, tuple(digest for _, digest in kept), made.amplification)
+
+
+def _since(batch: Batch, blobs: Blobs) -> list[folding.Since]:
+    """What each update of a version began with, and what its change counts."""
+    return [
+        folding.Since(blobs.path(base.digest), member.factor)
+        for base, member in zip(batch.bases, batch.members, strict=True)
+    ]
 
 
 def _targets(job_id: str, round_index: int, rules: folding.Rules, blobs: Blobs) -> folding.Targets:

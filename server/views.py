@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from common.facts import HandedBack, Now, WorkerNow
 from common.messages import NEW_KEYS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
 from server import paths, rounds
+from server.buffering import Buffering
 from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody
 from server.paths import Verdict
@@ -62,7 +63,7 @@ def why(coordinator: Coordinator, job: Job) -> str:
         behind = f"; {nobody}" if nobody else "" if len(serving) < wanted else ", and older jobs go first"
         return f"waiting for {rounds.workers(wanted)} that can serve it: {len(serving)} of {len(live)} live can{behind}"
     reason = job.reason
-    if isinstance(job.inner, Training):
+    if isinstance(job.inner, Training | Buffering):
         reason = close_if_due(job, live, now, coordinator.dues(job)).reason
     if not coordinator.fleet.held(job.id) and not coordinator.fleet.serving(job, now):
         reason += f"; no live worker serves it ({why_nobody(coordinator.fleet, job, now) or 'none is live'})"
@@ -72,7 +73,7 @@ def why(coordinator: Coordinator, job: Job) -> str:
 def now_of(coordinator: Coordinator, job: Job) -> Now:
     """Where the job stands at this moment, with what each of its workers does."""
     phase, now = job.inner, coordinator.clock()
-    training = phase if isinstance(phase, Training) else None
+    training = phase if isinstance(phase, Training | Buffering) else None
     due_at = {due.worker: due.at for due in coordinator.dues(job).values()}
     workers = tuple(
         WorkerNow(
@@ -87,12 +88,17 @@ def now_of(coordinator: Coordinator, job: Job) -> Now:
     return Now(
         state=job.phase.state,
         reason=why(coordinator, job),
-        round=training.round if training else job.closed,
+        round=min(training.round, job.spec.rounds) if training else job.closed,
         rounds=job.spec.rounds,
-        received=len(training.accepted) if training else 0,
-        shards=len(training.shards) if training else 0,
+        received=_received(training) if training else 0,
+        shards=(training.size if isinstance(training, Buffering) else len(training.shards)) if training else 0,
         workers=tuple(sorted(workers, key=lambda w: w.worker)),
     )
+
+
+def _received(phase: Training | rounds.Buffering) -> int:
+    """Updates that are in; of an asynchronous version, at most as many as it needs."""
+    return min(len(phase.buffer), phase.size) if isinstance(phase, Buffering) else len(phase.accepted)
 
 
 def _left(at: float | None, now: float) -> float | None:

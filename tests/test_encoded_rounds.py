@@ -69,6 +69,27 @@ def whole(here: Path, base: Path, update: Path, name: str) -> Model:
     return load(target)
 
 
+# ---------------------------------------------------------------- asynchronous
+
+
+@every_codec
+def test_encoded_changes_of_asynchronous_rounds_count_by_their_factor_without_their_bases(
+    tmp_path: Path, name: str
+) -> None:
+    old, newest = write(tmp_path / "old", model(0)), write(tmp_path / "newest", model(1))
+    updates = [(encoded(tmp_path, newest, 2, name), 3), (encoded(tmp_path, old, 3, name), 5)]
+    changes = [
+        whole(tmp_path, base, path, name)["b"].astype(np.float64) - load(base)["b"]
+        for base, (path, _) in zip((newest, old), updates, strict=True)
+    ]
+    old.unlink()
+    since = [folding.Since(newest, 1.0), folding.Since(old, 0.5)]
+    rules = Rules(FedAvg(), codec(name))
+    folding.average(newest, updates, Targets(tmp_path / "next"), rules=rules, since=since)
+    expected = load(newest)["b"] + (3 * changes[0] + 5 * 0.5 * changes[1]) / 8
+    assert np.allclose(load(tmp_path / "next")["b"].astype(np.float64), expected, atol=2e-3)
+
+
 # ---------------------------------------------------------------- the look
 
 

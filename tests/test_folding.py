@@ -22,7 +22,7 @@ from common.errors import BadUpdateError
 from common.weights import DTYPES, FLOATS, Array, Notes, file_digest, load, publish, read_layout, save
 from server import folding
 from server.averaging import Float64Block
-from server.folding import Rules, Targets
+from server.folding import Rules, Since, Targets
 from server.inspection import Inspection, inspect
 from server.optimizers import FedAvg, OuterStep
 
@@ -318,6 +318,76 @@ def test_the_next_model_can_be_trained_from_and_published(base: Path, tmp_path: 
     look(update, tmp_path / "next")
     publish(tmp_path / "next", tmp_path / "mine")
     assert load(tmp_path / "mine")["head"].tobytes() == load(tmp_path / "next")["embed"].tobytes()
+
+
+# ---------------------------------------------------------------- asynchronous
+
+
+def test_the_mean_of_damped_changes_is_added_to_the_newest_model(tmp_path: Path) -> None:
+    """By hand: 10 + (2 · 1 · (12 − 10) + 6 · ½ · (9 − 5)) / 8 = 12; divided by all samples, not by damped ones."""
+    old, newest = (write(tmp_path / f"{x}", {"w": np.array([x, x], np.float32)}, Notes()) for x in (5.0, 10.0))
+    fresh = write(tmp_path / "fresh", {"w": np.array([12.0, 8.0], np.float32)}, Notes())
+    stale = write(tmp_path / "stale", {"w": np.array([9.0, 5.0], np.float32)}, Notes())
+    since = [Since(newest, 1.0), Since(old, 0.5)]
+    average(newest, [(fresh, 2), (stale, 6)], tmp_path / "next", step=FEDAVG, since=since)
+    assert load(tmp_path / "next")["w"].tolist() == [12.0, 9.5]
+    average(newest, [(fresh, 2), (stale, 6)], tmp_path / "next", step=FEDAVG, since=since, weights=[1.0, 1.0])
+    assert load(tmp_path / "next")["w"].tolist() == [12.0, 9.0]
+
+
+def test_buffers_and_counters_are_joined_whatever_their_age(tmp_path: Path) -> None:
+    notes = Notes(variances={"var": "mean"}, buffers=("mean", "var", "n"))
+    arrays = {
+        name: {"mean": np.array([m], np.float32), "var": np.array([v], np.float32), "n": np.array(n, np.int64)}
+        for name, (m, v, n) in {"base": (0.0, 1.0, 4), "a": (1.0, 2.0, 5), "b": (3.0, 2.0, 3)}.items()
+    }
+    base, a, b = (write(tmp_path / name, each, notes) for name, each in arrays.items())
+    since = [Since(base, 0.5), Since(base, 0.1)]
+    average(base, [(a, 1), (b, 1)], tmp_path / "next", step=FEDAVG, since=since)
+    made = load(tmp_path / "next")
+    assert [made[name].item() for name in ("mean", "var", "n")] == [2.0, 3.0, 5]
+
+
+@given(ROUNDS, st.integers(1, 30), st.randoms(use_true_random=False))
+def test_changes_since_unlike_bases_are_summed_byte_for_byte_whatever_the_block(
+    workers: list[tuple[int, int]], block: int, chance: random.Random
+) -> None:
+    samples = [count for _, count in workers]
+    factors = [chance.choice([1.0, 0.5, 3**-0.5]) for _ in workers]
+    with folder() as here:
+        bases = [write(here / f"base{at}", model(at)) for at in range(3)]
+        began = [chance.randrange(3) for _ in workers]
+        updates = [(write(here / f"{at}", model(seed)), count) for at, (seed, count) in enumerate(workers)]
+        since = [Since(bases[at], factor) for at, factor in zip(began, factors, strict=True)]
+        average(bases[0], updates, here / "next", step=FEDAVG, since=since, block_elements=block)
+        made, joined = load(here / "next"), whole([model(seed) for seed, _ in workers], samples)
+    for name, values in made.items():
+        if not is_trained(name):
+            assert values.tobytes() == joined[name].tobytes()
+            continue
+        total = np.zeros(values.shape)
+        for (seed, count), at, factor in zip(workers, began, factors, strict=True):
+            change = model(seed)[name].astype(np.float64) - model(at)[name].astype(np.float64)
+            total = total + change * factor * count
+        expected = total / sum(samples) + model(0)[name].astype(np.float64)
+        half = values.dtype.itemsize < 4
+        assert values.tobytes() == (expected.astype(np.float32) if half else expected).astype(values.dtype).tobytes()
+
+
+def test_more_bases_than_open_files_are_subtracted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases = [write(tmp_path / f"base{at}", model(at)) for at in range(4)]
+    updates = [(write(tmp_path / f"{at}", model(10 + at)), at + 1) for at in range(4)]
+    since = [Since(base, 0.5) for base in bases]
+    first = average(bases[0], updates, tmp_path / "all", step=FEDAVG, since=since)
+    monkeypatch.setattr(folding, "OPEN_FILES", 1)
+    assert average(bases[0], updates, tmp_path / "few", step=FEDAVG, since=since) == first
+
+
+def test_an_update_without_the_base_that_it_began_with_is_a_mistake_of_the_caller(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="1 updates began with 0 bases"):
+        average(base, [(base, 1)], tmp_path / "next", step=FEDAVG, since=[])
 
 
 def test_the_file_is_whole_when_it_is_synced(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

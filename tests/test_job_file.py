@@ -103,6 +103,7 @@ def specs(draw: st.DrawFn) -> JobSpec:
     ):
         aggregation.pop(name, None)
     _let_a_robust_rule_fit(document)
+    _suit_the_mode(document)
     return JobSpec.model_validate(document)
 
 
@@ -120,6 +121,23 @@ def _let_a_robust_rule_fit(document: dict[str, Any]) -> None:
     document["data"] = {**document.get("data", {}), "shards": 100, "fraction": 1.0, "partition": "iid"}
     for name in ("late", "quorum"):
         document.get("round", {}).pop(name, None)
+
+
+def _suit_the_mode(document: dict[str, Any]) -> None:
+    """Leave out what synchronous rounds, or asynchronous ones, have not."""
+    section, data = document.get("round", {}), document.get("data", {})
+    only_async, only_sync = ("buffer", "max_staleness"), ("quorum", "deadline", "late")
+    is_async = section.get("mode") == "async"
+    for name in only_sync if is_async else only_async:
+        section.pop(name, None)
+    if is_async:
+        data.pop("fraction", None)
+        for name in ("keep_optimizer", "personal"):
+            document.get("train", {}).pop(name, None)
+        for name in ("robust", "faulty", "clip_norm", "norm_outlier"):
+            document.get("aggregation", {}).pop(name, None)
+        if isinstance(data.get("shards"), int):
+            section.pop("buffer", None)
 
 
 def toml(value: Any) -> str:

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
-from client.planning import Measured, Plan, PlanRow, show
+from client.job_file import Job
+from client.planning import Measured, Plan, PlanRow, plan_of, show
+from common.errors import LydianError
 from common.messages import JobSpec
 
 SPEC = JobSpec.model_validate({"task": "digits", "train": {"local_epochs": 2, "batch_size": 10}})
@@ -83,3 +85,10 @@ def test_truth_stands_beside_the_forecast(capsys: pytest.CaptureFixture[str]) ->
     show(PLAN.model_copy(update={"true_round_s": 5.0, "workers": (ROW.model_copy(update={"true_s": 6.0}),)}), 1)
     out = capsys.readouterr().out
     assert [line.split()[-1] for line in out.splitlines()[-2:]] == ["1.50", "1.25"]
+
+
+def test_asynchronous_rounds_are_not_foretold() -> None:
+    spec = SPEC.model_copy(update={"round": SPEC.round.model_copy(update={"mode": "async"})})
+    nobody: Any = None
+    with pytest.raises(LydianError, match="there is none to foretell"):
+        plan_of(nobody, Job(spec, None), like=None, measure=True)
