@@ -39,7 +39,7 @@ def steps_of(train: TrainSection, steps: int) -> float:
         train: by SGD, with momentum that begins at 0, or with a proximal term, but not both (JobSpec refuses that).
         steps: τ, at least 1. Weight decay counts as part of the gradient.
     """
-    rho, alpha = train.momentum, train.lr * getattr(train, "proximal", 0.0)
+    rho, alpha = train.momentum, train.lr * train.proximal
     if alpha > 0:  # a step forgets this share of the way so far; so written, since (1 − α)^τ would lose a small α
         return -math.expm1(steps * math.log1p(-alpha)) / alpha
     if rho > 0:
