@@ -19,7 +19,10 @@ KeyPath = tuple[str, ...]
 RESERVED = frozenset({"url", "token", "json", "set", "watch", "key", "help"})
 """Flags that `lydian submit` has for itself; a key of that name gets its section before it."""
 
-_WORDS = {r"^[A-Za-z0-9._-]{1,63}$": "a name (letters, digits, dots, dashes, underscores; at most 63)"}
+_WORDS = {
+    r"^[A-Za-z0-9._-]{1,63}$": "a name (letters, digits, dots, dashes, underscores; at most 63)",
+    r"^[A-Za-z][A-Za-z0-9_]{0,62}$": "a name as Python has it (letters, digits, underscores; a letter first)",
+}
 _SYNONYMS = {
     "batch": "batch_size",
     "bs": "batch_size",
@@ -146,10 +149,10 @@ def _in_words(schema: Mapping[str, Any]) -> str:
     if kind == "string":
         pattern = schema.get("pattern")
         return "a text" if pattern is None else _WORDS.get(pattern, f"a text that matches {pattern}")
-    if kind == "array":
-        return f"a list of {_in_words(schema['items']).removeprefix('a ')}s"
     if kind == "boolean":
         return "true or false"
+    if kind == "array":
+        return f"a list, each {_in_words(schema['items'])}"
     words = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     bounds = " and ".join(f"{word} {schema[name]:,}" for name, word in words.items() if name in schema)
     noun = "a whole number" if kind == "integer" else "a number"
@@ -159,6 +162,8 @@ def _in_words(schema: Mapping[str, Any]) -> str:
 def _in_short(schema: Mapping[str, Any]) -> str:
     if "const" in schema or "enum" in schema:
         return "|".join(str(value) for value in schema.get("enum", [schema.get("const")]))
-    return {"integer": "N", "number": "X", "boolean": "true|false", "array": "LIST"}.get(
-        str(schema.get("type")), "NAME" if re.search(r"1,63", str(schema.get("pattern"))) else "TEXT"
+    if schema.get("type") == "array":
+        return f"[{_in_short(schema['items'])}, …]"
+    return {"integer": "N", "number": "X", "boolean": "true|false"}.get(
+        str(schema.get("type")), "NAME" if re.search(r"1,63|0,62", str(schema.get("pattern"))) else "TEXT"
     )

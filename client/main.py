@@ -418,6 +418,36 @@ def plan(
 
 
 @app.command()
+def partition(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="A job file, a built-in task, or your own FILE.py.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key of the job; repeatable.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="For shards = auto: cut for so many (default: min_workers).")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="A data folder; repeatable.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png|.svg", help="Draw the shards, stacked by class.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a job's training set here, as the job will, and show how unlike the shards are. Needs torch and the data.
+
+    \b
+    Examples:
+      lydian partition job.toml --plot shards.png
+      lydian partition digits --set data.partition=dirichlet --set data.alpha=0.1 --set data.shards=20
+      lydian partition my_task.py --set data.partition=natural --set data.by=users --json
+    """
+    from client.partition.command import Wish, run_partition
+    from client.submit_job import read_what
+
+    job = read_what(what, {}, settings or [])
+    run_partition(job, Wish(workers, tuple(data or ()), plot), as_json=as_json)
+
+
+@app.command()
 def jobs(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
     """List the jobs, oldest first."""
     with coordinator(url, token) as api:

@@ -28,6 +28,7 @@ _NEEDS = {
     "worker": ("psutil",),
     "worker.simulation": ("psutil",),
     "worker.probe": ("psutil",),
+    "worker.describe": ("psutil", "torch"),
     "bench": ("fastapi", "uvicorn", "psutil", "torch"),
 }
 _REQUIREMENTS = {
@@ -35,6 +36,7 @@ _REQUIREMENTS = {
     "worker": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
     "bench": "requirements_server.txt -r requirements_new_gpu.txt",
     "worker.probe": "requirements_server.txt",
+    "worker.describe": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
     "worker.simulation": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
 }
 _ROOT = Path(__file__).resolve().parent.parent

@@ -106,7 +106,13 @@ def job_of(wish: Wish) -> Job:
         raise LydianError(
             "a simulation's clients are shards of one data set: partition local and shards of its own do not fit",
             code="bad_job",
-            advice="Use --clients, and partition iid, dirichlet or labels.",
+            advice="Use --clients, and any other partition.",
+        )
+    if job.spec.evaluation.scope == "workers":
+        raise LydianError(
+            "a simulation's workers have no test data of their own, so evaluation.scope = workers does not fit",
+            code="bad_job",
+            advice="Leave it out: the model is measured on the task's test split.",
         )
     return job
 

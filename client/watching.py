@@ -32,11 +32,13 @@ from common.facts import (
     Initialised,
     Late,
     Lost,
+    Measured,
     Now,
     Restored,
     RoundClosed,
     StateChanged,
     Submitted,
+    WorkerMeasured,
     WorkerNow,
 )
 from common.messages import OVER, JobView, Message, Progress
@@ -115,6 +117,8 @@ class Board:
                 self.now, self.state, self.reason = None, fact.state, fact.reason
             case HandedBack() | Late() | Lost() | Restored() | Extended() | EvaluationGivenUp():
                 self.troubles.append(plain_line(fact, self) or "")
+            case Measured() if fact.why:
+                self.troubles.append(plain_line(fact, self) or "")
             case _:
                 pass
 
@@ -163,8 +167,11 @@ def _plain_line(fact: Message, board: Board) -> str | None:
         case RoundClosed():
             return _round_line(fact, board.job.rounds)
         case Evaluated():
-            found = ", ".join(f"{name} {shown.measure(value)}" for name, value in fact.metrics.items())
-            return f"evaluation of round {fact.round}: {found}{' (best)' if fact.best else ''}"
+            found = ", ".join([*_named(fact.metrics), *_lowest_named(fact.metrics)])
+            line = f"evaluation of round {fact.round}: {found}{' (best)' if fact.best else ''}"
+            return "; ".join([line, *(f"{one.worker_name}: {_worker_words(one)}" for one in fact.workers)])
+        case Measured() if fact.why:
+            return f"{fact.worker_name} has no numbers of round {fact.round}: {fact.why}"
         case EvaluationGivenUp():
             return f"round {fact.round} is not evaluated: {fact.reason}"
         case HandedBack():
@@ -180,6 +187,29 @@ def _plain_line(fact: Message, board: Board) -> str | None:
             return f"round {fact.round} gets more time: {fact.reason}"
         case _:
             return None
+
+
+def _named(metrics: Mapping[str, float]) -> list[str]:
+    """Metrics in words, without those of single classes."""
+    return [f"{name} {shown.measure(value)}" for name, value in metrics.items() if "/" not in name]
+
+
+def _lowest(metrics: Mapping[str, float]) -> tuple[str, float] | None:
+    """Of metrics of single classes (`accuracy/3`) the lowest, the first of equals; None: there are none."""
+    classes = [(name, value) for name, value in metrics.items() if "/" in name]
+    return min(classes, key=lambda one: one[1], default=None)
+
+
+def _lowest_named(metrics: Mapping[str, float]) -> list[str]:
+    found = _lowest(metrics)
+    return [] if found is None else [f"lowest {found[0]} {shown.measure(found[1])}"]
+
+
+def _worker_words(one: WorkerMeasured) -> str:
+    """What one worker's own test data says: its metrics and samples, or why there are none."""
+    if one.why:
+        return one.why
+    return ", ".join([*_named(one.metrics), shown.several(one.samples, "sample")])
 
 
 def _round_line(fact: RoundClosed, rounds: int) -> str:
@@ -209,16 +239,37 @@ def absent_words(one: Absent) -> str:
 
 
 def round_table(rows: Collection[Row], best: int | None) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table of rounds; the best has a star. A metric has a column when a round has it."""
-    names = {name for row in rows if row.evaluation for name in row.evaluation.metrics}
+    """Header and cells of the table of rounds; the best has a star. A metric has a column when a round has it.
+
+    Of single classes the lowest is shown, and of what workers measured on their own data the first metric of each.
+    """
+    names = {name for row in rows if row.evaluation for name in row.evaluation.metrics if "/" not in name}
     ordered = sorted(names, key=lambda name: (name != "accuracy", name))
     header = ["round", "seconds", "workers", "samples", "↓", "↑", "train loss", *ordered]
     cells = [_cells(row, ordered, "*" if row.closed.round == best else "") for row in rows]
+    measured = [row.evaluation for row in rows if row.evaluation]
+    if any(_lowest(one.metrics) for one in measured):
+        header.append("lowest class")
+        for line, row in zip(cells, rows, strict=True):
+            found = _lowest(row.evaluation.metrics) if row.evaluation else None
+            line.append(shown.NOTHING if found is None else f"{found[0].partition('/')[2]}: {shown.measure(found[1])}")
+    if any(one.workers for one in measured):
+        header.append("by worker")
+        for line, row in zip(cells, rows, strict=True):
+            line.append(_by_worker(row.evaluation, next(iter(ordered), "")))
     if any(row.closed.absent for row in rows):
         header.append("without")
         for line, row in zip(cells, rows, strict=True):
             line.append(shown.one_line("; ".join(map(absent_words, row.closed.absent))))
     return header, cells
+
+
+def _by_worker(evaluation: Evaluated | None, metric: str) -> str:
+    """One metric of each worker that measured: `gpu1 0.91, attic 0.84`; a dash for one that has none."""
+    if evaluation is None or not evaluation.workers:
+        return shown.NOTHING
+    values = (f"{one.worker_name} {shown.measure(one.metrics.get(metric))}" for one in evaluation.workers)
+    return shown.one_line(", ".join(values))
 
 
 def _cells(row: Row, metrics: Iterable[str], star: str) -> list[str]:

@@ -228,6 +228,9 @@ class RoundClosed(Message):
     digest: Digest
     size: Count
     metrics: dict[str, float] = Field(default_factory=dict, description="means over the updates: train_loss …")
+    measured_by: tuple[Name, ...] = Field(
+        (), description="evaluation.scope = workers: ids of those who are to measure its model on their own data"
+    )
     step: StepRef | None = Field(None, description="how workers come here from the model before, where steps are sent")
     memory: tuple[Digest, ...] = Field(
         (), description="what the next round needs: outer states, a robust rule's, the residual"
@@ -238,8 +241,34 @@ class RoundClosed(Message):
     warning: str = Field("", description="what about this round needs a person; empty: nothing")
 
 
+class Measured(Message):
+    """One worker measured the model of a round on its own test data, or will not."""
+
+    type: Literal["measured"] = "measured"
+    round: Count
+    shard: Count = Field(description="which of RoundClosed.measured_by the worker is")
+    attempt: Count = Field(description="0: it was never asked")
+    worker: Name
+    worker_name: str
+    metrics: Metrics = Field(default_factory=dict)
+    samples: Count = 0
+    seconds: float = 0.0
+    why: str = Field("", description="why there are no numbers of it; empty: there are")
+
+
+class WorkerMeasured(Message):
+    """What one worker's own test data says of a model."""
+
+    worker: Name = Field(description="the worker's id")
+    worker_name: str
+    attempt: Count = Field(description="0: it was never asked")
+    metrics: dict[str, float]
+    samples: Count
+    why: str = Field("", description="why there are no numbers of it; empty: there are")
+
+
 class Evaluated(Message):
-    """The model of a round was measured on the held-out split."""
+    """The model of a round was measured: on the held-out split, or by each worker on its own."""
 
     type: Literal["evaluation"] = "evaluation"
     round: Count
@@ -249,6 +278,10 @@ class Evaluated(Message):
     samples: Count
     seconds: float
     best: bool
+    stale: Count = Field(0, description="evaluations in a row, this one counted, without a better target_metric")
+    workers: tuple[WorkerMeasured, ...] = Field(
+        (), description="evaluation.scope = workers: each one's; the metrics are the means over all their samples"
+    )
 
 
 class EvaluationGivenUp(Message):
@@ -261,7 +294,7 @@ class EvaluationGivenUp(Message):
 
 Fact = Annotated[
     Submitted | StateChanged | HandedOut | HandedBack | Initialised | Opened | Accepted | Lost | Restored | Late
-    | Extended | Frozen | RoundClosed | Evaluated | EvaluationGivenUp,
+    | Extended | Frozen | RoundClosed | Measured | Evaluated | EvaluationGivenUp,
     Field(discriminator="type"),
 ]  # fmt: skip
 FACT: TypeAdapter[Fact] = TypeAdapter(Fact)

@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 from common.robustness import CUTTING, WEIGHING, Robust, least_updates
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
+Attribute = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, in hex")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Metrics = dict[str, tuple[float, float]]
@@ -79,10 +80,18 @@ class TrainSection(Message):
     beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the mean of squared gradients")
     weight_decay: float = Field(0.0, ge=0, description="weight decay of the default optimiser (adamw: 0.1 unless set)")
     clip: float | None = Field(None, gt=0, description="greatest norm of a step's gradient; a longer one is cut to it")
-    schedule: Literal["constant", "cosine"] = Field(
-        "constant", description="learning rate over the whole job's steps: constant, or falling to 0; needs local_steps"
+    schedule: Literal["constant", "linear", "cosine", "step"] = Field(
+        "constant",
+        description="learning rate over the whole job's steps: constant; linear or cosine, to 0; step (milestones); "
+        "needs local_steps, or iid data with numbers for shards and batch_size",
     )
     warmup_steps: int = Field(0, ge=0, description="steps of the whole job in which lr rises to its value")
+    milestones: list[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="schedule = step: steps of the whole job from which on lr is multiplied with gamma once more"
+    )
+    gamma: float | None = Field(
+        None, gt=0, le=1, description="schedule = step: what lr is multiplied with (default 0.1)"
+    )
 
     keep_optimizer: bool = Field(
         False, description="a shard's optimiser state stays on its worker from round to round; false: fresh in each"
@@ -113,10 +122,13 @@ class TrainSection(Message):
         return given
 
     @model_validator(mode="after")
-    def _known_steps(self) -> Self:
-        if self.local_steps is None and (self.warmup_steps > 0 or self.schedule != "constant"):
-            key = "warmup_steps" if self.warmup_steps > 0 else "schedule"
-            raise ValueError(f"{key} counts the steps of the whole job, and they are not known: set local_steps")
+    def _milestones(self) -> Self:
+        given = self.milestones or []
+        if self.schedule != "step" and (self.milestones is not None or self.gamma is not None):
+            key = "gamma" if self.milestones is None else "milestones"
+            raise ValueError(f"{key} belongs to schedule = step, and schedule is {self.schedule}")
+        if self.schedule == "step" and (not given or given != sorted(set(given))):
+            raise ValueError(f"schedule = step needs milestones, steps that rise: they are {given}")
         return self
 
     @model_validator(mode="after")
@@ -149,6 +161,11 @@ class TrainSection(Message):
         return self.keep_optimizer or bool(self.personal)
 
     @property
+    def scheduled(self) -> str:
+        """The key by which the learning rate changes over the job's steps; empty: it does not."""
+        return "warmup_steps" if self.warmup_steps > 0 else "schedule" if self.schedule != "constant" else ""
+
+    @property
     def usual_batch(self) -> int:
         """Samples a step; where each worker finds its own, those that the learning rate is meant for."""
         return REFERENCE_BATCH if self.batch_size == "auto" else self.batch_size
@@ -163,13 +180,15 @@ class TrainSection(Message):
 CLIENT_TERMS = ("proximal", "frozen", "personal", "trainable_only")
 """Keys of [train] that a worker's child is told beside a task's configuration, and no task has to know of."""
 NEW_IN_TRAIN = (
-    "precision", "optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer", *CLIENT_TERMS,
+    "precision", "optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "milestones", "gamma",
+    "keep_optimizer", *CLIENT_TERMS,
 )  # fmt: skip
 """Keys of [train] that protocol 2 brought."""
 KEYS_OF_ROBUST = ("robust", "faulty", "clip_norm", "norm_outlier")  # the coordinator's business alone
 NEW_KEYS = {
     "round": ("fsync", "deadline", "late", "mode", "buffer", "max_staleness"),
     "train": NEW_IN_TRAIN,
+    "data": ("by",),
     "aggregation": (
         "outer_lr",
         "outer_momentum",
@@ -182,21 +201,38 @@ NEW_KEYS = {
     ),
 }
 """Section -> all keys of a job that a worker of protocol 1 would refuse as unknown, or whose new values it would."""
+NEW_SECTIONS = ("evaluation",)
+"""Whole sections that it would refuse."""
 
 
 class DataSection(Message):
     """`[data]`: how the training set is cut into shards."""
 
-    partition: Literal["iid", "dirichlet", "labels", "local"] = Field(
-        "iid", description="iid; dirichlet (label skew by alpha); labels (k label shards each); local (own data)"
+    partition: Literal["iid", "quantity", "dirichlet", "labels", "natural", "local"] = Field(
+        "iid",
+        description="iid; quantity (unlike sizes, by alpha); dirichlet (label skew, by alpha); labels (k label shards "
+        "each); natural (one shard an id, see by); local (own data)",
     )
-    alpha: float = Field(0.5, gt=0, description="dirichlet: small is skewed, large is even")
+    alpha: float = Field(0.5, gt=0, description="dirichlet, quantity: small is skewed, large is even")
+    by: Attribute | None = Field(
+        None, description="natural: the attribute of the task's dataset that has an id for each sample, e.g. users"
+    )
     labels_per_shard: int = Field(2, ge=1, description="labels: label-sorted pieces a shard gets")
     shards: Literal["auto"] | Annotated[int, Field(ge=1, le=1_000_000)] = Field(
-        "auto", description="auto (one a live worker; iid: sized by its speed) or a number of virtual clients"
+        "auto",
+        description="auto (one a live worker; iid: sized by its speed; natural: one an id) or a number of virtual "
+        "clients",
     )
     fraction: float = Field(1.0, gt=0, le=1, description="share of the shards that trains in a round")
     name: Name | None = Field(None, description="the data's name in `lydian work --data NAME=PATH` (default: the task)")
+
+    @model_validator(mode="after")
+    def _ids(self) -> Self:
+        if (self.partition == "natural") != (self.by is not None):
+            missing = 'needs by, the attribute of the task\'s dataset that has an id for each sample, e.g. by = "users"'
+            needless = f"by is given, which partition = natural alone can use, and partition is {self.partition}"
+            raise ValueError(needless if self.by is not None else f"partition = natural {missing}")
+        return self
 
 
 class RoundSection(Message):
@@ -337,6 +373,31 @@ class AggregationSection(Message):
         return f"robust = {self.robust}{against} needs {self.needs} updates"
 
 
+class EvaluationSection(Message):
+    """`[evaluation]`: on what a model is measured, and when that ends the job. How often: round.evaluate_every."""
+
+    scope: Literal["global", "workers"] = Field(
+        "global",
+        description="global: one worker measures on the task's test split; workers: each of them on its own test data, "
+        "and the mean over all samples counts",
+    )
+    per_class: bool = Field(False, description="also the accuracy of each class (accuracy/3), by the default metrics")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="evaluations in a row without a better target_metric that end the job (default: none do)",
+    )
+    min_delta: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="what is better by no more is not, to patience"
+    )
+
+    @model_validator(mode="after")
+    def _patience(self) -> Self:
+        if self.min_delta and self.patience is None:
+            raise ValueError(f"min_delta = {self.min_delta:g} counts only where patience is set, and it is not")
+        return self
+
+
 class JobSpec(Message):
     """A whole job, as a job file says it. Every key is also a flag of `lydian submit`."""
 
@@ -350,6 +411,7 @@ class JobSpec(Message):
     data: DataSection = DataSection()
     round: RoundSection = RoundSection()
     aggregation: AggregationSection = AggregationSection()
+    evaluation: EvaluationSection = EvaluationSection()
     config: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
         default_factory=dict, description="handed to the task as it is"
     )
@@ -416,6 +478,7 @@ class JobSpec(Message):
             "train.batch_size = auto gives each worker a learning rate of its own": train.batch_size == "auto",
             "train.keep_optimizer begins a round with the momentum of the one before": train.keep_optimizer
             and train.momentum > 0,
+            f"train.{train.scheduled} changes what a step adds": bool(train.scheduled),
             "for train.momentum together with train.proximal no such sum is known": train.momentum > 0 and proximal > 0,
             f"train.proximal = {proximal:g} is so large that a step of train.lr goes beyond the model that the round "
             "began with": train.lr * proximal >= 1,
@@ -456,6 +519,34 @@ class JobSpec(Message):
             share = math.ceil(quorum * drawn)
             yield share, f"round.quorum = {quorum:g} closes a round with {share} of {drawn}", "raise round.quorum"
 
+    @model_validator(mode="after")
+    def _known_steps(self) -> Self:
+        train, data = self.train, self.data
+        if not train.scheduled or train.local_steps is not None:
+            return self
+        unknown = {
+            "train.local_seconds": train.local_seconds is not None,
+            f"data.partition = {data.partition}": data.partition != "iid",
+            "data.shards = auto": data.shards == "auto",
+            "train.batch_size = auto": train.batch_size == "auto",
+        }
+        why = " and ".join(what for what, is_so in unknown.items() if is_so)
+        if why:
+            raise ValueError(
+                f"train.{train.scheduled} counts the steps of the whole job, and with {why} they are not known: set "
+                "train.local_steps; or, with iid data and epochs, data.shards and train.batch_size to numbers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _several_evaluations(self) -> Self:
+        if self.evaluation.patience is not None and self.round.evaluate_every == 0:
+            raise ValueError(
+                f"evaluation.patience = {self.evaluation.patience} counts evaluations, and with "
+                "round.evaluate_every = 0 there is one, after the last round: set it to 1 or more"
+            )
+        return self
+
     @property
     def beyond_protocol_1(self) -> str:
         """What of this job a worker of protocol 1 cannot do, or not even read; empty: nothing."""
@@ -463,6 +554,12 @@ class JobSpec(Message):
         known = {"update": "fp32", "algorithm": "fedavg"}
         values = {name: getattr(self.aggregation, name) for name in known}
         beyond += [f"aggregation.{name} = {value}" for name, value in values.items() if value != known[name]]
+        if self.data.partition in ("quantity", "natural"):
+            beyond.append(f"data.partition = {self.data.partition}")
+        if self.evaluation.scope != "global":
+            beyond.append(f"evaluation.scope = {self.evaluation.scope}")
+        if self.evaluation.per_class:
+            beyond.append("evaluation.per_class")
         return beyond[0] if beyond else ""
 
 
@@ -554,6 +651,13 @@ class Link(Message):
     down: float = Field(gt=0, allow_inf_nan=False, description="bytes a second from the coordinator")
     up: float = Field(gt=0, allow_inf_nan=False, description="bytes a second to the coordinator")
     latency_s: float = Field(ge=0, allow_inf_nan=False, description="seconds from the smallest call to its answer")
+
+
+class Described(Message):
+    """What `python -m worker.describe` found out about a training set."""
+
+    train_samples: Count
+    no_classes: str = Field("", description="why the class of each sample was not written; empty: it was")
 
 
 class Holding(Message):

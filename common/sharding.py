@@ -30,6 +30,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 MOST_SAMPLES = 2**31  # in a training set that is cut by label: samples x weight must fit into 63 bits
+MOST_SHARDS = 1_000_000  # as messages.DataSection allows
 MOST_PROPORTIONS = 10_000_000  # classes x shards of a dirichlet cut: what fits into about 1 GB while they are drawn
 _WEIGHT = 2.0**31  # the largest proportion of a class as an integer
 
@@ -91,7 +92,7 @@ def order_of(
     kind: str,
     *,
     total: int,
-    shards: int,
+    shards: int | None,
     seed: int,
     alpha: float,
     labels_per_shard: int,
@@ -101,27 +102,40 @@ def order_of(
 
     Args:
         kind: `iid`: one permutation, cut evenly; its order depends on (seed, total) alone, so that another cut of it
-            moves no data. `dirichlet`: the samples of each class are shared out by proportions drawn from
-            Dirichlet(alpha). `labels`: sorted by label, cut into shards x labels_per_shard pieces, and each shard is
-            dealt labels_per_shard of them. Inside a shard the order is random for all three.
+            moves no data. `quantity`: the same permutation, cut into sizes drawn from Dirichlet(alpha). `dirichlet`:
+            the samples of each class are shared out by proportions drawn from Dirichlet(alpha). `labels`: sorted by
+            label, cut into shards x labels_per_shard pieces, and each shard is dealt labels_per_shard of them.
+            `natural`: a shard is all samples of one id, or of several whole ids, dealt at random and as many to each
+            shard. Inside a shard the order is random for all of them.
         total: samples in the training set.
-        shards: shards to cut; every one gets at least one sample.
+        shards: shards to cut; every one gets at least one sample. None, for natural alone: one shard an id.
         seed: the job's seed.
-        alpha: dirichlet only: small is skewed, large is even. Beyond 1e-9 and 1e9 it makes no difference any more.
+        alpha: dirichlet and quantity: small is skewed, large is even. Beyond 1e-9 and 1e9 it makes no difference.
         labels_per_shard: labels only: pieces a shard is dealt.
-        labels: integers of shape (total,), the class of each sample; None is enough for iid.
+        labels: integers of shape (total,): the class of each sample; for natural its id, in any numbering that keeps
+            the order of the ids. None is enough for iid and quantity.
 
     Raises:
-        BadJobError: too few samples, no usable labels, or a kind that is not cut here (`local`).
+        BadJobError: too few samples or ids, no usable labels, or a kind that is not cut here (`local`).
 
     Source: McMahan et al. 2017, section 3, the pathological non-IID partition of MNIST (labels); Li et al. 2021, arXiv
-    2102.02079, distribution-based label imbalance (dirichlet).
+    2102.02079, distribution-based label imbalance (dirichlet) and quantity skew (quantity); Caldas et al. 2018, arXiv
+    1812.01097, one client a writer or user (natural).
     """
+    if kind == "natural":
+        return _by_id(_classes(kind, total, labels), shards, seed)
+    shards = shards or 0
     _check_counts(total, shards)
     if kind == "iid":
         return _partition(_permutation(total, derived_seed(seed, "order")), cut(total, [1.0] * shards))
+    if kind == "quantity":
+        sizes = _sizes_by_dirichlet(total, shards, seed, alpha)
+        bounds = tuple(itertools.accumulate(_at_least_one(sizes.tolist()), initial=0))
+        return _partition(_permutation(total, derived_seed(seed, "order")), bounds)
     if kind not in ("dirichlet", "labels"):
-        raise BadJobError(f"partition {kind!r} is not cut by index", advice="Use iid, dirichlet or labels.")
+        raise BadJobError(
+            f"partition {kind!r} is not cut by index", advice="Use iid, quantity, dirichlet, labels or natural."
+        )
     classes = _classes(kind, total, labels)
     if kind == "dirichlet":
         owners = _owners_by_dirichlet(np.bincount(classes), shards, seed, alpha)
@@ -133,6 +147,26 @@ def order_of(
     owner_of[sorted_by_class] = owners
     grouped = mixed[np.argsort(owner_of[mixed], kind="stable")]
     return _fill_empty(grouped, np.bincount(owners, minlength=shards))
+
+
+def _by_id(ids: Ints, shards: int | None, seed: int) -> Partition:
+    """One shard an id, in the order of the ids; or whole ids in a random order, as many to each shard as to another."""
+    found = int(ids.max()) + 1 if ids.size else 0
+    wanted = found if shards is None else shards
+    if not 0 < wanted <= min(found, MOST_SHARDS):
+        most = f"at most {MOST_SHARDS:,} are possible" if wanted > MOST_SHARDS else "a shard has at least one whole id"
+        raise BadJobError(
+            f"{ids.size} samples of {found} ids cannot be cut into {wanted} shards: {most}",
+            advice="Set [data] shards to a number of at most as many as there are ids.",
+        )
+    shard_of = np.arange(found)
+    if wanted < found:
+        shard_of[_permutation(found, derived_seed(seed, "natural"))] = np.repeat(
+            np.arange(wanted), np.diff(cut(found, [1.0] * wanted))
+        )
+    owner_of, mixed = shard_of[ids], _permutation(ids.size, derived_seed(seed, "order"))
+    order = mixed[np.argsort(owner_of[mixed], kind="stable")]
+    return _partition(order, (0, *np.cumsum(np.bincount(owner_of)).tolist()))
 
 
 def cohort(shards: int, fraction: float, *, seed: int, round_index: int) -> tuple[int, ...]:
@@ -218,15 +252,19 @@ def _fill_empty(grouped: Ints, sizes: Ints) -> Partition:
 # ---------------------------------------------------------------- labels
 
 
+_GIVES = {"label": "(input, integer label)", "id": "an id for every sample under the name in [data] by"}
+
+
 def _classes(kind: str, total: int, labels: npt.NDArray[np.generic] | None) -> Ints:
     """The labels as classes 0, 1, … in the order of their values. Raises BadJobError when they are no class labels."""
-    needs = f'partition = "{kind}" needs one integer label a sample'
-    advice = "Use another [data] partition, or a task whose dataset gives (input, integer label)."
+    what = "id" if kind == "natural" else "label"
+    needs = f'partition = "{kind}" needs one integer {what} a sample'
+    advice = f"Use another [data] partition, or a task whose dataset gives {_GIVES[what]}."
     if labels is None:
         raise BadJobError(f"{needs}, and the task gives none", advice=advice)
     if labels.dtype.kind not in "iub" or labels.shape != (total,):
         shape = tuple(labels.shape)
-        raise BadJobError(f"{needs}: {total} samples have labels of {labels.dtype}, shape {shape}", advice=advice)
+        raise BadJobError(f"{needs}: {total} samples have {what}s of {labels.dtype}, shape {shape}", advice=advice)
     if total > MOST_SAMPLES:
         raise BadJobError(
             f'{total} samples are too many for partition = "{kind}": at most {MOST_SAMPLES}', advice="Use iid."
@@ -259,6 +297,15 @@ def _owners_by_dirichlet(class_sizes: Ints, shards: int, seed: int, alpha: float
     weights = _dirichlet_weights(class_sizes.size, shards, alpha, derived_seed(seed, "dirichlet"))
     sizes = [_shared_out(int(size), row) for size, row in zip(class_sizes, weights, strict=True)]
     return np.repeat(np.tile(np.arange(shards), class_sizes.size), np.concatenate(sizes))
+
+
+def _sizes_by_dirichlet(total: int, shards: int, seed: int, alpha: float) -> Ints:
+    """Samples of each shard, in proportions ~ Dirichlet(alpha), largest remainder; some may get nothing."""
+    if total > MOST_SAMPLES:
+        raise BadJobError(
+            f'{total} samples are too many for partition = "quantity": at most {MOST_SAMPLES}', advice="Use iid."
+        )
+    return _shared_out(total, _dirichlet_weights(1, shards, alpha, derived_seed(seed, "quantity"))[0])
 
 
 def _shared_out(total: int, weights: Ints) -> Ints:

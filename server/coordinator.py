@@ -33,7 +33,7 @@ from common.errors import (
     UnavailableError,
     VersionSkewError,
 )
-from common.facts import Accepted, HandedBack, HandedOut, Initialised, RoundClosed, Submitted
+from common.facts import Accepted, Evaluated, HandedBack, HandedOut, Initialised, RoundClosed, Submitted
 from common.messages import (
     TOGETHER,
     Abandon,
@@ -63,6 +63,7 @@ from server.blobs import Blobs
 from server.buffering import Batch, Buffering, shards_for, size_of
 from server.cutting import Place
 from server.deadlines import Due, expected_s
+from server.evaluation import is_repeat
 from server.events import Hub
 from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
@@ -149,6 +150,8 @@ class Coordinator:
             if job_id in active and round_index >= _oldest(active[job_id]) and worker_id in self.fleet.workers:
                 self.fleet.seen(worker_id, now)
         for job in active.values():
+            for worker_id in {w for one in job.evaluations.values() for w in one.workers} & self.fleet.workers.keys():
+                self.fleet.seen(worker_id, now)  # nobody else can measure on its data
             self.fleet.adopt(((job.id, *out) for out in rounds.outstanding(job)), now)
         return self
 
@@ -319,6 +322,11 @@ class Coordinator:
         if job.over:
             self._forget(job_id)
             return
+        if any(one.workers for one in job.evaluations.values()):
+            step = rounds.give_up_absent(job, self.fleet.live(now), self.fleet.held(job_id), now)
+            if step.facts:
+                self._apply(job_id, step)
+                return
         step = rounds.close_if_due(job, self.fleet.live(now), now, self.dues(job))
         if step.facts:
             reach("frozen-before")
@@ -933,7 +941,8 @@ class Coordinator:
                 return self._count_evaluation(job, task, submission, worker_id)
             return await self._look_and_count(job, task, name, submission, worker_id)
         except LateError:
-            self._apply(job.id, rounds.late(task, submission.attempt, worker_id))
+            if task.kind == "train":  # the fact is about an update
+                self._apply(job.id, rounds.late(task, submission.attempt, worker_id))
             raise
         except BadUpdateError as error:
             self._uploads.drop((name, submission.attempt))
@@ -955,14 +964,21 @@ class Coordinator:
 
     def _count_evaluation(self, job: Job, task: Task, submission: Submission, worker_id: str) -> Receipt:
         self.fleet.release(worker_id, job.id, task)
-        after = self._apply(job.id, rounds.take_evaluation(job, task.round, submission, worker_id))
+        name = self.worker(worker_id).name
+        step = rounds.take_evaluation(job, task.round, submission, worker_id, part=task.shard, worker_name=name)
+        after = self._apply(job.id, step)
         self._run_queue()
         return Receipt(repeat=False, reason=after.reason)
 
     def _accepted_before(self, job: Job, task: Task, submission: Submission, worker_id: str) -> Receipt | None:
         """The same answer as before, if this very result was taken before."""
+        pending = job.evaluations.get(task.round) if task.kind == "evaluate" else None
+        if pending is not None and is_repeat(pending.measured.values(), submission.attempt, worker_id):
+            return Receipt(repeat=True, reason=job.reason)
         for stored in self.journal.results(job.id, task.kind, task.round, task.shard):
             fact = stored.fact
+            if isinstance(fact, Evaluated) and is_repeat(fact.workers, submission.attempt, worker_id):
+                return Receipt(repeat=True, reason=job.reason)
             same = (getattr(fact, "attempt", None), getattr(fact, "worker", None)) == (submission.attempt, worker_id)
             if same and getattr(fact, "digest", None) == submission.digest:
                 return Receipt(repeat=True, reason=job.reason)

@@ -105,10 +105,11 @@ def check_bounds(spec: JobSpec, facts: ModelFacts) -> None:
 def _as_built(spec: JobSpec, bounds: Sequence[int], places: Sequence[Place]) -> list[Shard]:
     """The shards of the cut that was made with the model; with `auto`, the larger ones for the faster workers.
 
-    Where a shard leaves something on its worker, it stays with the worker that has that instead.
+    Where a shard leaves something on its worker, it stays with the worker that has that instead; of ids there are
+    mostly more than workers, and whoever is done takes the next.
     """
     shards = [Shard(shard=k, start=start, stop=stop) for k, (start, stop) in enumerate(pairwise(bounds))]
-    if spec.data.shards != "auto" or spec.train.leaves_state:
+    if spec.data.shards != "auto" or spec.train.leaves_state or spec.data.partition == "natural":
         return shards
     fastest = sorted((place for place in places if place.rate is not None and place.here), key=lambda p: -(p.rate or 0))
     largest = sorted(shards, key=lambda shard: shard.start - shard.stop)

@@ -39,6 +39,7 @@ def arrows() -> list[tuple[str, str, str]]:
     seen: set[tuple[str, str, str]] = set()
     for test_samples in (0, 1):
         _explore(_job(rounds_wanted=2), test_samples, seen)
+    _explore(_job(rounds_wanted=3, patience=1), 1, seen)
     return sorted(seen, key=lambda arrow: (_ORDER.index(arrow[0]), _ORDER.index(arrow[1]), arrow[2]))
 
 
@@ -85,7 +86,8 @@ def _essence(job: Job) -> tuple[object, ...]:
     accepted = len(inner.accepted) if isinstance(inner, rounds.Training | rounds.Aggregating) else 0
     extended = isinstance(inner, rounds.Training) and inner.extended
     given = tuple(rounds.tries_of(job, task).attempt > 0 for task in _tasks(job))
-    return (job.phase.state, inner.state, job.closed, accepted, extended, tuple(job.evaluations), given)
+    measured = job.reference is not None
+    return (job.phase.state, inner.state, job.closed, accepted, extended, tuple(job.evaluations), given, measured)
 
 
 def _tasks(job: Job) -> Iterator[Task]:
@@ -105,7 +107,8 @@ def _moves(test_samples: int) -> list[Move]:
         ("a power cut took an update, and its worker is gone", _lose),
         ("round averaged", lambda job: rounds.close(job, _MODEL, seconds=0.0, places=_PLACES, now=0.0)),
         ("target reached", lambda job: _evaluate(job, 1.0)),
-        ("evaluated", lambda job: _evaluate(job, 0.0)),
+        ("evaluated", lambda job: _evaluate_once_more(job, stops=False)),
+        ("no better for long", lambda job: _evaluate_once_more(job, stops=True)),
         ("evaluation given up", lambda job: _fail_task(job, "evaluate")),
         ("task keeps failing", lambda job: _fail_task(job, "init", "train")),
         ("pause", lambda job: rounds.pause(job, "a user")),
@@ -114,8 +117,9 @@ def _moves(test_samples: int) -> list[Move]:
     ]
 
 
-def _job(rounds_wanted: int) -> Job:
+def _job(rounds_wanted: int, patience: int | None = None) -> Job:
     wanted = {"task": "t", "rounds": rounds_wanted, "target": 1.0, "data": {"shards": 1}, "round": {"deadline": 1.0}}
+    wanted["evaluation"] = {"patience": patience}
     return rounds.new_job("j", Submitted(spec=JobSpec.model_validate(wanted), key="k"))
 
 
@@ -165,6 +169,12 @@ def _evaluate(job: Job, accuracy: float) -> Step:
         return Step()
     given = Submission(attempt=1, metrics={"accuracy": (accuracy, 1.0)})
     return rounds.take_evaluation(job, min(job.evaluations), given, "w")
+
+
+def _evaluate_once_more(job: Job, *, stops: bool) -> Step:
+    """An evaluation as good as the one before, if it ends the job, or if it does not."""
+    step = _evaluate(job, 0.0)
+    return step if step.reason.startswith("stopped early") == stops else Step()
 
 
 def _fail_task(job: Job, *kinds: str) -> Step:

@@ -318,7 +318,7 @@ def workers_needed(job: Job, serving: int) -> int:
         case Buffering() if job.inner.round > job.spec.rounds:
             return 1
         case _ if job.inner.state == "evaluating":
-            return len(job.evaluations)
+            return sum(len(evaluation.open_parts) for evaluation in job.evaluations.values())
     data = job.spec.data
     if data.shards == "auto" or data.partition == "local" or job.spec.round.mode == "async":
         return serving

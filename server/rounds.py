@@ -36,6 +36,7 @@ from common.facts import (
     Late,
     LateMember,
     Lost,
+    Measured,
     Opened,
     Restored,
     RoundClosed,
@@ -48,6 +49,17 @@ from server import amplification, buffering, nova, outliers
 from server.buffering import Batch
 from server.cutting import Place, check_bounds, open_round
 from server.deadlines import Due
+from server.evaluation import (
+    NO_NUMBER,
+    Evaluation,
+    absent,
+    by_worker,
+    is_better,
+    stale_after,
+    why_nothing,
+    why_stop,
+    without_numbers,
+)
 from server.lateness import MOST, Past, members, still_useful
 
 V = TypeVar("V")
@@ -201,14 +213,6 @@ Phase = Active | Paused | Over
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A model that is to be measured, whatever the rounds do meanwhile."""
-
-    model: ModelRef
-    tries: Tries = Tries()
-
-
-@dataclass(frozen=True)
 class StateOf:
     """The newest state of a shard (optimiser, personal tensors): which round counted an update of it, and whose."""
 
@@ -230,11 +234,13 @@ class Job:
     model: ModelRef | None = None  # the newest version
     memory: tuple[str, ...] = ()  # digests of what the next average needs beside it
     closed: int = 0  # rounds closed
-    evaluations: Mapping[int, Evaluation] = field(default_factory=dict)  # round -> its pending evaluation
+    evaluations: Mapping[int, Evaluation[Tries]] = field(default_factory=dict)  # round -> its pending evaluation
     metrics: Mapping[str, float] = field(default_factory=dict)  # of the newest evaluated round
     metrics_round: int | None = None
     best_round: int | None = None
     best_value: float | None = None
+    stale: int = 0  # evaluations in a row without a better value of the target metric
+    reference: float | None = None  # the last one that was better, by more than min_delta
     excluded: Mapping[str, str] = field(default_factory=dict)  # worker id -> why it cannot do this job
     past: Mapping[int, Past[Tries]] = field(default_factory=dict)  # closed rounds of which late updates are still used
     late: Mapping[tuple[int, int], Accepted] = field(
@@ -366,7 +372,7 @@ def next_task(
             task = Task("init", 0)
             return None if task in held else task
         case Training() as phase:
-            waiting = _evaluations(job, held)
+            waiting = _evaluations(job, worker, held)
             if waiting and waiting[0].round <= phase.round - 2:
                 return waiting[0]
             return next(iter([*_open_shards(job, phase, worker, held, coming), *waiting]), None)
@@ -374,9 +380,9 @@ def next_task(
             shards = frozenset(task.shard for task in held if task.kind == "train")
             free = buffering.free_shards(phase, worker, shards, job.spec)
             train = (Task("train", phase.newest, shard) for shard in free)
-            return next(iter([*_evaluations(job, held), *train]), None)
+            return next(iter([*_evaluations(job, worker, held), *train]), None)
         case Aggregating() | Evaluating():
-            return next(iter(_evaluations(job, held)), None)
+            return next(iter(_evaluations(job, worker, held)), None)
         case _:
             return None
 
@@ -433,8 +439,9 @@ def _states_after(job: Job, updates: Iterable[Accepted]) -> Mapping[int | str, S
     return states
 
 
-def _evaluations(job: Job, held: frozenset[Task]) -> list[Task]:
-    tasks = (Task("evaluate", round_index) for round_index in sorted(job.evaluations))
+def _evaluations(job: Job, worker: str, held: frozenset[Task]) -> list[Task]:
+    pending = sorted(job.evaluations.items())
+    tasks = (Task("evaluate", index, part) for index, evaluation in pending for part in evaluation.parts_for(worker))
     return [task for task in tasks if task not in held]
 
 
@@ -460,6 +467,13 @@ def hand_back(job: Job, back: HandedBack, limits: Limits) -> Step:
     blame = f"{task} on {back.worker_name}: {back.sentence}"
     if back.code == "bad_task":
         return Step((back, _changed("failed", blame)), blame)
+    if task.kind == "evaluate" and job.evaluations[task.round].workers:
+        spent = tries.failures >= limits.evaluation_failures or tries.expiries >= limits.expiries
+        if not spent and back.code not in NOT_FOR_THIS_WORKER:
+            return Step((back,), blame)
+        part = without_numbers(task.round, task.shard, back.attempt, back.worker, back.worker_name, back.sentence)
+        step = _take_part(job, part)
+        return replace(step, facts=(back, *step.facts))
     if task.kind == "evaluate" and tries.failures >= limits.evaluation_failures:
         reason = f"{task} given up after {tries.failures} failures, the last: {back.sentence}"
         given_up = EvaluationGivenUp(round=task.round, reason=reason)
@@ -491,7 +505,7 @@ def tries_of(job: Job, task: Task) -> Tries:
         case "train", buffering.Buffering() as phase:
             return _tries_of_turn(phase.turns.get(task.shard), task.round)
         case "evaluate", _ if task.round in job.evaluations:
-            return job.evaluations[task.round].tries
+            return job.evaluations[task.round].tries.get(task.shard, Tries())
         case "train", _ if task.round in job.past:
             return job.past[task.round].tries.get(task.shard, Tries())
         case _:
@@ -540,7 +554,7 @@ def is_open(job: Job, task: Task) -> bool:
         case "train", buffering.Buffering() as phase:
             return buffering.is_open(phase, task.round, task.shard, job.spec)
         case "evaluate", _:
-            return task.round in job.evaluations
+            return task.round in job.evaluations and task.shard in job.evaluations[task.round].open_parts
         case _:
             return is_late(job, task)
 
@@ -556,7 +570,7 @@ def outstanding(job: Job) -> list[tuple[Task, int, str, str]]:
                 tasks += [Task("train", phase.round, shard) for shard in phase.tries]
             case buffering.Buffering(turns=turns):
                 tasks += [Task("train", turn.round, shard) for shard, turn in turns.items()]
-        tasks += [Task("evaluate", round_index) for round_index in job.evaluations]
+        tasks += [Task("evaluate", index, part) for index, one in job.evaluations.items() for part in one.tries]
         tasks += [Task("train", index, shard) for index, past in job.past.items() for shard in past.tries]
     found = [(task, tries_of(job, task)) for task in tasks]
     out = [(task, tries) for task, tries in found if tries.out and is_open(job, task)]
@@ -594,6 +608,9 @@ def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float) 
     _refuse_if_never_given(job, Task("init", 0), made.attempt, made.worker)
     check_bounds(job.spec, made.facts)
     begun = evolve(job, made, now)
+    if job.spec.evaluation.patience is not None and not evaluates(begun, job.spec.rounds):
+        reason = "evaluation.patience counts evaluations, and there are none: dataset(config, 'test') has no samples"
+        return Step((made, _changed("failed", reason)), reason)
     return Step((made, _open(begun, 1, places)), f"model of {made.facts.parameters:,} parameters built")
 
 
@@ -908,19 +925,36 @@ def close(
         memory=memory,
         amplification=amplified,
         warning=_warning(job, phase, amplified),
+        measured_by=_measured_by(job, phase.round, places),
     )
     after = evolve(job, closed, now)
+    facts: tuple[Fact, ...] = (closed, *_measured_by_nobody(after, phase.round))
     if phase.round < job.spec.rounds:
         before = tuple(phase.before.shards.values()) if isinstance(phase, Aggregating) else ()
         opened = _open(after, phase.round + 1, places, before)
         if closed.warning:
             opened = opened.model_copy(update={"reason": f"{opened.reason}; in round {phase.round} {closed.warning}"})
-        return Step((closed, opened), opened.reason)
+        return Step((*facts, opened), opened.reason)
     if after.evaluations:
         reason = f"{phase.round} rounds done; the last evaluation is awaited"
-        return Step((closed, _changed("evaluating", reason)), reason)
+        return Step((*facts, _changed("evaluating", reason)), reason)
     reason = f"{phase.round} rounds done"
-    return Step((closed, _changed("finished", reason)), reason)
+    return Step((*facts, _changed("finished", reason)), reason)
+
+
+def _measured_by(job: Job, round_index: int, places: Sequence[Place]) -> tuple[str, ...]:
+    """Who is to measure the round's model on its own data, where the job wants that."""
+    if job.spec.evaluation.scope != "workers" or not evaluates(job, round_index):
+        return ()
+    return tuple(sorted(place.worker for place in places if place.here))
+
+
+def _measured_by_nobody(after: Job, round_index: int) -> tuple[Fact, ...]:
+    """That the model of a round which has closed is not measured, though it was to be."""
+    if not evaluates(after, round_index) or round_index in after.evaluations:
+        return ()
+    reason = f"no worker was there to measure the model of round {round_index} on its own data"
+    return (EvaluationGivenUp(round=round_index, reason=reason),)
 
 
 def _warning(job: Job, phase: Aggregating | Batch, amplified: float | None) -> str:
@@ -946,26 +980,107 @@ def way_to(round_index: int, size: int, steps: Mapping[int, StepRef]) -> tuple[S
     return tuple(reversed(way))
 
 
-def take_evaluation(job: Job, round_index: int, submission: Submission, worker: str) -> Step:
-    """A model was measured. May end the job: the target is reached, or this was what it waited for."""
+def take_evaluation(
+    job: Job, round_index: int, submission: Submission, worker: str, *, part: int = 0, worker_name: str = ""
+) -> Step:
+    """A model was measured, or a part of that. May end the job: the target is reached, its patience over, or its work.
+
+    Args:
+        job: the job.
+        round_index: whose model it is.
+        submission: with the metrics.
+        worker: who measured.
+        part: which of the evaluation's.
+        worker_name: for people.
+    """
+    if job.evaluations[round_index].workers:
+        measured = Measured(
+            round=round_index,
+            shard=part,
+            attempt=submission.attempt,
+            worker=worker,
+            worker_name=worker_name or worker,
+            metrics=submission.metrics,
+            samples=submission.samples,
+            seconds=submission.seconds,
+            why=why_nothing(submission.samples, submission.metrics),
+        )
+        return _take_part(job, measured)
     metrics = means([submission.metrics])
-    metric = job.spec.target_metric
-    value = metrics.get(metric)
-    best = value is not None and _better(metric, value, job.best_value)
-    samples = max((int(count) for _, count in submission.metrics.values()), default=0)
     fact = Evaluated(
         round=round_index,
         attempt=submission.attempt,
         worker=worker,
         metrics=metrics,
-        samples=samples,
+        samples=max((int(count) for _, count in submission.metrics.values()), default=0),
         seconds=submission.seconds,
-        best=best,
+        best=_is_best(job, metrics),
+        stale=stale_after(job.spec, job.stale, job.reference, metrics.get(job.spec.target_metric)),
     )
-    shown = ", ".join(f"{name} {number:.4f}" for name, number in metrics.items())
+    return _evaluated(job, fact)
+
+
+def _take_part(job: Job, part: Measured) -> Step:
+    """One worker's part of an evaluation is done; the last of them makes it whole."""
+    evaluation, index = job.evaluations[part.round], part.round
+    parts = [*evaluation.measured.values(), part]
+    if len(parts) < len(evaluation.workers):
+        return Step((part,), f"evaluation of round {index}: {len(parts)} of {len(evaluation.workers)} workers are done")
+    parts.sort(key=lambda one: one.shard)
+    metrics = means(one.metrics for one in parts)
+    if not metrics:
+        whys = "; ".join(f"{one.worker_name}: {one.why or NO_NUMBER}" for one in parts[:8])
+        reason = f"evaluation of round {index} given up, since no worker has numbers: {whys}"
+        up = EvaluationGivenUp(round=index, reason=reason)
+        return Step((part, up, *_finish_if_last(job, index, reason)), reason)
+    fact = Evaluated(
+        round=index,
+        attempt=part.attempt,
+        worker=part.worker,
+        metrics=metrics,
+        samples=sum(one.samples for one in parts),
+        seconds=max(one.seconds for one in parts),
+        best=_is_best(job, metrics),
+        stale=stale_after(job.spec, job.stale, job.reference, metrics.get(job.spec.target_metric)),
+        workers=by_worker(parts),
+    )
+    step = _evaluated(job, fact)
+    return replace(step, facts=(part, *step.facts))
+
+
+def give_up_absent(job: Job, live: Iterable[str], held: frozenset[Task], now: float) -> Step:
+    """Wait for no worker's part of an evaluation that is gone, excluded, or takes no work. Nobody else has its data."""
+    there, facts, reason = set(live), list[Fact](), job.reason
+    for index in sorted(job.evaluations):
+        evaluation = job.evaluations[index]
+        holding = {task.shard for task in held if (task.kind, task.round) == ("evaluate", index)}
+        attempts = {part: tries.attempt for part, tries in evaluation.tries.items()}
+        for part in absent(index, evaluation, there, job.excluded, holding, attempts):
+            step = _take_part(job, part)
+            facts, reason = [*facts, *step.facts], step.reason
+            for fact in step.facts:
+                job = evolve(job, fact, now)
+            if job.over:
+                return Step(tuple(facts), reason)
+    return Step(tuple(facts), reason)
+
+
+def _is_best(job: Job, metrics: Mapping[str, float]) -> bool:
+    value = metrics.get(job.spec.target_metric)
+    return value is not None and is_better(job.spec.target_metric, value, job.best_value)
+
+
+def _evaluated(job: Job, fact: Evaluated) -> Step:
+    """A whole evaluation, and whether it ends the job."""
+    metric, round_index = job.spec.target_metric, fact.round
+    value = fact.metrics.get(metric)
+    shown = ", ".join(f"{name} {number:.4f}" for name, number in fact.metrics.items() if "/" not in name)
     target = job.spec.target
-    if target is not None and value is not None and (value == target or _better(metric, value, target)):
+    if target is not None and value is not None and (value == target or is_better(metric, value, target)):
         reason = f"{metric} {value:.4f} reached the target {target} at round {round_index}"
+        return Step((fact, _changed("finished", reason)), reason)
+    best = round_index if fact.best else job.best_round
+    if reason := why_stop(job.spec, round_index, fact.stale, job.reference, best, fact.metrics):
         return Step((fact, _changed("finished", reason)), reason)
     reason = f"{job.spec.rounds} rounds done; {shown} at round {round_index}"
     return Step((fact, *_finish_if_last(job, round_index, reason)), f"round {round_index}: {shown}")
@@ -979,7 +1094,8 @@ def _finish_if_last(job: Job, round_index: int, reason: str) -> tuple[Fact, ...]
 def evaluates(job: Job, round_index: int) -> bool:
     """Whether the model of this round is measured."""
     every = job.spec.round.evaluate_every
-    measurable = job.facts is not None and job.facts.test_samples > 0
+    by_workers = job.spec.evaluation.scope == "workers"  # of whose data nobody else knows
+    measurable = job.facts is not None and (job.facts.test_samples > 0 or by_workers)
     return measurable and (round_index == job.spec.rounds or (every > 0 and round_index % every == 0))
 
 
@@ -991,17 +1107,6 @@ def means(metrics: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, flo
             total.setdefault(name, []).append(pair)
     sums = {name: (math.fsum(s for s, _ in pairs), math.fsum(c for _, c in pairs)) for name, pairs in total.items()}
     return {name: value / count for name, (value, count) in sums.items() if count > 0}
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of this metric is the better one."""
-    return any(word in metric.lower() for word in ("loss", "error", "perplexity"))
-
-
-def _better(metric: str, value: float, than: float | None) -> bool:
-    if than is None:
-        return not math.isnan(value)
-    return value < than if lower_is_better(metric) else value > than
 
 
 # ---------------------------------------------------------------- facts into state
@@ -1046,6 +1151,8 @@ def evolve(job: Job, fact: Fact, now: float) -> Job:
             return _evolve_frozen(job, fact)
         case RoundClosed():
             return _evolve_closed(job, fact)
+        case Measured():
+            return _evolve_measured(job, fact)
         case Evaluated():
             return _evolve_evaluated(job, fact)
         case EvaluationGivenUp():
@@ -1094,7 +1201,8 @@ def _resumed(phase: Active, now: float) -> Active:
 
 def _evolve_back(job: Job, fact: HandedBack) -> Job:
     task = Task(fact.kind, fact.round, fact.shard)
-    if fact.code in NOT_FOR_THIS_WORKER:
+    own_part = fact.kind == "evaluate" and job.spec.evaluation.scope == "workers"  # without test data, it may train
+    if fact.code in NOT_FOR_THIS_WORKER and not own_part:
         job = replace(job, excluded={**job.excluded, fact.worker: fact.sentence})
     if fact.code == "lost" and isinstance(job.inner, buffering.Buffering):
         return _with_inner(job, buffering.without(job.inner, fact.round, fact.shard))
@@ -1193,8 +1301,8 @@ def _evolve_dropped(job: Job, fact: Late) -> Job:
 def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
     model = ModelRef(digest=fact.digest, size=fact.size)
     pending = job.evaluations
-    if evaluates(job, fact.round):
-        pending = {**pending, fact.round: Evaluation(model)}
+    if evaluates(job, fact.round) and (fact.measured_by or job.spec.evaluation.scope == "global"):
+        pending = {**pending, fact.round: Evaluation(model, fact.measured_by)}
     states = _states_after(job, job.inner.accepted) if isinstance(job.inner, Aggregating) else job.states
     past = still_useful(_left_behind(job) if job.spec.round.late == "use" else {}, fact.round)
     job = replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
@@ -1212,8 +1320,16 @@ def _left_behind(job: Job) -> dict[int, Past[Tries]]:
     return {**job.past, before.round: Past(before.base, shards, tries)}
 
 
+def _evolve_measured(job: Job, fact: Measured) -> Job:
+    evaluation = job.evaluations[fact.round]
+    changed = replace(evaluation, measured={**evaluation.measured, fact.shard: fact})
+    return replace(job, evaluations={**job.evaluations, fact.round: changed})
+
+
 def _evolve_evaluated(job: Job, fact: Evaluated) -> Job:
-    job = replace(job, evaluations=_without(job.evaluations, fact.round))
+    job = replace(job, evaluations=_without(job.evaluations, fact.round), stale=fact.stale)
+    if not fact.stale:
+        job = replace(job, reference=fact.metrics.get(job.spec.target_metric))
     if job.metrics_round is None or fact.round > job.metrics_round:
         job = replace(job, metrics=fact.metrics, metrics_round=fact.round)
     if fact.best:
@@ -1230,7 +1346,8 @@ def _with_tries(job: Job, task: Task, tries: Tries) -> Job:
         case "train", buffering.Buffering() as phase:
             return _with_inner(job, buffering.handed_out(phase, task.round, task.shard, tries))
         case "evaluate", _ if task.round in job.evaluations:
-            changed = replace(job.evaluations[task.round], tries=tries)
+            evaluation = job.evaluations[task.round]
+            changed = replace(evaluation, tries={**evaluation.tries, task.shard: tries})
             return replace(job, evaluations={**job.evaluations, task.round: changed})
         case _:
             return job

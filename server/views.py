@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from common.facts import HandedBack, Now, WorkerNow
-from common.messages import NEW_KEYS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
+from common.messages import NEW_KEYS, NEW_SECTIONS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
 from server import paths, rounds
 from server.buffering import Buffering
 from server.coordinator import Coordinator
@@ -18,7 +18,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
     """The answer to a poll as JSON, without what a worker of an older protocol would refuse as unknown."""
     if protocol >= 2:
         return answer.model_dump_json()
-    spec = {section: set(keys) for section, keys in NEW_KEYS.items()}
+    spec = {section: set(keys) for section, keys in NEW_KEYS.items()} | dict.fromkeys(NEW_SECTIONS, True)
     return answer.model_dump_json(
         exclude={
             "settled": True,

@@ -32,7 +32,7 @@ class Small(nn.Module):
         super().__init__()
         self.layers, self.room = nn.Sequential(nn.Linear(4, 8), {layer}nn.Tanh(), nn.Linear(8, 3)), room
     def forward(self, x):
-        if self.training and len(x) > self.room:
+        if len(x) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return self.layers(x)
 
@@ -41,7 +41,7 @@ def model(config):
 
 def dataset(config, split):
     x = torch.randn(41, 4, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(x, x[:, :3].argmax(1)) if split == "train" else None
+    return TensorDataset(x, x[:, :3].argmax(1))
 """
 
 OWN_LOOP = """
@@ -55,6 +55,13 @@ def train(model, loader, context):
             context.scaler.step(context.optimizer)
             context.scaler.update()
             context.step(loss)
+"""
+
+
+OWN_METRICS = """
+def metrics(model, batch, config):
+    x, y = batch
+    return {"far": (float((model(x).argmax(1) - y).abs().sum()), len(y))}
 """
 
 
@@ -78,6 +85,11 @@ class Bench:
     def train(self, out: str, **fields: Any) -> dict[str, Any]:
         command = {"do": "train", "base": str(self.folder / "base"), "indices": None, "out": str(self.folder / out)}
         return self.host.answer({**command, "seed": 5, "round": 1, "epochs": 2, **fields})
+
+    def evaluate(self, batch_size: int, **fields: Any) -> dict[str, Any]:
+        return self.host.answer(
+            {"do": "evaluate", "base": str(self.folder / "base"), "batch_size": batch_size, **fields}
+        )
 
     def probe(self) -> dict[str, Any]:
         return self.host.answer({"do": "probe", "base": str(self.folder / "base"), "indices": None, "seed": 5})
@@ -213,6 +225,35 @@ def test_batchnorm_is_never_given_a_piece_of_one_sample(tmp_path: Path) -> None:
     failed = bench.train("out")
     assert failed["code"] == "out_of_memory"
     assert "3 at once, and no less can be computed" in failed["sentence"]
+
+
+@pytest.mark.parametrize("own", ["", OWN_METRICS])
+def test_an_evaluation_that_runs_out_of_memory_halves_its_batch_and_measures_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], own: str
+) -> None:
+    bench = Bench(tmp_path, own=own)
+    whole = bench.evaluate(41)
+    bench.open(room=6)
+    pieces_of = [bench.evaluate(41), bench.evaluate(20)]  # the second begins with what fitted
+    assert whole["event"] == "done"
+    for got in pieces_of:
+        assert got["samples"] == 41
+        assert got["metrics"].keys() == whole["metrics"].keys()
+        for name, (total, count) in whole["metrics"].items():
+            assert got["metrics"][name] == [pytest.approx(total, rel=1e-6), count]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("memory: ")]
+    assert [line.partition(":")[2].split(",")[0] for line in said] == [
+        " 41 samples at once do not fit", " 14 samples at once do not fit", " 7 samples at once do not fit",
+    ]  # fmt: skip
+    assert all("with the same measurements" in line for line in said)
+
+
+def test_an_evaluation_of_which_not_one_sample_fits_is_an_error_with_its_advice(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.open(room=0)
+    got = bench.evaluate(10)
+    assert (got["event"], got["code"]) == ("error", "out_of_memory")
+    assert "out of memory in metrics() with as few samples as can be computed at once" in got["sentence"]
 
 
 def test_an_own_loop_is_left_to_itself(tmp_path: Path) -> None:

@@ -159,6 +159,23 @@ def counts(done: dict[str, Any]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- the same bytes
 
+
+@pytest.mark.parametrize(
+    "schedule", [{"schedule": "linear"}, {"schedule": "step", "milestones": [9, 20], "gamma": 0.3, "warmup_steps": 3}]
+)
+def test_a_schedule_that_counts_passes_goes_on_after_a_kill_where_it_was(
+    tmp_path: Path, schedule: dict[str, Any]
+) -> None:
+    bench = Bench(tmp_path, **schedule)
+    length = {"epochs": 2, "job_rounds": 3, "largest_shard": SAMPLES, "round": 2}
+    wanted, update = bench.undisturbed(**length)
+    bench.killed(BATCHES + 1, **length)
+    done, again = bench.train(**length)
+    assert again == update
+    assert done["resumed_at"] > 0
+    assert counts(done) == counts(wanted)
+
+
 Cases = dict[tuple[str, str], tuple[Bench, dict[str, Any], bytes]]
 LENGTHS: dict[str, dict[str, Any]] = {"epochs": {"epochs": 2}, "steps": {"steps": 16, "total_steps": 20}}
 STEPS = 16

@@ -428,7 +428,7 @@ def test_the_help_of_submit_lists_every_key_under_its_section(
         text = lydian("submit", "--help").out
     assert f"{program} job.toml --lr 0.05" in text
     assert text.index("[train]:") < text.index("--momentum X") < text.index("[data]:") < text.index("--alpha X")
-    assert "--partition iid|dirichlet|labels|local" in text
+    assert "--partition iid|quantity|dirichlet|labels|natural|local" in text
 
 
 # ---------------------------------------------------------------- watch

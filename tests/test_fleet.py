@@ -1,16 +1,18 @@
 """Who is alive, who holds what, who gets which work: pure calls with a clock of our own."""
 
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.messages import NEW_IN_TRAIN, Progress, TrainSection
+from common.messages import NEW_IN_TRAIN, Assignment, PollAnswer, Progress, TaskRef, TrainSection
 from server import fleet as fleets
 from server import rounds
 from server.fleet import Fleet, Lease, Timing, standing
 from server.rounds import Job, Task
+from server.views import poll_answer
 from tests.rounds_kit import Play, digest, registration, spec, training
 
 TASK = Task("train", 1, 0)
@@ -66,14 +68,30 @@ def test_a_worker_of_protocol_1_is_given_no_job_that_it_would_train_in_another_w
         ("aggregation", {"update": "auto"}),
         ("aggregation", {"algorithm": "diloco"}),
         ("train", {"batch_size": "auto"}),
+        ("data", {"partition": "quantity", "shards": 2}),
+        ("data", {"partition": "natural", "by": "users"}),
+        ("evaluation", {"scope": "workers"}),
     ],
 )
 def test_a_worker_of_protocol_1_is_given_no_job_that_it_could_not_read(section: str, given: dict[str, str]) -> None:
     some, job = fleet("old", protocol=1), running("j", **{section: given})
-    ((key, value),) = given.items()
+    key, value = next(iter(given.items()))
     missing = f"old speaks protocol 1, which has no {section}.{key} = {value}: upgrade it"
     assert fleets.why_not(some.workers["old"], job) == missing
     assert fleets.why_not(fleet("new").workers["new"], job) is None
+
+
+def test_a_worker_of_protocol_1_is_told_nothing_that_it_would_refuse_as_unknown() -> None:
+    job = spec(evaluation={"patience": 3})  # what the coordinator alone looks at is no reason to leave a worker out
+    work = Assignment(id="j.init.0.0", attempt=1, job="j", kind="init", round=0, shards=1, task=TaskRef(name="digits"),
+                      spec=job, ttl_s=1, max_bytes=1)  # fmt: skip
+    told = json.loads(poll_answer(PollAnswer(assignment=work), 1))["assignment"]["spec"]
+    assert "evaluation" not in told
+    assert not {"by"} & told["data"].keys()
+    assert not set(NEW_IN_TRAIN) & told["train"].keys()
+    assert fleets.why_not(fleet("old", protocol=1).workers["old"], running("j", evaluation={"patience": 3})) is None
+    newest = json.loads(poll_answer(PollAnswer(assignment=work), 2))["assignment"]["spec"]
+    assert newest["evaluation"]["patience"] == 3
 
 
 def test_a_worker_is_live_for_one_lease_time_after_its_last_call() -> None:

@@ -34,6 +34,7 @@ def sentence_of(text: str) -> str:
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20)
 NAMES = st.text(string.ascii_letters + string.digits + "._-", min_size=1, max_size=63)
+ATTRIBUTES = st.text(string.ascii_letters, min_size=1, max_size=63)
 SCALARS = st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | TEXTS
 
 
@@ -46,7 +47,10 @@ def one_of_schema(schema: Any) -> st.SearchStrategy[Any]:
     if "const" in schema or "enum" in schema:
         return st.sampled_from(schema.get("enum", [schema.get("const")]))
     if schema["type"] == "string":
-        return NAMES if "pattern" in schema else TEXTS
+        pattern = schema.get("pattern")
+        return TEXTS if pattern is None else NAMES if "1,63" in pattern else ATTRIBUTES
+    if schema["type"] == "array":
+        return st.lists(one_of_schema(schema["items"]), min_size=1, max_size=4)
     if schema["type"] == "integer":
         top = schema.get("maximum", schema.get("exclusiveMaximum", 2**53) - 1)
         return st.integers(schema.get("minimum", 0), top)
@@ -73,6 +77,34 @@ LATE_FP32 = (
 )
 
 
+def make_possible(document: dict[str, Any]) -> None:
+    """Leave out keys that do not go with the others."""
+    train, data = document.get("train", {}), document.get("data", {})
+    if "local_steps" not in train:
+        for name in ("schedule", "warmup_steps"):
+            train.pop(name, None)
+    if train.get("local_steps") == 1:
+        train.pop("proximal", None)
+    if set(train.get("frozen", [])) & set(train.get("personal", [])):
+        del train["personal"]
+    if train.get("schedule") != "step":
+        for name in ("milestones", "gamma"):
+            train.pop(name, None)
+    elif "milestones" not in train:
+        train["schedule"] = "cosine"
+        train.pop("gamma", None)
+    else:
+        train["milestones"] = sorted(set(train["milestones"]))
+    if (data.get("partition") == "natural") != ("by" in data):
+        for name in ("partition", "by"):
+            data.pop(name, None)
+    evaluation = document.get("evaluation", {})
+    if document.get("round", {}).get("evaluate_every") == 0:
+        evaluation.pop("patience", None)
+    if "patience" not in evaluation:
+        evaluation.pop("min_delta", None)
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> JobSpec:
     document: dict[str, Any] = {
@@ -85,19 +117,13 @@ def specs(draw: st.DrawFn) -> JobSpec:
             continue
         section = document if len(path) == 1 else document.setdefault(path[0], {})
         section[path[-1]] = draw(values_of(key))
-    if "local_steps" not in (train := document.get("train", {})):
-        for name in ("schedule", "warmup_steps"):
-            train.pop(name, None)
-    if train.get("local_steps") == 1:
-        train.pop("proximal", None)
-    if set(train.get("frozen", [])) & set(train.get("personal", [])):
-        del train["personal"]
+    make_possible(document)
     if document.get("aggregation", {}).get("update", "fp32") in ("fp32", "auto"):
         document.get("round", {}).pop("late", None)
     aggregation = document.get("aggregation", {})
     if aggregation.get("algorithm") == "fednova":
         for name in ("optimizer", "batch_size", "keep_optimizer", "proximal"):
-            train.pop(name, None)
+            document.get("train", {}).pop(name, None)
     for name in {name for keys in OUTER_KEYS.values() for name in keys} - set(
         OUTER_KEYS[aggregation.get("algorithm", "fedavg")]
     ):
@@ -294,7 +320,10 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
         ),
         (
             'task = "d"\ndata.partition = "random"',
-            'data.partition = "random" in job.toml: "iid" or "dirichlet" or "labels" or "local" is allowed',
+            (
+                'data.partition = "random" in job.toml: "iid" or "quantity" or "dirichlet" or "labels" or "natural" or '
+                '"local" is allowed'
+            ),
         ),
         ('task = "d"\nname = "two words"', f'name = "two words" in job.toml: {NAME_WORDS} is allowed'),
         ('task = "d"\ntrain = 3', "train = 3 in job.toml: [train] is a section of keys"),
@@ -310,11 +339,70 @@ NAME_WORDS = "a name (letters, digits, dots, dashes, underscores; at most 63)"
         ),
         (
             'task = "d"\n[train]\nschedule = "cosine"',
-            "[train]: schedule counts the steps of the whole job, and they are not known: set local_steps",
+            (
+                "train.schedule counts the steps of the whole job, and with data.shards = auto they are not known: set "
+                "train.local_steps; or, with iid data and epochs, data.shards and train.batch_size to numbers"
+            ),
         ),
         (
-            'task = "d"\n[train]\nwarmup_steps = 5\nlocal_epochs = 1',
-            "[train]: warmup_steps counts the steps of the whole job, and they are not known: set local_steps",
+            (
+                'task = "d"\n[train]\nwarmup_steps = 5\nlocal_seconds = 1\nbatch_size = "auto"\n[data]\nshards = 4\n'
+                'partition = "dirichlet"'
+            ),
+            (
+                "train.warmup_steps counts the steps of the whole job, and with train.local_seconds and "
+                "data.partition = dirichlet and train.batch_size = auto they are not known: set "
+                "train.local_steps; or, with iid data and epochs, data.shards and train.batch_size to numbers"
+            ),
+        ),
+        (
+            'task = "d"\n[train]\nlocal_steps = 5\ngamma = 0.5',
+            "[train]: gamma belongs to schedule = step, and schedule is constant",
+        ),
+        (
+            'task = "d"\n[train]\nlocal_steps = 5\nschedule = "linear"\nmilestones = [5]',
+            "[train]: milestones belongs to schedule = step, and schedule is linear",
+        ),
+        (
+            'task = "d"\n[train]\nlocal_steps = 5\nschedule = "step"',
+            "[train]: schedule = step needs milestones, steps that rise: they are []",
+        ),
+        (
+            'task = "d"\n[train]\nlocal_steps = 5\nschedule = "step"\nmilestones = [9, 9]',
+            "[train]: schedule = step needs milestones, steps that rise: they are [9, 9]",
+        ),
+        (
+            'task = "d"\n[train]\nlocal_steps = 5\nschedule = "step"\nmilestones = [1.5]',
+            "train.milestones = [1.5] in job.toml: a list, each a whole number (at least 1) is allowed",
+        ),
+        (
+            'task = "d"\n[data]\npartition = "natural"',
+            (
+                "[data]: partition = natural needs by, the attribute of the task's dataset that has an id for each "
+                'sample, e.g. by = "users"'
+            ),
+        ),
+        (
+            'task = "d"\n[data]\nby = "users"',
+            "[data]: by is given, which partition = natural alone can use, and partition is iid",
+        ),
+        (
+            'task = "d"\n[data]\npartition = "natural"\nby = "my users"',
+            (
+                'data.by = "my users" in job.toml: a name as Python has it (letters, digits, underscores; a letter '
+                "first) is allowed"
+            ),
+        ),
+        (
+            'task = "d"\n[evaluation]\nmin_delta = 0.01',
+            "[evaluation]: min_delta = 0.01 counts only where patience is set, and it is not",
+        ),
+        (
+            'task = "d"\n[evaluation]\npatience = 3\n[round]\nevaluate_every = 0',
+            (
+                "evaluation.patience = 3 counts evaluations, and with round.evaluate_every = 0 there is one, after "
+                "the last round: set it to 1 or more"
+            ),
         ),
         (
             'task = "d"\n[round]\nlate = "use"',

@@ -168,6 +168,42 @@ def test_the_steps_of_the_whole_job_are_known_where_a_round_has_steps() -> None:
     assert plan.train_command(assignment(), base="b", indices="i", out="o")["total_steps"] is None
 
 
+def test_a_schedule_of_epochs_counts_the_steps_of_the_largest_shard_for_all() -> None:
+    spec = JobSpec.model_validate(
+        {"task": "d", "rounds": 9, "train": {"schedule": "linear", "local_epochs": 2}, "data": {"shards": 4}}
+    )
+    command = plan.train_command(assignment(spec=spec, train_samples=17), base="b", indices="i", out="o")
+    assert (command["job_rounds"], command["largest_shard"]) == (9, 5)
+    steady = plan.train_command(assignment(), base="b", indices="i", out="o")
+    assert "largest_shard" not in steady
+
+
+def test_ids_are_cut_into_as_many_shards_as_there_are_unless_the_job_says_how_many() -> None:
+    by_id = {"task": "d", "data": {"partition": "natural", "by": "users"}}
+    assert plan.shards_to_cut(assignment(spec=JobSpec.model_validate(by_id))) is None
+    by_id["data"] = {**by_id["data"], "shards": 4}  # type: ignore[dict-item]
+    assert plan.shards_to_cut(assignment(spec=JobSpec.model_validate(by_id))) == 4
+    assert plan.shards_to_cut(assignment()) == 4
+
+
+@pytest.mark.parametrize(
+    ("sections", "wanted"),
+    [
+        ({}, {}),
+        ({"evaluation": {"per_class": True}}, {"per_class": True}),
+        ({"evaluation": {"scope": "workers"}}, {"splits": ["local-test"]}),
+        (
+            {"evaluation": {"scope": "workers"}, "data": {"partition": "local"}},
+            {"splits": ["local-test", "test"]},
+        ),
+    ],
+)
+def test_where_all_data_is_a_workers_own_its_test_split_is_too(
+    sections: dict[str, object], wanted: dict[str, object]
+) -> None:
+    assert plan.measuring(JobSpec.model_validate({"task": "d", **sections})) == wanted
+
+
 def test_the_seed_differs_between_rounds_shards_and_jobs() -> None:
     other = JobSpec(task="digits", seed=1)
     made = [assignment(), assignment(round=4), assignment(shard=2), assignment(spec=other)]

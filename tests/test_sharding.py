@@ -21,7 +21,7 @@ SHARES = st.floats(min_value=0.0, exclude_min=True, allow_nan=False, allow_infin
 def split(
     kind: str,
     total: int,
-    shards: int,
+    shards: int | None,
     *,
     seed: int = 0,
     alpha: float = 0.5,
@@ -141,13 +141,24 @@ def jobs(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
-@given(kind=st.sampled_from(["iid", "dirichlet", "labels"]), job=jobs())
+ALL = ("iid", "quantity", "dirichlet", "labels", "natural")
+
+
+def possible(kind: str, job: dict) -> dict:
+    """The job with as many shards as its ids allow, where they are what is cut by."""
+    most = len(np.unique(job["labels"]))
+    return {**job, "shards": min(job["shards"], most)} if kind == "natural" else job
+
+
+@given(kind=st.sampled_from(ALL), job=jobs())
 def test_every_sample_is_used_exactly_once_and_every_shard_has_one(kind: str, job: dict) -> None:
+    job = possible(kind, job)
     check_complete(split(kind, **job), job["total"], job["shards"])
 
 
-@given(kind=st.sampled_from(["iid", "dirichlet", "labels"]), job=jobs())
+@given(kind=st.sampled_from(ALL), job=jobs())
 def test_the_same_arguments_give_the_same_bytes(kind: str, job: dict) -> None:
+    job = possible(kind, job)
     assert digest(split(kind, **job)) == digest(split(kind, **job))
 
 
@@ -155,8 +166,9 @@ def test_the_same_arguments_give_the_same_bytes(kind: str, job: dict) -> None:
 def test_only_the_order_of_the_label_values_counts_and_not_their_size_or_type(job: dict, offset: int) -> None:
     renamed = job["labels"].astype(np.int64) * 7 + offset
 
-    for kind in ("dirichlet", "labels"):
-        assert digest(split(kind, **job)) == digest(split(kind, **{**job, "labels": renamed}))
+    for kind in ("dirichlet", "labels", "natural"):
+        given = possible(kind, job)
+        assert digest(split(kind, **given)) == digest(split(kind, **{**given, "labels": renamed}))
 
 
 @given(total=st.integers(20, 200), shards=st.lists(st.integers(1, 20), min_size=2, max_size=2), seed=SEEDS)
@@ -169,12 +181,12 @@ def test_the_iid_order_does_not_depend_on_the_number_of_shards(total: int, shard
 
 def test_another_seed_gives_another_order() -> None:
     labels = np.arange(300) % 10
-    for kind in ("iid", "dirichlet", "labels"):
+    for kind in ALL:
         assert digest(split(kind, 300, 5, seed=1, labels=labels)) != digest(split(kind, 300, 5, seed=2, labels=labels))
 
 
 def test_an_order_cannot_be_changed_by_whoever_holds_it() -> None:
-    for kind in ("iid", "dirichlet", "labels"):
+    for kind in ALL:
         partition = split(kind, 30, 3, labels=np.arange(30) % 3)
         with pytest.raises(ValueError, match="read-only"):
             partition.order[0] = 1
@@ -187,6 +199,8 @@ GOLDEN = {
     ("iid", 2**63 - 1): "fb0691d637d353d1",
     ("dirichlet", 2**63 - 1): "c825607c46be54c5",
     ("labels", 2**63 - 1): "6954a80fb7bad54d",
+    ("quantity", 0): "4ac74700bbcb9308",
+    ("quantity", 2**63 - 1): "1086d2372e5301e8",
 }
 
 
@@ -195,6 +209,16 @@ def test_the_order_is_the_one_that_every_other_machine_derives(kind: str, seed: 
     """A change here splits a fleet in two: raise the protocol's version with it."""
     labels = np.arange(5000) * 7 % 10
     assert digest(split(kind, 5000, 37, seed=seed, alpha=0.3, labels=labels)) == GOLDEN[kind, seed]
+
+
+@pytest.mark.parametrize(
+    ("shards", "seed", "wanted"),
+    [(37, 0, "b6b6795451a557ce"), (37, 2**63 - 1, "9d2fc0efa4197f05"), (None, 0, "c677a3f914476355")],
+)
+def test_the_shards_of_ids_are_the_ones_that_every_other_machine_derives(
+    shards: int | None, seed: int, wanted: str
+) -> None:
+    assert digest(split("natural", 5000, shards, seed=seed, labels=np.arange(5000) * 31 % 97)) == wanted
 
 
 def test_shards_that_drew_no_sample_are_filled_the_same_way_everywhere() -> None:
@@ -337,9 +361,83 @@ def test_a_kind_that_is_not_cut_by_index_is_refused(kind: str) -> None:
 
 
 def test_too_few_samples_are_refused_for_every_kind() -> None:
-    for kind in ("iid", "dirichlet", "labels"):
-        with pytest.raises(BadJobError, match="3 samples cannot be cut into 4 shards"):
-            split(kind, 3, 4, labels=np.zeros(3, int))
+    for kind in ("iid", "quantity", "dirichlet", "labels"):
+        for shards in (4, None):
+            with pytest.raises(BadJobError, match=f"3 samples cannot be cut into {shards or 0} shards"):
+                split(kind, 3, shards, labels=np.zeros(3, int))
+
+
+# ---------------------------------------------------------------- quantity
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_small_alpha_makes_sizes_more_unlike_than_a_large_one(seed: int) -> None:
+    spreads = [
+        np.std(np.diff(split("quantity", 10_000, 10, seed=seed, alpha=alpha).bounds)) for alpha in (0.05, 0.5, 5, 1e9)
+    ]
+    assert spreads == sorted(spreads, reverse=True)
+    assert spreads[-1] == 0
+
+
+@given(total=st.integers(20, 200), shards=st.integers(1, 20), alpha=st.floats(1e-12, 1e12), seed=SEEDS)
+def test_unlike_sizes_are_cut_out_of_the_iid_order(total: int, shards: int, alpha: float, seed: int) -> None:
+    ours, iid = (split(kind, total, shards, alpha=alpha, seed=seed) for kind in ("quantity", "iid"))
+    assert np.array_equal(ours.order, iid.order)
+
+
+def test_more_samples_than_can_be_shared_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "MOST_SAMPLES", 9)
+    with pytest.raises(BadJobError, match='10 samples are too many for partition = "quantity": at most 9'):
+        split("quantity", 10, 2)
+
+
+# ---------------------------------------------------------------- natural
+
+IDS = st.lists(st.integers(0, 9), min_size=1, max_size=80).map(np.array)
+
+
+@given(ids=IDS, seed=SEEDS)
+def test_without_a_number_of_shards_each_id_is_one_in_the_order_of_the_ids(ids: np.ndarray, seed: int) -> None:
+    partition = split("natural", ids.size, None, seed=seed, labels=ids)
+    held = [np.unique(ids[shard]).tolist() for shard in shards_of(partition)]
+    assert held == [[each] for each in np.unique(ids)]
+    assert np.diff(partition.bounds).tolist() == np.unique(ids, return_counts=True)[1].tolist()
+
+
+@given(ids=IDS, shards=st.integers(1, 9), seed=SEEDS)
+def test_no_id_is_ever_in_two_shards_and_shards_have_as_many_ids_but_for_one(
+    ids: np.ndarray, shards: int, seed: int
+) -> None:
+    shards = min(shards, len(np.unique(ids)))
+    held = [set(ids[shard]) for shard in shards_of(split("natural", ids.size, shards, seed=seed, labels=ids))]
+    assert sum(map(len, held)) == len(set.union(*held)) == len(np.unique(ids))
+    assert max(map(len, held)) - min(map(len, held)) <= 1
+
+
+@pytest.mark.parametrize("shards", [0, 4])
+def test_more_shards_than_ids_or_none_are_refused_with_both_numbers(shards: int) -> None:
+    with pytest.raises(BadJobError, match=f"6 samples of 3 ids cannot be cut into {shards} shards") as refusal:
+        split("natural", 6, shards, labels=np.array([1, 1, 5, 5, 9, 9]))
+    assert "[data] shards" in refusal.value.advice
+
+
+def test_more_ids_than_a_job_may_have_shards_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "MOST_SHARDS", 2)
+    with pytest.raises(BadJobError, match="6 samples of 3 ids cannot be cut into 3 shards: at most 2 are possible"):
+        split("natural", 6, None, labels=np.array([1, 1, 5, 5, 9, 9]))
+    check_complete(split("natural", 6, 2, labels=np.array([1, 1, 5, 5, 9, 9])), 6, 2)
+
+
+@pytest.mark.parametrize("labels", [None, np.zeros(10, np.float32), np.zeros(9, np.int64), np.zeros(0, np.int64)])
+def test_a_cut_by_id_needs_one_id_a_sample(labels: np.ndarray | None) -> None:
+    with pytest.raises(BadJobError, match="needs one integer id a sample") as refusal:
+        split("natural", 10, 2, labels=labels)
+    assert "[data] by" in refusal.value.advice
+
+
+def test_a_training_set_without_samples_has_no_ids() -> None:
+    with pytest.raises(BadJobError, match="0 samples of 0 ids"):
+        split("natural", 0, None, labels=np.zeros(0, np.int64))
 
 
 # ---------------------------------------------------------------- the cohort

@@ -67,3 +67,8 @@ def test_clients_are_the_shards_and_a_tenth_of_them_trains_unless_it_is_said() -
 def test_a_simulation_of_other_clients_than_it_was_told_is_refused(setting: str) -> None:
     with pytest.raises(LydianError, match="clients are shards"):
         job_of(wish("digits", setting))
+
+
+def test_a_simulation_has_no_test_data_of_each_worker() -> None:
+    with pytest.raises(LydianError, match="no test data of their own"):
+        job_of(wish("digits", "evaluation.scope=workers"))

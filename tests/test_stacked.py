@@ -136,6 +136,18 @@ def test_one_by_one_leaves_the_bytes_of_train(desk: Desk) -> None:
         assert hashlib.sha256(desk.path("out").read_bytes()).hexdigest() == bytes_of(desk, "off", number)
 
 
+def test_many_shards_follow_the_schedule_of_the_job_one_by_one(desk: Desk) -> None:
+    desk.open(PLAIN_TASK, schedule="linear")
+    desk.init()
+    length = {"epochs": 1, "job_rounds": 2, "largest_shard": 23}
+    done = train_many(desk, "on", **length)
+    assert (done["stacked"], done["why"]) == (0, "a stack knows no schedule = linear")
+    desk.train(indices=SHARDS[1], seed=101, **length)
+    assert hashlib.sha256(desk.path("out").read_bytes()).hexdigest() == bytes_of(desk, "on", 1)
+    desk.train(indices=SHARDS[1], seed=101, epochs=1)  # without one
+    assert hashlib.sha256(desk.path("out").read_bytes()).hexdigest() != bytes_of(desk, "on", 1)
+
+
 def test_the_same_shards_stacked_again_leave_the_same_bytes(desk: Desk) -> None:
     desk.open(PLAIN_TASK, momentum=0.9)
     desk.init()

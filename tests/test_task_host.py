@@ -513,7 +513,11 @@ def test_adamw_clip_and_schedule_give_the_bytes_of_a_loop_that_does_the_same_by_
     assert digest(desk.path("unclipped")) != digest(desk.path("default"))
 
 
-@pytest.mark.parametrize("schedule", [{"warmup_steps": 13}, {"schedule": "cosine"}])
+SCHEDULES = [{"warmup_steps": 13}, {"schedule": "cosine"}, {"schedule": "linear"},
+             {"schedule": "step", "milestones": [12], "gamma": 0.5}]  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_follows_the_step_of_the_whole_job_and_not_that_of_the_round(
     desk: Desk, schedule: dict[str, Any]
 ) -> None:
@@ -526,24 +530,115 @@ def test_a_schedule_follows_the_step_of_the_whole_job_and_not_that_of_the_round(
     assert outs[0] != outs[1]  # the same base, seed and samples
 
 
-@given(st.integers(0, 500), st.integers(0, 300), st.booleans(), st.integers(1, 400))
-def test_a_learning_rate_rises_then_never_rises_again(step: int, warmup: int, cosine: bool, total: int) -> None:
-    now, then = (task_host.lr_factor(s, warmup=warmup, cosine=cosine, total=total) for s in (step, step + 1))
-    assert 0 <= now <= 1
-    assert (then > now) if step + 1 < warmup else (then <= now or step < warmup)
-    assert not cosine or task_host.lr_factor(max(total, warmup + 1), warmup=warmup, cosine=True, total=total) == 0
-    assert cosine or step < warmup or now == 1
-
-
-def test_a_cosine_is_halfway_down_in_the_middle() -> None:
-    factors = [task_host.lr_factor(step, warmup=20, cosine=True, total=120) for step in (0, 9, 19, 20, 70, 119)]
-    assert factors == pytest.approx([0.05, 0.5, 1.0, 1.0, 0.5, 0.000247], abs=1e-6)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_epochs_of_a_known_cut_are_scheduled_as_the_same_number_of_steps(desk: Desk, schedule: dict[str, Any]) -> None:
+    desk.open(SMALL_TASK, **schedule)
+    desk.init()
+    desk.train("steps", indices=list(range(40)), steps=8, total_steps=24, round=2)
+    length = {"epochs": 2, "job_rounds": 3, "round": 2}
+    desk.train("epochs", indices=list(range(40)), largest_shard=40, **length)
+    assert digest(desk.path("epochs")) == digest(desk.path("steps"))
+    desk.train("smaller", indices=list(range(40)), largest_shard=41, **length)  # the largest takes a step more
+    assert digest(desk.path("smaller")) != digest(desk.path("steps"))
 
 
 def test_without_a_schedule_a_loop_learns_that_the_factor_is_one(desk: Desk) -> None:
     desk.open(OWN_LOOP.replace("seen += 1", "assert context.lr_factor == 1 and context.global_step is None; seen += 1"))
     desk.init()
     desk.train("own")
+
+
+# ---------------------------------------------------------------- ids, classes, own test data
+
+OWN_DATA = """
+import torch
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+def model(config):
+    return nn.Linear(4, 3)
+
+def dataset(config, split):
+    if split not in config["sizes"]:
+        return None
+    rows = config["sizes"][split]
+    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(rows))
+    whole = TensorDataset(x, torch.arange(rows) % 3)
+    whole.users = config.get("users")
+    return Subset(whole, list(range(rows))[::-1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("users", "wanted"),
+    [(["b", "a", "c", "a"], [0, 2, 0, 1]), ([30, -2, 7, -2], [0, 1, 0, 2]), ([True, False, True, True], [1, 1, 0, 1])],
+)
+def test_ids_are_numbered_in_their_order_also_through_a_subset(desk: Desk, users: list[Any], wanted: list[int]) -> None:
+    desk.open(OWN_DATA, sizes={"train": 4}, users=users)
+    out = desk.folder / "ids.npy"
+    assert desk.ask("describe", labels=str(out), by="users")["train_samples"] == 4
+    assert np.load(out).tolist() == wanted
+    assert np.load(out).dtype == np.int64
+
+
+@pytest.mark.parametrize("users", [None, ["a"], [0.5, 1, 2, 3], [["a"], ["b"], ["c"], ["d"]]])
+def test_what_is_no_id_for_each_sample_is_refused_with_its_shape(users: Any) -> None:
+    rows = TensorDataset(torch.zeros(4, 1))
+    rows.users = users
+    with pytest.raises(
+        task_host.TaskError, match=r"'users' of the train split has \w+ of shape \[.*\], where a whole "
+    ):
+        task_host.id_array(rows, "users")
+
+
+def test_accuracies_of_classes_add_up_to_the_accuracy(desk: Desk) -> None:
+    desk.open(OWN_DATA, sizes={"train": 4, "test": 50})
+    desk.init()
+    metrics = desk.ask("evaluate", base=str(desk.path("base")), batch_size=16, per_class=True)["metrics"]
+    classes = [metrics[f"accuracy/{number}"] for number in range(3)]
+    assert [count for _, count in classes] == [17, 17, 16]
+    assert [sum(column) for column in zip(*classes, strict=True)] == metrics["accuracy"]
+    assert desk.evaluate()["metrics"].keys() == {"accuracy", "loss"}
+
+
+@pytest.mark.parametrize("hook", ["metrics", "loss"])
+def test_classes_of_a_task_with_its_own_measure_are_refused_when_the_model_is_built(desk: Desk, hook: str) -> None:
+    desk.open(OWN_DATA + f"def {hook}(model, batch, config): ...", sizes={"train": 4})
+    with pytest.raises(TaskFailure, match=rf"and my_task.py has its own {hook}\(\): return accuracy/0") as failure:
+        desk.ask("init", seed=1, out=str(desk.path("base")), labels=None, per_class=True)
+    assert failure.value.code == "bad_task"
+
+
+def test_the_classes_beyond_those_with_a_name_are_one() -> None:
+    wanted = torch.tensor([[0, 2, 2], [90, 95, -100]])
+    right = torch.tensor([[True, False, True], [True, False, False]])
+    found = task_host.task_classes.accuracies(wanted, right)
+    assert found == {"accuracy/0": (1.0, 1.0), "accuracy/2": (1.0, 2.0), "accuracy/rest": (1.0, 2.0)}
+    everything = task_host.task_classes.accuracies(torch.arange(1000), torch.ones(1000, dtype=torch.bool))
+    assert len(everything) == 91  # with accuracy and loss, and some of the task's own, a message takes them
+    assert (
+        task_host.task_classes.accuracies(torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.bool)) == {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"),
+    [({"train": 4, "test": 9, "local-test": 5}, 5), ({"train": 4, "test": 9}, 9), ({"train": 4}, 0)],
+)
+def test_a_worker_measures_on_the_first_of_its_own_splits_or_on_nothing(
+    desk: Desk, sizes: dict[str, int], wanted: int
+) -> None:
+    desk.open(OWN_DATA, sizes=sizes)
+    splits = ["local-test", "test"]
+    facts = desk.ask("init", seed=1, out=str(desk.path("base")), labels=None, splits=splits)
+    got = desk.ask("evaluate", base=str(desk.path("base")), batch_size=16, splits=splits)
+    assert (facts["test_samples"], got["samples"], bool(got["metrics"])) == (wanted, wanted, wanted > 0)
+
+
+def test_a_job_of_shared_data_that_wants_own_test_data_needs_that_split(desk: Desk) -> None:
+    desk.open(OWN_DATA, sizes={"train": 4, "test": 9})
+    with pytest.raises(TaskFailure, match="'local-test'\\) gives none: define that split, or have private data"):
+        desk.ask("init", seed=1, out=str(desk.path("base")), labels=None, splits=["local-test"])
 
 
 def test_own_loss_metrics_and_optimizer_are_used(desk: Desk) -> None:

@@ -98,6 +98,21 @@ def test_a_row_is_completed_when_its_evaluation_comes_a_round_later() -> None:
     ]
 
 
+def workers_measured() -> list[dict[str, Any]]:
+    return [
+        {"worker": "w-1", "worker_name": "gpu-1", "attempt": 1, "metrics": {"accuracy": 0.9}, "samples": 30},
+        {"worker": "w-2", "worker_name": "attic", "attempt": 0, "metrics": {}, "samples": 0, "why": "it was gone"},
+    ]
+
+
+def test_what_workers_measured_and_the_lowest_class_have_columns_where_there_are_any() -> None:
+    metrics = {"accuracy": 0.9, "accuracy/0": 1.0, "accuracy/1": 0.625, "accuracy/rest": 0.75}
+    told = {**evaluated(1, 0.9), "metrics": metrics, "workers": workers_measured()}
+    header, rows = round_table(board_after(closed(1), closed(2), told).last(10), None)
+    assert header[7:] == ["accuracy", "lowest class", "by worker"]
+    assert [row[7:] for row in rows] == [["0.900", "1: 0.625", "gpu-1 0.900, attic -"], ["-", "-", "-"]]
+
+
 def test_who_is_not_in_a_round_has_a_column_where_anybody_is_not() -> None:
     absent = [{"worker": "w-3", "worker_name": "cpu", "why": "evaluates only"}]
     header, rows = round_table(board_after(closed(1), closed(2, absent=absent)).last(10), None)
@@ -179,6 +194,21 @@ def test_a_rounds_warning_is_among_the_troubles() -> None:
             "gpu-1 gave back train of round 1, shard 2, attempt 1: CUDA out of memory (task_failed)",
         ),
         ({"type": "extended", "round": 2, "reason": "1 of 3"}, "round 2 gets more time: 1 of 3"),
+        (
+            {**evaluated(3, 0.9), "metrics": {"accuracy": 0.9, "accuracy/0": 1.0, "accuracy/1": 0.5},
+             "workers": workers_measured()},
+            ("evaluation of round 3: accuracy 0.900, lowest accuracy/1 0.500 (best); gpu-1: accuracy 0.900, 30 "
+            "samples; attic: it was gone"),
+        ),
+        (
+            {"type": "measured", "round": 2, "shard": 1, "attempt": 0, "worker": "w-2", "worker_name": "attic",
+             "why": "it was gone"},
+            "attic has no numbers of round 2: it was gone",
+        ),
+        (
+            {"type": "measured", "round": 2, "shard": 1, "attempt": 1, "worker": "w-2", "worker_name": "attic"},
+            None,
+        ),
         ({"type": "evaluation_given_up", "round": 2, "reason": "no data"}, "round 2 is not evaluated: no data"),
         (
             {"type": "late", "round": 2, "shard": 1, "attempt": 1, "worker": "w-1"},

@@ -121,6 +121,28 @@ def batch_size(spec: JobSpec, *, found: int) -> int:
     return found or int(TrainSection.model_fields["batch_size"].default)
 
 
+def shards_to_cut(assignment: Assignment) -> int | None:
+    """Shards that the training set is cut into; None: as many as it has ids."""
+    data = assignment.spec.data
+    return None if data.partition == "natural" and data.shards == "auto" else assignment.shards
+
+
+def measuring(spec: JobSpec) -> dict[str, Any]:
+    """What the child is told of how the job is evaluated, beside the usual; nothing where it is as always.
+
+    A worker measures on its own test data in the split `local-test`; where all of its data is its own, `test` is too.
+    """
+    wanted: dict[str, Any] = {"per_class": True} if spec.evaluation.per_class else {}
+    if spec.evaluation.scope == "workers":
+        wanted["splits"] = ["local-test", "test"] if spec.data.partition == "local" else ["local-test"]
+    return wanted
+
+
+def _largest(assignment: Assignment) -> int:
+    """Samples in the largest shard of an even cut."""
+    return -(-assignment.train_samples // assignment.shards)
+
+
 def train_command(
     assignment: Assignment,
     *,
@@ -172,6 +194,8 @@ def train_command(
     if checkpoint is not None and checkpoint_every_s > 0:
         digest = assignment.base.digest if assignment.base else ""
         keeping |= {"checkpoint": checkpoint, "checkpoint_every_s": checkpoint_every_s, "base_digest": digest}
+    if train.scheduled and train.local_steps is None:  # iid data and epochs: as JobSpec makes sure of
+        keeping |= {"job_rounds": assignment.spec.rounds, "largest_shard": _largest(assignment)}
     return {
         "do": "train",
         "base": base,

@@ -5,7 +5,7 @@ Part of the child (worker/task_host.py), which loads it by its path: torch, none
     a step ── forward, backward ──▶ gradients ──▶ optimiser
                   │ out of memory
                   ▼
-           the batch in more pieces, one after the other: the same gradients, summed
+           the batch in more pieces, one after the other: the same gradients, or the same measurements, summed
 
 A mean over a batch is the mean over its pieces, each weighed by its samples. So a loss that is a mean over samples has
 the same gradient in pieces but for rounding. Two things are not the same: BatchNorm normalises by its own piece, and
@@ -35,6 +35,8 @@ FIRST_SCALE = 2.0**13  # of a loss in float16: gradients up to 8 fit. torch's 2*
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 LossOf = Callable[[Any], Tensor]
+Measured = dict[str, tuple[float, float]]  # name -> (sum, count)
+MeasureOf = Callable[[Any, int], Measured]  # of a batch and its samples
 
 
 class OneSampleError(MemoryError):
@@ -98,6 +100,18 @@ def _side_by_side(members: Iterable[Any], sizes: Sequence[int]) -> list[tuple[An
     return list(zip(*whole, strict=True)) if whole and len(whole) == len(parts) else None
 
 
+def summed(parts: Sequence[Measured]) -> Measured:
+    """Sums and counts of all parts together."""
+    if len(parts) == 1:
+        return parts[0]
+    total: Measured = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            held = total.get(name, (0.0, 0.0))
+            total[name] = (held[0] + value, held[1] + count)
+    return total
+
+
 # ---------------------------------------------------------------- one step
 
 
@@ -153,6 +167,30 @@ class Stepper:
             clear()
             self._memory.give_back_memory(self.device)
 
+    def measured(self, measure_of: MeasureOf, batch: Any, samples: int) -> Measured:  # noqa: ANN401 - the task's batch
+        """Measure a batch without gradients. Where memory runs out, once more in pieces of half the size.
+
+        Args:
+            measure_of: batch, samples -> name -> (sum, count) over those samples.
+            batch: on the device.
+            samples: in the batch.
+
+        Raises:
+            OneSampleError: as little as can be computed at once does not fit.
+        """
+        while True:
+            try:
+                sizes = pieces(samples, self.fits, self.least)
+                parts = cut(batch, sizes) if len(sizes) > 1 else None
+                if parts is None:
+                    return measure_of(batch, samples)
+                return summed([measure_of(part, size) for part, size in zip(parts, sizes, strict=True)])
+            except (RuntimeError, MemoryError) as error:
+                if not self._memory.is_out_of_memory(error):
+                    raise
+                self._halve(batch, samples, error, same="measurements")
+            self._memory.give_back_memory(self.device)
+
     def _gradients(self, loss_of: LossOf, batch: Any, samples: int) -> Tensor:  # noqa: ANN401
         sizes = pieces(samples, self.fits, self.least)
         parts = cut(batch, sizes) if len(sizes) > 1 else None
@@ -174,7 +212,7 @@ class Stepper:
         """Compute the gradients of a batch's mean loss in one piece, whatever that takes."""
         self._pass(loss_of, batch, 1.0)
 
-    def _halve(self, batch: Any, samples: int, error: BaseException) -> None:  # noqa: ANN401
+    def _halve(self, batch: Any, samples: int, error: BaseException, same: str = "gradients") -> None:  # noqa: ANN401
         """Remember that less fits at once.
 
         Raises:
@@ -189,7 +227,7 @@ class Stepper:
             say("its samples cannot be told apart: a batch must be tensors with a row a sample", about="memory")
             raise error
         self.fits = smaller
-        say(f"{tried} samples at once do not fit, so {smaller} are taken, with the same gradients: {words}",
+        say(f"{tried} samples at once do not fit, so {smaller} are taken, with the same {same}: {words}",
             about="memory")  # fmt: skip
 
     def step(self, optimizer: Any, before: Callable[[], None]) -> None:  # noqa: ANN401 - a task may bring its own kind

@@ -65,9 +65,11 @@ def beside(name: str) -> ModuleType:
 
 task_batches = beside("task_batches")
 task_checkpoint = beside("task_checkpoint")
+task_classes = beside("task_classes")
 task_ranks = beside("task_ranks")
 task_device = beside("task_device")
 task_precision = beside("task_precision")
+task_schedule = beside("task_schedule")
 task_stacked = beside("task_stacked")
 task_parts = beside("task_parts")
 task_terms = beside("task_terms")
@@ -394,7 +396,14 @@ def loss_of(task: Task, model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
     return default_loss(model, batch)[0]
 
 
-def metrics_of(task: Task, model: nn.Module, batch: Any, samples: int) -> dict[str, tuple[float, float]]:  # noqa: ANN401
+def metrics_of(
+    task: Task,
+    model: nn.Module,
+    batch: Any,  # noqa: ANN401 - the task's batch
+    samples: int,
+    *,
+    per_class: bool = False,
+) -> dict[str, tuple[float, float]]:
     """Sums and counts of one batch: the task's metrics(), else its loss(), else accuracy and cross-entropy.
 
     Args:
@@ -402,6 +411,7 @@ def metrics_of(task: Task, model: nn.Module, batch: Any, samples: int) -> dict[s
         model: in evaluation mode.
         batch: on the model's device.
         samples: samples in the batch.
+        per_class: the accuracy of each class as well; only where a task has neither a metrics() nor a loss().
 
     Returns:
         name -> (sum, count).
@@ -414,7 +424,21 @@ def metrics_of(task: Task, model: nn.Module, batch: Any, samples: int) -> dict[s
     loss, logits, classes = default_loss(model, batch)
     wanted = classes.argmax(1) if classes.is_floating_point() else classes
     right = logits.argmax(1) == wanted
-    return {"accuracy": (float(right.sum()), right.numel()), "loss": (float(loss) * samples, samples)}
+    of_classes: dict[str, tuple[float, float]] = task_classes.accuracies(wanted, right) if per_class else {}
+    return {"accuracy": (float(right.sum()), right.numel()), "loss": (float(loss) * samples, samples), **of_classes}
+
+
+def refuse_per_class(task: Task) -> None:
+    """Make sure that the default metrics, which know of classes, are the ones that measure this task.
+
+    Raises:
+        TaskError: the file has its own; code bad_task.
+    """
+    own = next((hook for hook in ("metrics", "loss") if task.has(hook)), None)
+    if own is not None:
+        sentence = f"evaluation.per_class is measured by the default metrics, and {task.file.name} has its own {own}()"
+        advice = "return accuracy/0 … from a metrics() there, or leave per_class out"
+        raise TaskError("bad_task", f"{sentence}: {advice}")
 
 
 def optimizer_of(task: Task, model: nn.Module) -> Any:  # noqa: ANN401 - a task may bring its own kind of optimiser
@@ -428,24 +452,6 @@ def optimizer_of(task: Task, model: nn.Module) -> Any:  # noqa: ANN401 - a task 
         betas = config.get("beta1", 0.9), config.get("beta2", 0.95)
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=decay)
     return torch.optim.SGD(parameters, lr=lr, momentum=config.get("momentum", 0.0), weight_decay=decay)
-
-
-def lr_factor(step: int, *, warmup: int, cosine: bool, total: int) -> float:
-    """What the learning rate is multiplied with in one step: a straight line up to 1, then 1, or a cosine down to 0.
-
-    Args:
-        step: of the whole job, from 0.
-        warmup: steps of the line; the first has 1 / warmup, the last 1.
-        cosine: whether it falls after that.
-        total: steps of the whole job.
-
-    Source: Loshchilov, Hutter 2016, arXiv 1608.03983, equation 5, without restarts.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    if not cosine:
-        return 1.0
-    return 0.5 * (1.0 + math.cos(math.pi * min((step - warmup) / max(total - warmup, 1), 1.0)))
 
 
 # ---------------------------------------------------------------- samples in their order
@@ -589,6 +595,36 @@ def label_array(dataset: Any, told: Callable[[int], None]) -> "np.ndarray[Any, n
         sentence = "the train split has no class a sample (one whole number as `targets`, `labels` or second item)"
         raise TaskError("bad_task", f"{sentence}, so it cannot be cut by label: use partition iid or local")
     return labels.astype(np.int64)
+
+
+def ids_of(dataset: Any, by: str) -> Any:  # noqa: ANN401 - datasets have no common type for it
+    """The ids that a dataset has under a name, one a sample; a Subset has those of its samples.
+
+    Raises:
+        TaskError: it has none under that name; code bad_task.
+    """
+    if hasattr(dataset, by):
+        found = getattr(dataset, by)
+        return found.cpu() if isinstance(found, Tensor) else found
+    if isinstance(dataset, Subset):
+        return np.asarray(ids_of(dataset.dataset, by))[np.asarray(dataset.indices, dtype=np.int64)]
+    kind = type(dataset).__name__
+    sentence = f"the train split, a {kind}, has no attribute {by!r} with an id for each sample"
+    raise TaskError("bad_task", f"{sentence}: set it in dataset(), or name another with [data] by")
+
+
+def id_array(dataset: Any, by: str) -> "np.ndarray[Any, np.dtype[np.int64]]":  # noqa: ANN401 - a map-style dataset
+    """The id of every sample as 0, 1, … in the order of the ids: of numbers by size, of texts by their characters.
+
+    Raises:
+        TaskError: they are not whole numbers or texts, or not one a sample; code bad_task.
+    """
+    ids = np.asarray(ids_of(dataset, by))
+    if ids.shape != (len(dataset),) or ids.dtype.kind not in "iubU":
+        kind = "texts" if ids.dtype.kind == "U" else str(ids.dtype)
+        sentence = f"{by!r} of the train split has {kind} of shape {list(ids.shape)}"
+        raise TaskError("bad_task", f"{sentence}, where a whole number or a text for each of {len(dataset)} is needed")
+    return np.unique(ids, return_inverse=True)[1].astype(np.int64).reshape(-1)
 
 
 # ---------------------------------------------------------------- the model's state as a file
@@ -780,6 +816,7 @@ class Context:
     _pass: int = 0  # number of the pass under way
     _at: int = 0  # batches given in that pass
     _resumed_at: int = 0  # the step of the checkpoint that this went on from
+    round_steps: int | None = None  # that a round counts in the whole job; None: not known
     total_steps: int | None = None  # of the whole job; None: not known
     lr_scale: float = 1.0  # of the learning rate, where the batch size was found and not asked for
     _fresh: bool | None = None  # whether the optimiser began without the state of an earlier round; None: nobody asked
@@ -792,14 +829,14 @@ class Context:
 
     @property
     def global_step(self) -> int | None:
-        """Optimiser steps of the whole job before this one, in this shard's place; None unless the job counts steps."""
-        return None if self.steps is None else (self.round - 1) * self.steps + self._taken
+        """Optimiser steps of the whole job before this one, in this shard's place; None unless they are counted."""
+        return None if self.round_steps is None else (self.round - 1) * self.round_steps + self._taken
 
     @property
     def scheduled(self) -> bool:
         """Whether the learning rate changes from step to step."""
-        cosine, warmup = self.config.get("schedule") == "cosine", self.config.get("warmup_steps", 0)
-        return self.total_steps is not None and self.steps is not None and (cosine or warmup > 0)
+        changes = self.config.get("schedule", "constant") != "constant" or self.config.get("warmup_steps", 0) > 0
+        return self.total_steps is not None and self.round_steps is not None and changes
 
     @property
     def lr_factor(self) -> float:
@@ -807,8 +844,15 @@ class Context:
         step = self.global_step
         if not self.scheduled or step is None or self.total_steps is None:
             return self.lr_scale
-        cosine, warmup = self.config.get("schedule") == "cosine", self.config.get("warmup_steps", 0)
-        return self.lr_scale * lr_factor(step, warmup=warmup, cosine=cosine, total=self.total_steps)
+        factor: float = task_schedule.lr_factor(
+            step,
+            schedule=self.config.get("schedule", "constant"),
+            warmup=self.config.get("warmup_steps", 0),
+            total=self.total_steps,
+            milestones=self.config.get("milestones", ()),
+            gamma=self.config.get("gamma", task_schedule.GAMMA),
+        )
+        return self.lr_scale * factor
 
     def follow_schedule(self) -> None:
         """Set the learning rate of the step under way; where nothing changes it, leave it as it is."""
@@ -1131,6 +1175,7 @@ class Host:
         self._first: dict[str, Tensor] = {}  # its personal tensors as they were built
         self._marks: Any = {}  # of what is built and never trained, as it was when a base was loaded
         self._splits: dict[str, Any] = {}
+        self._measures: int | None = None  # samples at once that an evaluation found room for; None: any, so far
         self._said: str | None = None  # why this task's training cannot be resumed: said once, not once a round
         self._computes: tuple[str, str] | None = None  # in which precision, and why: said when it changes
         self._facts: Any = None  # of the device, for the choice of a precision
@@ -1165,6 +1210,7 @@ class Host:
         """Import the task file; forget the one before, its model and its data."""
         self._events.progress("loading")
         self._task, self._splits, self._said, self._computes = None, {}, None, None
+        self._measures = None
         self._forget_model()
         self._many = task_stacked.Many(self, sys.modules[__name__])
         self._task = import_task(Path(task).resolve(), config, terms)
@@ -1177,25 +1223,45 @@ class Host:
         task_device.give_back_memory(self._device)
         return {}
 
-    def init(self, seed: int, out: str, labels: str | None) -> dict[str, Any]:
-        """Build the model from the seed, on the CPU, and write it; count what there is to train on."""
+    def init(
+        self, seed: int, out: str, labels: str | None, per_class: bool = False, splits: Sequence[str] = ("test",)
+    ) -> dict[str, Any]:
+        """Build the model from the seed, on the CPU, and write it; count what there is to train on.
+
+        Args:
+            seed: of the model.
+            out: path of what is written.
+            labels: as `describe` takes it.
+            per_class: as `evaluate` takes it; refused here already where it cannot be.
+            splits: likewise.
+        """
         self._events.progress("loading")
+        if per_class:
+            refuse_per_class(self._opened())
         self._forget_model()
         model = self._built(seed)
         save_state(model, Path(out), self._parts)
-        facts, test = self.describe(labels), self._split("test")
+        facts, test = self.describe(labels), self._first_split(splits)
+        if test is None and "test" not in splits:
+            sentence = "evaluation.scope = workers measures on each worker's own test data, and dataset(config, "
+            raise TaskError("bad_task", f"{sentence}'{splits[0]}') gives none: define that split, or have private data")
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             "test_samples": 0 if test is None else len(test),
             **facts,
         }
 
-    def describe(self, labels: str | None) -> dict[str, Any]:
-        """Count the training samples, and write the class of each where the shards are cut by label."""
+    def describe(self, labels: str | None, by: str | None = None) -> dict[str, Any]:
+        """Count the training samples, and write the class of each, or its id, where the shards are cut by that.
+
+        Args:
+            labels: path of what is written, int64 (samples,) .npy; None: nothing is.
+            by: the attribute of the dataset that has the ids; None: the classes are meant.
+        """
         self._events.progress("loading")
         train = self._split("train")
         if labels is not None:
-            self._write_labels(train, Path(labels))
+            self._write_labels(train, Path(labels), by)
         return {"train_samples": len(train)}
 
     def train(
@@ -1209,6 +1275,8 @@ class Host:
         steps: int | None = None,
         seconds: float | None = None,
         total_steps: int | None = None,
+        job_rounds: int | None = None,
+        largest_shard: int | None = None,
         optimizer: str | None = None,
         optimizer_from: str = "",
         optimizer_of: int = 0,
@@ -1233,6 +1301,8 @@ class Host:
             steps: length in optimiser steps.
             seconds: length in seconds of training, those before a kill counted in.
             total_steps: optimiser steps of the whole job, for the schedule; None: not known.
+            job_rounds: rounds of the whole job, where its steps follow from the passes over its shards.
+            largest_shard: samples in the largest of those, whose steps are then those that a round counts for all.
             optimizer: path of what becomes of the optimiser's state in the end; None: it is not kept.
             optimizer_from: path of the state that an earlier round of this shard left.
             optimizer_of: the round that must have left it; 0: none did. Without it, the optimiser begins fresh.
@@ -1253,7 +1323,11 @@ class Host:
         model = self._loaded(base, seed)
         ranks.begin(model)
         terms = self._terms(model)
-        ends = batch_ends(len(shard), int(task.config.get("batch_size", 32)), join_last_one=has_batch_norm(model))
+        batch, join = int(task.config.get("batch_size", 32)), has_batch_norm(model)
+        ends, round_steps = batch_ends(len(shard), batch, join_last_one=join), steps
+        if job_rounds is not None and largest_shard is not None:
+            round_steps = (epochs or 1) * len(batch_ends(largest_shard, batch, join_last_one=join))
+            total_steps = job_rounds * round_steps
         optimizer_made = fresh_optimizer(task, model, seed)
         stepper = self._stepper(model, optimizer_made)
         stepper.fits = fits
@@ -1272,6 +1346,7 @@ class Host:
             _events=self._events,
             _stopping=self._stopping,
             _batches=len(ends),
+            round_steps=round_steps,
             total_steps=total_steps,
             _ranks=ranks,
             _terms=terms,
@@ -1482,18 +1557,32 @@ class Host:
         answer: dict[str, Any] = self._many.train(**command)
         return answer
 
-    def evaluate(self, base: str, batch_size: int, personal_from: str = "") -> dict[str, Any]:
-        """Measure the base model on the whole test split. Sums that are not finite are left out.
+    def evaluate(
+        self,
+        base: str,
+        batch_size: int,
+        per_class: bool = False,
+        splits: Sequence[str] | None = None,
+        personal_from: str = "",
+    ) -> dict[str, Any]:
+        """Measure the base model on a whole test split. Sums that are not finite are left out.
 
         Args:
             base: path of the model.
-            batch_size: samples at once.
+            batch_size: samples at once; fewer where memory does not take them, with the same sums.
+            per_class: the accuracy of each class as well.
+            splits: those of this worker's own test data, of which the first that there is counts; where there is none,
+                nothing is measured, of 0 samples. None: the split `test`, which must be there.
             personal_from: path of personal tensors that training has left here; without, they are as they were built.
         """
         self._events.progress("loading")
         task, ranks = self._opened(), self._ranks
-        dataset = ranks.first_rank_0(partial(self._split, "test"))
+        if per_class:
+            refuse_per_class(task)
+        dataset = ranks.first_rank_0(partial(self._first_split, splits or ("test",)))
         if dataset is None or not len(dataset):
+            if splits is not None:
+                return {"metrics": {}, "samples": 0, "seconds": 0.0}
             raise TaskError("bad_task", "there is nothing to evaluate on: dataset(config, 'test') has no samples")
         model = self._loaded(base, seed=0)
         fresh = self._parts.personal and not (personal_from and self._take_personal(model, Path(personal_from)))
@@ -1503,13 +1592,16 @@ class Host:
         ends = batch_ends(len(dataset), batch_size, join_last_one=False)
         parts = torch.tensor_split(torch.arange(len(dataset)), ends[:-1])
         workers = task.config.get("loader_workers", 0)
-        measured = []
+        stepper = task_batches.Stepper(self._device, "fp32", task_device)
+        stepper.fits = self._measures
+        measure, measured = partial(metrics_of, task, model, per_class=per_class), []
         with torch.no_grad(), task.watched("metrics"):
             own = ranks.own_batches(parts)
             for number, batch in enumerate(read_batches(dataset, own, self._device, workers=workers, seed=0)):
                 if self._stopping.is_set():
                     raise Stopped
-                measured.append(metrics_of(task, model, batch, len(own[number])))
+                measured.append(stepper.measured(measure, batch, len(own[number])))
+                self._measures = stepper.fits
                 ranks.keep_pace()
                 step = min((number + 1) * ranks.world, len(parts))
                 rate = ends[step - 1] / max(time.monotonic() - began, 1e-9)
@@ -1617,6 +1709,10 @@ class Host:
         self._marks = task_parts.marks_of(model, self._parts.built)
         return model
 
+    def _first_split(self, names: Sequence[str]) -> Any:  # noqa: ANN401 - a map-style dataset, or None
+        """The first of these splits that the task has."""
+        return next((found for found in map(self._split, names) if found is not None), None)
+
     def _split(self, name: str) -> Any:  # noqa: ANN401 - a map-style dataset, or None
         """The task's dataset of a split, loaded once; None where the task has no such split.
 
@@ -1644,8 +1740,8 @@ class Host:
             self._splits[name] = dataset
         return self._splits[name]
 
-    def _write_labels(self, dataset: Any, out: Path) -> None:  # noqa: ANN401 - a map-style dataset
-        """Write the class of every sample of the train split, int64 (samples,), as .npy."""
+    def _write_labels(self, dataset: Any, out: Path, by: str | None) -> None:  # noqa: ANN401 - a map-style dataset
+        """Write the class of every sample of the train split, or its id, int64 (samples,), as .npy."""
 
         def told(samples: int) -> None:
             if self._stopping.is_set():
@@ -1653,7 +1749,7 @@ class Host:
             self._events.progress("loading", samples=samples)
 
         with self._opened().watched("dataset"):
-            labels = label_array(dataset, told)
+            labels = label_array(dataset, told) if by is None else id_array(dataset, by)
         with out.open("wb") as file:  # a file object: numpy would add a suffix to a name
             np.save(file, labels, allow_pickle=False)
 

@@ -280,6 +280,9 @@ class Many:
         epochs: int | None = None,
         steps: int | None = None,
         seconds: float | None = None,
+        total_steps: int | None = None,
+        job_rounds: int | None = None,
+        largest_shard: int | None = None,
         base_digest: str = "",
         stack: str = "auto",
     ) -> dict[str, Any]:
@@ -292,6 +295,9 @@ class Many:
             epochs: length in passes.
             steps: length in steps.
             seconds: length in seconds.
+            total_steps: as `train` takes it; so are the next two.
+            job_rounds: for the schedule.
+            largest_shard: for the schedule.
             base_digest: as `train` takes it.
             stack: `off` one by one; `on` stacked wherever that is possible; `auto` where it is also faster.
 
@@ -300,6 +306,7 @@ class Many:
             many came out of a stack, and `why`.
         """
         common = {"base": base, "round": round, "epochs": epochs, "steps": steps, "seconds": seconds}
+        common |= {"total_steps": total_steps, "job_rounds": job_rounds, "largest_shard": largest_shard}
         work = Work(self._host, self._house, {**common, "base_digest": base_digest}, shards)
         choice = self._choose(work, stack)
         if choice.stack and len(work.left) >= choice.least:
@@ -413,6 +420,10 @@ class Work:
             return "a stack is trained in fp32"
         if task.terms:
             return f"a stack has no {', '.join(sorted(task.terms))}"
+        known = {"optimizer": "sgd", "clip": None, "schedule": "constant", "warmup_steps": 0}
+        other = [name for name, usual in known.items() if task.config.get(name, usual) != usual]
+        if other:
+            return f"a stack knows no {other[0]} = {task.config[other[0]]}"
         if self._common["seconds"] is not None:
             return "a round of seconds has no fixed number of steps"
         if self._house.row_reader(self._host._split("train")) is None:

@@ -34,6 +34,7 @@ Fetch = Callable[[Callable[[], int], Watch], int]
 
 
 BY_LABEL = ("dirichlet", "labels")  # partitions
+BY_COLUMN = (*BY_LABEL, "natural")  # that need a number a sample: its class, or its id
 
 
 def encodes(assignment: Assignment) -> bool:
@@ -318,7 +319,8 @@ class Trainer:
         if assignment.kind == "evaluate":
             size = plan.batch_size(assignment.spec, found=sizes.batch_size)
             own = self._spool.newest_personal(place) if assignment.spec.train.personal else None
-            return {"do": "evaluate", "base": base, "batch_size": size, **({"personal_from": str(own)} if own else {})}
+            command = {"do": "evaluate", "base": base, "batch_size": size, **plan.measuring(assignment.spec)}
+            return {**command, **({"personal_from": str(own)} if own else {})}
         indices = self._indices(child, begun, heart)
         if assignment.spec.train.batch_size == "auto" and not sizes.batch_size:
             sizes = self._probe(begun, child, plan.probe_command(assignment, base=base, indices=indices), heart)
@@ -373,6 +375,7 @@ class Trainer:
     def _init(self, child: Child, begun: Untrained, heart: Heart) -> Submission:
         assignment, out = begun.assignment, begun.place.update
         command = {"do": "init", "seed": plan.init_seed(assignment.spec), "out": str(out), "labels": None}
+        command |= plan.measuring(assignment.spec)
         done = self._ask(child, command, heart)
         bounds: tuple[int, ...] = ()
         if assignment.spec.data.partition != "local":
@@ -409,27 +412,28 @@ class Trainer:
         if known is not None:
             return known
         data, total = assignment.spec.data, self._described(child, assignment, heart)
-        by_label = data.partition in BY_LABEL
-        labels = np.load(self._spool.labels(assignment.job), allow_pickle=False) if by_label else None
+        by_column = data.partition in BY_COLUMN
+        labels = np.load(self._spool.labels(assignment.job), allow_pickle=False) if by_column else None
         try:
             cut = order_of(
                 data.partition,
                 total=total,
-                shards=assignment.shards,
+                shards=plan.shards_to_cut(assignment),
                 seed=assignment.spec.seed,
                 alpha=data.alpha,
                 labels_per_shard=data.labels_per_shard,
                 labels=labels,
             )
         except BadJobError as error:
-            raise TaskFailure("bad_task", str(error), "") from error
+            raise TaskFailure("bad_task", f"{error}. {error.advice}", "") from error
         self._cuts[assignment.job] = cut
         return cut
 
     def _described(self, child: Child, work: Assignment | Preparation, watch: Watch) -> int:
-        """The samples in the training set. Where shards are cut by label, the labels are in the spool after it."""
+        """The samples in the training set. Where shards are cut by label or id, those are in the spool after it."""
         if work.job not in self._samples:
-            labels = str(self._spool.labels(work.job)) if work.spec.data.partition in BY_LABEL else None
-            done = self._ask(child, {"do": "describe", "labels": labels}, watch)
+            data = work.spec.data
+            labels = str(self._spool.labels(work.job)) if data.partition in BY_COLUMN else None
+            done = self._ask(child, {"do": "describe", "labels": labels, "by": data.by}, watch)
             self._samples[work.job] = done["train_samples"]
         return self._samples[work.job]

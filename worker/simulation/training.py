@@ -7,7 +7,7 @@ from worker.heart import Heart
 from worker.spool import Trained, Untrained
 from worker.training import Trainer, written_to
 
-COMMON = ("base", "round", "epochs", "steps", "seconds")  # of the commands of one round
+COMMON = ("base", "round", "epochs", "steps", "seconds", "total_steps", "job_rounds", "largest_shard")  # of one round
 OWN = ("indices", "out", "seed")  # of each shard
 
 
@@ -49,7 +49,7 @@ class ManyTrainer(Trainer):
             child,
             {
                 "do": "train_many",
-                **{name: commands[0][name] for name in COMMON},
+                **{name: commands[0][name] for name in COMMON if name in commands[0]},
                 "shards": [{name: command[name] for name in OWN} for command in commands],
                 "base_digest": first.base.digest if first.base else "",
                 "stack": self.stack,

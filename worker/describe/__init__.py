@@ -1,0 +1,1 @@
+"""What a training set is made of, found by the child that trains: for `lydian partition`."""
