@@ -559,6 +559,79 @@ class Abandon(Message):
     detail: str = Field("", max_length=200_000, description="traceback and the last lines of the child's output")
 
 
+# ---------------------------------------------------------------- secure aggregation (common.secure)
+
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="X25519, in hex")]
+OpenShare = Annotated[str, Field(pattern=r"^[0-9a-f]{132}$", description="a number modulo 2^521 - 1, in hex")]
+SealedShares = Annotated[str, Field(pattern=r"^[0-9a-f]{296}$", description="two shares and the tag, in hex")]
+MEMBERS = 50
+"""Members of one sum at most: every pair agrees on keys, and beyond that they cost more than the update."""
+
+
+class SecureKeys(Message):
+    """`POST /v1/updates/{assignment}/keys`: the worker will send a masked update, and these are its keys."""
+
+    attempt: int = Field(ge=1)
+    cipher_key: PublicKey = Field(description="with which its peers seal shares for it")
+    mask_key: PublicKey = Field(description="with which each peer agrees on a mask")
+    seed_check: Digest = Field(description="SHA-256 of the seed of its own mask, so that wrong shares are noticed")
+
+
+class SecureMember(Message):
+    """One who takes part in a sum: an attempt at a shard, with its keys."""
+
+    shard: Count
+    attempt: int = Field(ge=1)
+    worker: Name
+    cipher_key: PublicKey
+    mask_key: PublicKey
+    seed_check: Digest
+
+
+class Roster(Message):
+    """Who sums together, and how many of them it takes to unmask the sum. All keys are bound to its digest."""
+
+    job: Name
+    round: Count
+    seal: Count = Field(description="how often this round was begun anew before")
+    threshold: int = Field(ge=2)
+    members: tuple[SecureMember, ...] = Field(max_length=MEMBERS, description="in the order of their shards")
+
+
+class SecureShares(Message):
+    """`POST /v1/updates/{assignment}/shares`: the worker's two secrets in shares, each pair sealed for one peer."""
+
+    attempt: int = Field(ge=1)
+    roster: Digest
+    sealed: dict[Count, SealedShares] = Field(max_length=MEMBERS, description="by the peer's shard")
+
+
+class Group(Message):
+    """The members whose masks go into the updates: those whose shares are in."""
+
+    roster: Digest
+    shards: tuple[Count, ...] = Field(max_length=MEMBERS)
+
+
+class Unmask(Message):
+    """The coordinator asks a worker for its shares, since the updates that will be summed are decided."""
+
+    assignment: Name
+    attempt: int = Field(ge=1)
+    roster: Digest
+    survivors: tuple[Count, ...] = Field(max_length=MEMBERS, description="shards whose updates are summed")
+    sealed: dict[Count, SealedShares] = Field(max_length=MEMBERS, description="what peers sealed for it, by shard")
+
+
+class Reveal(Message):
+    """`POST /v1/updates/{assignment}/reveal`: of each member one share, and never both of one."""
+
+    attempt: int = Field(ge=1)
+    roster: Digest
+    seeds: dict[Count, OpenShare] = Field(max_length=MEMBERS, description="of members whose updates are summed")
+    keys: dict[Count, OpenShare] = Field(max_length=MEMBERS, description="of members that dropped out")
+
+
 # ---------------------------------------------------------------- what is shown
 
 
