@@ -103,8 +103,9 @@ def check_roster(roster: Roster, own: SecureMember) -> None:
     count, shards = len(roster.members), [member.shard for member in roster.members]
     if not LEAST_MEMBERS <= count <= MEMBERS:
         _insecure(f"the roster has {count} members, where {LEAST_MEMBERS} to {MEMBERS} may sum together")
-    if not count / 2 < roster.threshold <= count:
-        _insecure(f"the threshold is {roster.threshold} of {count} members; it must be more than half of them")
+    if not max(count / 2, LEAST_MEMBERS - 1) < roster.threshold <= count:
+        least = f"more than half of them, and at least {LEAST_MEMBERS}"
+        _insecure(f"the threshold is {roster.threshold} of {count} members; it must be {least}")
     if shards != sorted(set(shards)) or len({member.worker for member in roster.members}) < count:
         _insecure("the roster names a shard or a worker twice, or not in the order of the shards")
     if own not in roster.members:

@@ -195,15 +195,15 @@ def change(roster: Any, **fields: Any) -> Any:
     ("wrong", "said"),
     [
         (lambda r: change(r, members=r.members[:2]), "has 2 members, where 3 to 50"),
-        (lambda r: change(r, threshold=1), "more than half"),
-        (lambda r: change(r, threshold=4), "more than half"),
-        (lambda r: change(r, members=(r.members[1], r.members[0], r.members[2])), "not in the order"),
-        (lambda r: change(r, members=(*r.members[:2], change(r.members[2], worker="w1"))), "a worker twice"),
+        (lambda r: change(r, threshold=2), "more than half of them, and at least 3"),
+        (lambda r: change(r, threshold=6), "more than half"),
+        (lambda r: change(r, members=(r.members[1], r.members[0], *r.members[2:])), "not in the order"),
+        (lambda r: change(r, members=(*r.members[:4], change(r.members[4], worker="w1"))), "a worker twice"),
         (lambda r: change(r, members=(change(r.members[0], attempt=2), *r.members[1:])), "own keys at shard 0"),
     ],
 )
 def test_a_roster_that_would_not_protect_is_refused(wrong: Any, said: str) -> None:
-    together = Sum.of([0, 1, 2], 2)
+    together = Sum.of([0, 1, 2, 3, 4], 3)
     own = member(0, together.secrets[0])
     check_roster(together.roster, own)
     with pytest.raises(RefusedError, match=said):
