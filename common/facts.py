@@ -115,6 +115,17 @@ class Opened(Message):
     evaluators: tuple[Absent, ...] = Field((), description="workers that are too slow for a shard, and only evaluate")
 
 
+class OpenedAnew(Message):
+    """A round began once more, from its base: a secure sum could not come about. No update of it counts any more."""
+
+    type: Literal["opened_anew"] = "opened_anew"
+    round: Count
+    seal: Count = Field(description="how often it was begun anew, this time included")
+    shards: tuple[Shard, ...]
+    reason: str
+    evaluators: tuple[Absent, ...] = ()
+
+
 class Accepted(Message):
     """An update counts."""
 
@@ -251,8 +262,8 @@ class EvaluationGivenUp(Message):
 
 
 Fact = Annotated[
-    Submitted | StateChanged | HandedOut | HandedBack | Initialised | Opened | Accepted | Lost | Restored | Late
-    | Extended | Frozen | RoundClosed | Evaluated | EvaluationGivenUp,
+    Submitted | StateChanged | HandedOut | HandedBack | Initialised | Opened | OpenedAnew | Accepted | Lost | Restored
+    | Late | Extended | Frozen | RoundClosed | Evaluated | EvaluationGivenUp,
     Field(discriminator="type"),
 ]  # fmt: skip
 FACT: TypeAdapter[Fact] = TypeAdapter(Fact)

@@ -37,6 +37,8 @@ class Message(BaseModel):
 
 REFERENCE_BATCH = 32
 """Samples a step that a job's learning rate is meant for with `batch_size = "auto"` (worker/task_batches.py)."""
+SUMMABLE = frozenset({"fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco"})
+"""Outer steps that need no more of a round than the mean of its updates."""
 ADAMW = {"lr": 4e-4, "weight_decay": 0.1}
 """What `optimizer = "adamw"` begins with. Source: OpenDiLoCo, arXiv 2407.07852, with betas 0.9 and 0.95."""
 
@@ -112,6 +114,7 @@ NEW_KEYS = {
     "round": ("fsync", "deadline", "late"),
     "train": NEW_IN_TRAIN,
     "aggregation": ("outer_lr", "outer_momentum", "outer_beta1", "outer_beta2", "outer_tau", "download", "feedback"),
+    "secure": ("enabled", "threshold", "clip", "bits"),
 }
 """Section -> all keys of a job that a worker of protocol 1 would refuse as unknown."""
 
@@ -216,6 +219,19 @@ class AggregationSection(Message):
         return self
 
 
+class SecureSection(Message):
+    """`[secure]`: secure aggregation. The coordinator learns the sum of the updates, and none of them."""
+
+    enabled: bool = Field(False, description="workers mask their updates, so that only their sum can be read")
+    threshold: float | None = Field(
+        None, gt=0.5, le=1, description="share of a round's workers that must stay to its end (default: over 2/3)"
+    )
+    clip: float = Field(
+        64.0, ge=1e-6, le=1e6, description="greatest change of one number in a round; more is cut to it"
+    )
+    bits: int = Field(38, ge=8, le=48, description="of one number with its sign; fewer leave room for more samples")
+
+
 class JobSpec(Message):
     """A whole job, as a job file says it. Every key is also a flag of `lydian submit`."""
 
@@ -229,6 +245,7 @@ class JobSpec(Message):
     data: DataSection = DataSection()
     round: RoundSection = RoundSection()
     aggregation: AggregationSection = AggregationSection()
+    secure: SecureSection = SecureSection()
     config: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
         default_factory=dict, description="handed to the task as it is"
     )
@@ -262,6 +279,36 @@ class JobSpec(Message):
             )
         return self
 
+    @model_validator(mode="after")
+    def _secure_sums(self) -> Self:
+        """Refuse what would have to see one update, or a set of updates that is not decided beforehand."""
+        if not self.secure.enabled:
+            return self
+        data, rules, aggregation = self.data, self.round, self.aggregation
+        wrong = {
+            f"aggregation.robust = {aggregation.robust} compares updates": aggregation.robust != "none",
+            f"aggregation.update = {aggregation.update} is no whole number that can be masked; leave it at fp32":
+                aggregation.update != "fp32",
+            "aggregation.norm_bound measures each update": aggregation.norm_bound is not None,
+            f"aggregation.algorithm = {aggregation.algorithm} weighs each update by itself":
+                aggregation.algorithm not in SUMMABLE,
+            "round.late = use adds an update to another round's sum": rules.late == "use",
+            f"round.quorum = {rules.quorum} closes a round without whom it waits for; secure.threshold says how many "
+            "may be missing": rules.quorum != "all",
+            "round.deadline in seconds ends a round below its quorum; leave it at auto":
+                isinstance(rules.deadline, float),
+            f"data.shards = {data.shards} gives one worker several updates of a sum; leave it at auto":
+                data.shards != "auto",
+            f"data.fraction = {data.fraction:g} may draw fewer than 3 workers; leave it at 1": data.fraction < 1,
+            "train.local_seconds weighs an update by what was done": self.train.local_seconds is not None,
+            f"round.min_workers = {rules.min_workers}: a sum of fewer than 3 updates hides none; set 3 or more":
+                rules.min_workers < 3,
+        }  # fmt: skip
+        found = [sentence for sentence, is_so in wrong.items() if is_so]
+        if found:
+            raise ValueError(f"secure.enabled cannot work with this job: {'; '.join(found)}")
+        return self
+
     @property
     def beyond_protocol_1(self) -> str:
         """What of this job a worker of protocol 1 cannot do, or not even read; empty: nothing."""
@@ -269,6 +316,7 @@ class JobSpec(Message):
         known = {"update": "fp32", "algorithm": "fedavg"}
         values = {name: getattr(self.aggregation, name) for name in known}
         beyond += [f"aggregation.{name} = {value}" for name, value in values.items() if value != known[name]]
+        beyond += ["secure.enabled"] if self.secure.enabled else []
         return beyond[0] if beyond else ""
 
 
@@ -383,6 +431,7 @@ class Registration(Message):
     trusted: tuple[Digest, ...] = Field((), max_length=10_000, description="the task files that are listed")
     place: str = Field("", max_length=64, description="machine and state folder, hashed: a copied folder has another")
     holding: tuple[Holding, ...] = Field((), max_length=10_000, description="what its spool has from an earlier life")
+    no_masks: str = Field("", max_length=500, description="why it cannot mask its updates ([secure]); empty: it can")
 
 
 class Welcome(Message):
@@ -486,6 +535,7 @@ class PollAnswer(Message):
     forget: tuple[Name, ...] = ()
     settled: tuple[Holding, ...] = Field((), description="kept updates that are needed no more: delete them")
     wanted: tuple[Holding, ...] = Field((), description="kept updates whose bytes are lost here: hand them in again")
+    unmask: "tuple[Unmask, ...]" = Field((), description="kept updates whose sum is to be unmasked: open its shares")
     prepare: Preparation | None = Field(None, description="a job to load before there is work of it; never with work")
     order: Order = Field("work", description="an operator's, which holds until another comes")
 
@@ -743,3 +793,6 @@ class VersionView(Message):
 
     version: str
     protocol: int
+
+
+PollAnswer.model_rebuild()  # it names messages that stand below it

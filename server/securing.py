@@ -201,7 +201,7 @@ def take_reveal(seal: Seal, shard: int, reveal: Reveal) -> Decision:
     if seal.survivors is None or seal.group is None or shard not in seal.survivors:
         raise SupersededError(f"shard {shard} of round {seal.round} is not asked to open anything")
     wanted = set(seal.survivors), set(seal.group) - set(seal.survivors)
-    if (reveal.seeds.keys(), reveal.keys.keys()) != wanted:
+    if (set(reveal.seeds), set(reveal.keys)) != wanted:
         sent = f"seeds of {sorted(reveal.seeds)} and mask keys of {sorted(reveal.keys)}"
         raise BadRequestError(
             f"shard {shard} opened {sent}, where {sorted(wanted[0])} and {sorted(wanted[1])} were asked"
@@ -227,26 +227,31 @@ def _member_of(seal: Seal, shard: int, attempt: int, roster: str) -> Roster:
 # ---------------------------------------------------------------- what follows
 
 
-def advance(seal: Seal, awaited: Collection[int], share: float | None) -> Decision:
+def advance(seal: Seal, awaited: Mapping[int, int], share: float | None) -> Decision:
     """Fix the roster, then the group, as soon as nobody is awaited for it.
 
     Args:
         seal: the sum.
-        awaited: shards whose worker may still answer.
+        awaited: shard -> the attempt whose worker may still answer; 0: one that is still to be handed out.
         share: [secure] threshold of the job.
     """
     if seal.roster is None:
         return _fix_roster(seal, awaited, share)
     if seal.group is None:
-        return _fix_group(seal, seal.roster, awaited)
+        return _fix_group(seal, seal.roster, present(seal, awaited))
     return Decision(reason=f"round {seal.round}: {len(seal.group)} workers send masked updates")
 
 
-def _fix_roster(seal: Seal, awaited: Collection[int], share: float | None) -> Decision:
-    missing = sorted(set(awaited) - seal.keys.keys())
+def present(seal: Seal, awaited: Mapping[int, int]) -> frozenset[int]:
+    """The members whose worker may still answer: those whose very attempt is awaited."""
+    return frozenset(shard for shard, member in seal.keys.items() if awaited.get(shard) == member.attempt)
+
+
+def _fix_roster(seal: Seal, awaited: Mapping[int, int], share: float | None) -> Decision:
+    missing = sorted(awaited.keys() - present(seal, awaited))
     if missing:
         return Decision(reason=f"round {seal.round}: {len(seal.keys)} keys are in; awaiting {_shards(missing)}")
-    there = [seal.keys[shard] for shard in sorted(seal.keys) if shard in awaited]
+    there = [seal.keys[shard] for shard in sorted(present(seal, awaited))]
     if not LEAST_MEMBERS <= len(there) <= MEMBERS:
         reason = f"round {seal.round}: {len(there)} workers are there for a secure sum of {LEAST_MEMBERS} to {MEMBERS}"
         return Decision(reason=reason, anew=True)

@@ -5,12 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.codecs import codec
+from common.errors import BadUpdateError
+from common.fixed import Fixed
 from common.messages import AggregationSection, ModelRef, StepRef
+from common.secure import masks_left
 from server import folding, nova
 from server.blobs import Blobs
 from server.failpoints import reach
 from server.optimizers import FedNova, outer_step
 from server.rounds import Aggregating, Job
+from server.securing import Seal
+from server.unmasking import unmask
 
 
 @dataclass(frozen=True)
@@ -41,11 +46,18 @@ def rules_of(section: AggregationSection) -> folding.Rules:
 def room_for(job: Job, size: int) -> int:
     """Bytes that the files of one average take, of a model of `size` bytes."""
     rules = rules_of(job.spec.aggregation)
-    return size * (1 + rules.step.states + 2 * (rules.down is not None))
+    return size * (1 + rules.step.states + 2 * (rules.down is not None) + job.spec.secure.enabled)
 
 
-def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]) -> Version:
+def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool], seal: Seal | None = None) -> Version:
     """Average the frozen updates of a round.
+
+    Args:
+        job: the job.
+        phase: the frozen round.
+        blobs: where the files are.
+        stopped: asked now and then whether to give up.
+        seal: the round's secure sum, where its updates are masked.
 
     Raises:
         Stopped: `stopped` said so (server.folding).
@@ -59,10 +71,13 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
         rules, weights = replace(rules, step=FedNova(weighing.scale)), weighing.weights
     targets = _targets(job.id, phase.round, rules, blobs)
     blobs.check_room(room_for(job, phase.base.size))
+    updates = [(blobs.path(update.digest), update.samples) for update in phase.accepted]
+    if seal is not None:
+        updates = [_unmasked(job, phase, seal, blobs, stopped)]
     states, memory = rules.step.states, [blobs.path(digest) for digest in job.memory]
     made = folding.average(
         blobs.path(phase.base.digest),
-        [(blobs.path(update.digest), update.samples) for update in phase.accepted],
+        updates,
         targets,
         rules=rules,
         late=[
@@ -73,6 +88,8 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
         memory=folding.Memory(tuple(memory[:states]), memory[states] if len(memory) > states else None),
         stopped=stopped,
     )
+    if seal is not None:
+        updates[0][0].unlink()
     model = ModelRef(digest=made.model, size=targets.model.stat().st_size)
     reach("model-written")
     kept, step = list(zip(targets.states, made.states, strict=True)), None
@@ -86,6 +103,17 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
     blobs.adopt(targets.model, model.digest, durable=True)
     reach("model-named")
     return Version(model, step, tuple(digest for _, digest in kept), made.amplification)
+
+
+def _unmasked(job: Job, phase: Aggregating, seal: Seal, blobs: Blobs, stopped: Callable[[], bool]) -> tuple[Path, int]:
+    """The mean of a round's masked updates, as the update of one worker."""
+    if seal.roster is None or seal.group is None or seal.survivors is None:
+        raise BadUpdateError(f"round {phase.round} has no secure sum to unmask", code="bad_shares")
+    masks = masks_left(seal.roster, seal.group, seal.survivors, seal.reveals)
+    fixed = Fixed(job.spec.secure.clip, job.spec.secure.bits)
+    path, updates = blobs.part(f"{job.id}.unmasked.{phase.round}"), [blobs.path(of.digest) for of in phase.accepted]
+    samples = unmask(blobs.path(phase.base.digest), updates, path, fixed=fixed, masks=masks, stopped=stopped)
+    return path, samples
 
 
 def _targets(job_id: str, round_index: int, rules: folding.Rules, blobs: Blobs) -> folding.Targets:

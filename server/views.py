@@ -11,17 +11,20 @@ from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody
 from server.paths import Verdict
 from server.rounds import Job, Paused, Queued, Task, Training, close_if_due
+from server.sealing import is_secure
 
 
 def poll_answer(answer: PollAnswer, protocol: int) -> str:
     """The answer to a poll as JSON, without what a worker of an older protocol would refuse as unknown."""
     if protocol >= 2:
         return answer.model_dump_json()
-    spec = {section: set(keys) for section, keys in NEW_KEYS.items()}
+    spec: dict[str, set[str] | bool] = {section: set(keys) for section, keys in NEW_KEYS.items()}
+    spec["secure"] = True
     return answer.model_dump_json(
         exclude={
             "settled": True,
             "wanted": True,
+            "unmask": True,
             "prepare": True,
             "order": True,
             "assignment": {"steps": True, "optimizer_of": True, "together": True, "spec": spec},
@@ -64,6 +67,8 @@ def why(coordinator: Coordinator, job: Job) -> str:
     reason = job.reason
     if isinstance(job.inner, Training):
         reason = close_if_due(job, live, now, coordinator.dues(job)).reason
+    if is_secure(job):
+        reason = coordinator.sum_now(job, now).reason
     if not coordinator.fleet.held(job.id) and not coordinator.fleet.serving(job, now):
         reason += f"; no live worker serves it ({why_nobody(coordinator.fleet, job, now) or 'none is live'})"
     return reason

@@ -41,8 +41,8 @@ class Play:
             self.seal = securing.evolve(self.seal, ENTRY.validate_json(line))
 
     @property
-    def there(self) -> set[int]:
-        return self.secrets.keys() - self.gone
+    def there(self) -> dict[int, int]:
+        return dict.fromkeys(sorted(self.secrets.keys() - self.gone), 1)
 
     # what members send ----------------------------------------------------------
 
@@ -240,6 +240,15 @@ def test_a_newer_attempt_takes_the_place_of_an_older_one_and_never_the_other_way
         play.keys(0)
 
 
+def test_keys_of_an_attempt_that_is_gone_are_not_waited_with() -> None:
+    play = Play(3)
+    for shard in range(3):
+        play.keys(shard)
+    assert securing.advance(play.seal, {0: 1, 1: 1, 2: 2}, None).reason.endswith("awaiting shard 2")
+    assert securing.advance(play.seal, {0: 1, 1: 1, 2: 0}, None).reason.endswith("awaiting shard 2")
+    assert securing.advance(play.seal, {0: 1, 1: 1}, None).anew
+
+
 def test_nobody_joins_after_the_roster_is_fixed() -> None:
     play = Play(4)
     play.gone.add(3)
@@ -355,7 +364,9 @@ def test_a_sum_that_is_not_so_far_says_so() -> None:
 
 
 def test_many_shards_are_not_all_named() -> None:
-    assert securing.advance(Seal("job-1", 1), range(9), None).reason.endswith("awaiting shard 0, 1, 2, 3, 4, 5, 6, 7 …")
+    assert securing.advance(Seal("job-1", 1), dict.fromkeys(range(9), 0), None).reason.endswith(
+        "awaiting shard 0, 1, 2, 3, 4, 5, 6, 7 …"
+    )
 
 
 def test_a_refusal_changes_nothing() -> None:
