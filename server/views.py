@@ -8,7 +8,7 @@ from common.facts import HandedBack, Now, WorkerNow
 from common.messages import NEW_KEYS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
 from server import paths, rounds
 from server.coordinator import Coordinator
-from server.fleet import Lease, Worker, standing, why_nobody
+from server.fleet import Lease, Worker, standing, why_nobody, why_not
 from server.paths import Verdict
 from server.rounds import Job, Paused, Queued, Task, Training, close_if_due
 from server.sealing import is_secure
@@ -63,6 +63,8 @@ def why(coordinator: Coordinator, job: Job) -> str:
         wanted, serving = job.spec.round.min_workers, coordinator.fleet.serving(job, now)
         nobody = why_nobody(coordinator.fleet, job, now)
         behind = f"; {nobody}" if nobody else "" if len(serving) < wanted else ", and older jobs go first"
+        if job.spec.secure.enabled and not nobody and len(serving) < wanted:
+            behind = "".join(f"; {why}" for w in live if (why := why_not(coordinator.fleet.workers[w], job)))
         return f"waiting for {rounds.workers(wanted)} that can serve it: {len(serving)} of {len(live)} live can{behind}"
     reason = job.reason
     if isinstance(job.inner, Training):

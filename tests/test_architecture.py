@@ -39,6 +39,7 @@ ALLOWED = {
     ("sleep", "client/running.py"): "waits between two looks at a file that another process writes",
     ("sleep", "client/service/manager.py"): "waits between two looks at a worker that joins, which only a file tells",
     ("broad except", "worker/task_host.py"): "a user's code can raise anything, and its traceback is the answer",
+    ("broad except", "worker/sealing.py"): "what a thread met is handed to who waits for the thread",
     ("broad except", "worker/task_ranks.py"): "an error that is not told to the other ranks leaves them waiting",
 }
 

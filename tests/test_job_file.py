@@ -85,6 +85,7 @@ def specs(draw: st.DrawFn) -> JobSpec:
     if "local_steps" not in (train := document.get("train", {})):
         for name in ("schedule", "warmup_steps"):
             train.pop(name, None)
+    document.get("secure", {}).pop("enabled", None)  # most of the others exclude it
     if document.get("aggregation", {}).get("update", "fp32") in ("fp32", "auto"):
         document.get("round", {}).pop("late", None)
     aggregation = document.get("aggregation", {})

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from common import secure
 from common.errors import BadUpdateError, RefusedError
-from common.messages import Reveal
+from common.messages import Group, Reveal, SecureShares, Unmask
 from common.secure import Mask, Secrets, add_masks, check_roster, check_survivors, digest_of, masks_left, stream
 from tests.secure_kit import Sum, member, secrets_of
 
@@ -242,3 +242,25 @@ def test_one_that_drops_out_after_its_shares_leaves_no_mask_behind() -> None:
     updates = {shard: together.masked(shard, group, np.arange(3) + shard) for shard in (0, 1, 3)}
     reveals = together.reveals(group, [0, 1, 3], [0, 1, 3])
     assert together.unmasked(updates, group, reveals).tolist() == [4, 7, 10]
+
+
+@pytest.mark.parametrize(("members", "up", "down"), [(3, 1_700, 1_800), (10, 5_000, 6_000), (50, 25_000, 30_000)])
+def test_beside_the_update_a_worker_sends_and_fetches_a_few_hundred_bytes_a_peer(
+    members: int, up: int, down: int
+) -> None:
+    """Prints what docs/secure-aggregation.md shows: pytest -s tests/test_secure.py -k peer"""
+    together = Sum.of(list(range(members)), members)
+    own, digest = together.secrets[0], digest_of(together.roster)
+    sealed = own.shares(together.roster, 0)
+    keys, shares = own.keys(1), SecureShares(attempt=1, roster=digest, sealed=sealed)
+    opened = Reveal(attempt=1, roster=digest, seeds=dict.fromkeys(range(members), "0" * 132), keys={})
+    asked = Unmask(
+        assignment="job-1.1.train.0", attempt=1, roster=digest, survivors=tuple(range(members)), sealed=sealed
+    )
+    group = Group(roster=digest, shards=tuple(range(members)))
+    sent, came = (
+        [len(m.model_dump_json()) for m in way] for way in ((keys, shares, opened), (together.roster, group, asked))
+    )
+    print(f"{members} workers: {sum(sent)} bytes up (keys, shares, reveal: {sent}), {sum(came)} down {came}")
+    assert sum(sent) < up
+    assert sum(came) < down
