@@ -94,8 +94,8 @@ def _pin_nodes_and_keep_orders(database: sqlite3.Connection) -> None:
 
 def _keep_sums(database: sqlite3.Connection) -> None:
     database.execute(
-        "CREATE TABLE IF NOT EXISTS sums (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, round INTEGER NOT NULL,"
-        " seal INTEGER NOT NULL, body TEXT NOT NULL)"
+        "CREATE TABLE IF NOT EXISTS sums (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL,"
+        " round INTEGER NOT NULL, seal INTEGER NOT NULL, body TEXT NOT NULL)"
     )
     database.execute("CREATE INDEX IF NOT EXISTS sums_by_job ON sums (job, round, seal)")
 

@@ -14,9 +14,16 @@ def job(**keys: Any) -> JobSpec:
     return JobSpec.model_validate({"task": "digits", **fields, **keys})
 
 
-@pytest.mark.parametrize("keys", [
-    {}, {"aggregation": {"algorithm": "diloco"}}, {"data": {"partition": "local"}}, {"train": {"local_steps": 3}},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"aggregation": {"algorithm": "diloco"}},
+        {"aggregation": {"algorithm": "fedadam"}},
+        {"data": {"partition": "local"}},
+        {"train": {"local_steps": 3}},
+    ],
+)
 def test_a_job_that_needs_only_the_mean_is_taken(keys: dict[str, Any]) -> None:
     assert job(**keys).secure.enabled
 
@@ -26,6 +33,7 @@ def test_a_job_that_needs_only_the_mean_is_taken(keys: dict[str, Any]) -> None:
     [
         ({"aggregation": {"update": "int8"}}, "aggregation.update = int8 is no whole number that can be masked"),
         ({"aggregation": {"update": "auto"}}, "aggregation.update = auto is no whole number"),
+        ({"aggregation": {"algorithm": "fednova"}}, "aggregation.algorithm = fednova weighs each update by itself"),
         ({"aggregation": {"norm_bound": 1.0}}, "aggregation.norm_bound measures each update"),
         ({"aggregation": {"update": "bf16"}, "round": {"min_workers": 3, "late": "use"}}, "round.late = use adds"),
         ({"round": {"min_workers": 3, "quorum": 0.5}}, "round.quorum = 0.5 closes a round"),
