@@ -10,7 +10,7 @@ from typing import Final
 
 from common.errors import BadJobError, SupersededError
 from common.facts import OpenedAnew
-from common.messages import Holding, JobSpec, Unmask
+from common.messages import MEMBERS, Holding, JobSpec, Unmask
 from common.secure import LEAST_MEMBERS, digest_of, unavailable
 from server import rounds, securing
 from server.cutting import Place
@@ -111,6 +111,8 @@ class Sums:
             decision = securing.await_reveals(self.of(job), self._able(job, fleet, now))
             return self._anew(job, decision.reason, places) if decision.anew else Step(reason=decision.reason)
         assert isinstance(phase, Training)  # noqa: S101 - is_secure
+        if len(phase.shards) > MEMBERS:
+            return rounds.fail(job, f"{len(phase.shards)} workers would sum securely, and at most {MEMBERS} can")
         if phase.lost:
             return Step(reason=job.reason)
         decision = self._fix(job, phase, fleet, now, change=change)

@@ -40,6 +40,7 @@ pytest.importorskip("cryptography")
 
 FIXED = Fixed(64.0, 38)
 SAMPLES = 40
+EVERY = 0
 
 
 def weights(number: int) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class Stage:
     def step(self) -> None:
         """A place where the coordinator may be killed."""
         self.steps += 1
-        if self.steps == self.kill_at:
+        if self.kill_at in (self.steps, EVERY):
             self.house.close()
             self.house.open()
             for player in self.players.values():
@@ -321,8 +322,8 @@ def whole_round(stage: Stage) -> None:
     stage.open_shares()
 
 
-@pytest.mark.parametrize("kill_at", [-1, *range(1, 19)])
-def test_a_coordinator_killed_after_any_message_comes_to_the_plain_sum(stage: Stage, kill_at: int) -> None:
+@pytest.mark.parametrize("kill_at", [-1, EVERY, 6, 14])
+def test_a_coordinator_killed_after_a_message_or_after_each_comes_to_the_plain_sum(stage: Stage, kill_at: int) -> None:
     opened(stage, "a", "b", "c", "d")
     stage.kill_at = kill_at
     whole_round(stage)
@@ -457,6 +458,13 @@ def test_a_worker_that_is_silent_for_a_lease_time_is_dropped_from_the_sum(stage:
         for name in ("a", "b", "c"):
             stage.open_shares(name)
     stage.check("a", "b", "c")
+
+
+def test_more_workers_than_can_sum_together_end_the_job_in_words(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.sealing.MEMBERS", 2)
+    opened(stage, "a", "b", "c")
+    view = stage.view
+    assert (view.state, view.reason) == ("failed", "3 workers would sum securely, and at most 2 can")
 
 
 def test_an_update_that_is_not_in_the_sum_is_superseded(stage: Stage) -> None:

@@ -179,6 +179,10 @@ def test_a_rounds_warning_is_among_the_troubles() -> None:
             "gpu-1 gave back train of round 1, shard 2, attempt 1: CUDA out of memory (task_failed)",
         ),
         ({"type": "extended", "round": 2, "reason": "1 of 3"}, "round 2 gets more time: 1 of 3"),
+        (
+            {"type": "opened_anew", "round": 2, "seal": 1, "shards": [], "reason": "2 of 3 workers handed in"},
+            "round 2 begins once more: 2 of 3 workers handed in",
+        ),
         ({"type": "evaluation_given_up", "round": 2, "reason": "no data"}, "round 2 is not evaluated: no data"),
         (
             {"type": "late", "round": 2, "shard": 1, "attempt": 1, "worker": "w-1"},
