@@ -19,6 +19,9 @@ KeyPath = tuple[str, ...]
 RESERVED = frozenset({"url", "token", "json", "set", "watch", "key", "help"})
 """Flags that `lydian submit` has for itself; a key of that name gets its section before it."""
 
+IN_SECTION = frozenset({"enabled", "threshold", "bits"})
+"""Keys that say nothing without their section: their flags name it, e.g. --secure-enabled."""
+
 _WORDS = {
     r"^[A-Za-z0-9._-]{1,63}$": "a name (letters, digits, dots, dashes, underscores; at most 63)",
     r"^[A-Za-z][A-Za-z0-9_]{0,62}$": "a name as Python has it (letters, digits, underscores; a letter first)",
@@ -92,7 +95,7 @@ class Key:
 @cache
 def job_keys() -> dict[KeyPath, Key]:
     """Every key of JobSpec in the order of the model, top level first, the open section last. Flags are distinct."""
-    taken = set(RESERVED)
+    taken = set(RESERVED | IN_SECTION)
     keys: dict[KeyPath, Key] = {}
     leaves = _walk(JobSpec.model_json_schema())
     for path, schema in sorted(leaves, key=lambda leaf: (leaf[1].get("type") == "object", len(leaf[0]))):

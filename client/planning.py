@@ -274,6 +274,7 @@ def _work(spec: JobSpec, base: Measured) -> Work:
         shards=None if data.shards == "auto" else data.shards,
         fraction=data.fraction,
         update=aggregation.update if aggregation.update != "auto" else "fp32",
+        masked=spec.secure.enabled,
         whole_download=aggregation.download == "fp32",
         least_share=LEAST_SHARE if data.partition == "iid" else 0.0,
     )

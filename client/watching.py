@@ -34,6 +34,7 @@ from common.facts import (
     Lost,
     Measured,
     Now,
+    OpenedAnew,
     Restored,
     RoundClosed,
     StateChanged,
@@ -115,7 +116,7 @@ class Board:
                 self.now, self.state, self.reason = fact, fact.state, fact.reason
             case StateChanged():
                 self.now, self.state, self.reason = None, fact.state, fact.reason
-            case HandedBack() | Late() | Lost() | Restored() | Extended() | EvaluationGivenUp():
+            case HandedBack() | Late() | Lost() | Restored() | Extended() | EvaluationGivenUp() | OpenedAnew():
                 self.troubles.append(plain_line(fact, self) or "")
             case Measured() if fact.why:
                 self.troubles.append(plain_line(fact, self) or "")
@@ -183,6 +184,8 @@ def _plain_line(fact: Message, board: Board) -> str | None:
             return f"after a power cut: {fact.reason}"
         case Restored():
             return f"{fact.worker_name} sent the update of round {fact.round}, shard {fact.shard} again"
+        case OpenedAnew():
+            return f"round {fact.round} begins once more: {fact.reason}"
         case Extended():
             return f"round {fact.round} gets more time: {fact.reason}"
         case _:

@@ -26,6 +26,7 @@ from common.link import measure
 from common.messages import (
     OVER,
     Abandon,
+    Group,
     Heartbeat,
     HeartbeatAnswer,
     JobRequest,
@@ -38,6 +39,10 @@ from common.messages import (
     Probed,
     Receipt,
     Registration,
+    Reveal,
+    Roster,
+    SecureKeys,
+    SecureShares,
     Submission,
     TokenAnswer,
     TokenRequest,
@@ -193,6 +198,18 @@ class CoordinatorApi:
         """Give an assignment back, saying why."""
         self._send("POST", f"/v1/updates/{assignment}/abandon", reason)
 
+    def announce(self, assignment: str, keys: SecureKeys) -> Roster | None:
+        """Take part in a secure sum, and wait for who sums together; None: that is not decided yet."""
+        return self._ask_if_any(Roster, f"/v1/updates/{assignment}/keys", keys)
+
+    def cut(self, assignment: str, shares: SecureShares) -> Group | None:
+        """Hand shares to one's peers, and wait for whose masks go into the updates; None: not decided yet."""
+        return self._ask_if_any(Group, f"/v1/updates/{assignment}/shares", shares)
+
+    def reveal(self, assignment: str, reveal: Reveal) -> None:
+        """Open one share of each member of a secure sum."""
+        self._send("POST", f"/v1/updates/{assignment}/reveal", reveal)
+
     def leave(self, worker: str, start_id: str) -> None:
         """Say goodbye: nobody waits for this worker any more."""
         self._send("POST", f"/v1/workers/{worker}/leave?start_id={start_id}")
@@ -340,6 +357,11 @@ class CoordinatorApi:
 
     def _ask(self, kind: type[M], method: str, path: str, body: Message | None = None, **options: Any) -> M:  # noqa: ANN401
         return _understood(self._send(method, path, body, **options), kind.model_validate_json)
+
+    def _ask_if_any(self, kind: type[M], path: str, body: Message) -> M | None:
+        """Ask for what may not be there when the call has waited for it."""
+        answer = self._send("POST", path, body, timeout=httpx2.Timeout(60.0))
+        return None if answer.status_code == 204 else _understood(answer, kind.model_validate_json)
 
     def _send(self, method: str, path: str, body: Message | None = None, **options: Any) -> httpx2.Response:  # noqa: ANN401
         if body is not None:

@@ -116,6 +116,17 @@ class Opened(Message):
     buffer: Count | None = Field(None, description="asynchronous: the updates that make a version")
 
 
+class OpenedAnew(Message):
+    """A round began once more, from its base: a secure sum could not come about. No update of it counts any more."""
+
+    type: Literal["opened_anew"] = "opened_anew"
+    round: Count
+    seal: Count = Field(description="how often it was begun anew, this time included")
+    shards: tuple[Shard, ...]
+    reason: str
+    evaluators: tuple[Absent, ...] = ()
+
+
 class Accepted(Message):
     """An update counts."""
 
@@ -293,8 +304,8 @@ class EvaluationGivenUp(Message):
 
 
 Fact = Annotated[
-    Submitted | StateChanged | HandedOut | HandedBack | Initialised | Opened | Accepted | Lost | Restored | Late
-    | Extended | Frozen | RoundClosed | Measured | Evaluated | EvaluationGivenUp,
+    Submitted | StateChanged | HandedOut | HandedBack | Initialised | Opened | OpenedAnew | Accepted | Lost | Restored
+    | Late | Extended | Frozen | RoundClosed | Measured | Evaluated | EvaluationGivenUp,
     Field(discriminator="type"),
 ]  # fmt: skip
 FACT: TypeAdapter[Fact] = TypeAdapter(Fact)

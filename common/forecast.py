@@ -19,6 +19,7 @@ from typing import Literal
 from common.codecs import CODECS, codec
 from common.sharding import cut
 
+MASKED_BYTES = 8  # of a number in a masked update
 ROUND_TRIPS = 4  # calls of an assignment that wait for an answer: poll, model, update, submit
 WORTH_SAYING = 0.1  # an alternative is told when it saves this share of what a sample costs
 TIMES_LONGER = 4  # how much longer the local training of an alternative is
@@ -51,6 +52,7 @@ class Work:
     shards: int | None = None  # None: one for each box, sized by its speed
     fraction: float = 1.0  # of the shards, that trains in a round
     update: str = "fp32"
+    masked: bool = False  # secure aggregation
     whole_download: bool = False  # models go down whole, although updates are encoded
     least_share: float = 0.0  # a box below this share of the fleet's speed evaluates instead of training
 
@@ -106,6 +108,8 @@ class Advice:
 
 def bytes_of(work: Work) -> tuple[int, int]:
     """Bytes (down, up) of one shard in a round, headers left out; where steps are sent, from the second round on."""
+    if work.masked:
+        return work.model_bytes, work.model_bytes * MASKED_BYTES // FP32_BYTES
     if work.update not in CODECS:
         return work.model_bytes, work.model_bytes
     encoded = codec(work.update).size(work.model_bytes // FP32_BYTES)
@@ -245,6 +249,8 @@ def _cost(told: Forecast, work: Work) -> float | None:
 
 def _coarser(work: Work) -> list[str]:
     """The codecs that send fewer bytes than the job does now."""
+    if work.masked:  # which excludes them
+        return []
     return [name for name in CODECS if bytes_of(replace(work, update=name))[1] < bytes_of(work)[1]]
 
 

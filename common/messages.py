@@ -42,6 +42,8 @@ class Message(BaseModel):
 
 REFERENCE_BATCH = 32
 """Samples a step that a job's learning rate is meant for with `batch_size = "auto"` (worker/task_batches.py)."""
+SUMMABLE = frozenset({"fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco"})
+"""Outer steps that need no more of a round than the mean of its updates."""
 ADAMW = {"lr": 4e-4, "weight_decay": 0.1}
 """What `optimizer = "adamw"` begins with. Source: OpenDiLoCo, arXiv 2407.07852, with betas 0.9 and 0.95."""
 
@@ -201,7 +203,7 @@ NEW_KEYS = {
     ),
 }
 """Section -> all keys of a job that a worker of protocol 1 would refuse as unknown, or whose new values it would."""
-NEW_SECTIONS = ("evaluation",)
+NEW_SECTIONS = ("evaluation", "secure")
 """Whole sections that it would refuse."""
 
 
@@ -398,6 +400,19 @@ class EvaluationSection(Message):
         return self
 
 
+class SecureSection(Message):
+    """`[secure]`: secure aggregation. The coordinator learns the sum of the updates, and none of them."""
+
+    enabled: bool = Field(False, description="workers mask their updates, so that only their sum can be read")
+    threshold: float | None = Field(
+        None, gt=0.5, le=1, description="share of a round's workers that must stay to its end (default: over 2/3)"
+    )
+    clip: float = Field(
+        64.0, ge=1e-6, le=1e6, description="greatest change of one number in a round; more is cut to it"
+    )
+    bits: int = Field(38, ge=8, le=48, description="of one number with its sign; fewer leave room for more samples")
+
+
 class JobSpec(Message):
     """A whole job, as a job file says it. Every key is also a flag of `lydian submit`."""
 
@@ -412,6 +427,7 @@ class JobSpec(Message):
     round: RoundSection = RoundSection()
     aggregation: AggregationSection = AggregationSection()
     evaluation: EvaluationSection = EvaluationSection()
+    secure: SecureSection = SecureSection()
     config: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
         default_factory=dict, description="handed to the task as it is"
     )
@@ -547,6 +563,39 @@ class JobSpec(Message):
             )
         return self
 
+    @model_validator(mode="after")
+    def _secure_sums(self) -> Self:
+        """Refuse what would have to see one update, or a set of updates that is not decided beforehand."""
+        if not self.secure.enabled:
+            return self
+        data, rules, aggregation = self.data, self.round, self.aggregation
+        wrong = {
+            f"aggregation.robust = {aggregation.robust} compares updates": aggregation.robust != "none",
+            f"aggregation.update = {aggregation.update} is no whole number that can be masked; leave it at fp32":
+                aggregation.update != "fp32",
+            "round.mode = async makes a version of whatever came": rules.mode == "async",
+            "aggregation.norm_bound measures each update": aggregation.norm_bound is not None,
+            "aggregation.norm_outlier measures each update": aggregation.norm_outlier is not None,
+            "train.personal goes on from a round that may be begun anew": bool(self.train.personal),
+            f"aggregation.algorithm = {aggregation.algorithm} weighs each update by itself":
+                aggregation.algorithm not in SUMMABLE,
+            "round.late = use adds an update to another round's sum": rules.late == "use",
+            f"round.quorum = {rules.quorum} closes a round without whom it waits for; secure.threshold says how many "
+            "may be missing": rules.quorum != "all",
+            "round.deadline in seconds ends a round below its quorum; leave it at auto":
+                isinstance(rules.deadline, float),
+            f"data.shards = {data.shards} gives one worker several updates of a sum; leave it at auto":
+                data.shards != "auto",
+            f"data.fraction = {data.fraction:g} may draw fewer than 3 workers; leave it at 1": data.fraction < 1,
+            "train.local_seconds weighs an update by what was done": self.train.local_seconds is not None,
+            f"round.min_workers = {rules.min_workers}: a sum of fewer than 3 updates hides none; set 3 or more":
+                rules.min_workers < 3,
+        }  # fmt: skip
+        found = [sentence for sentence, is_so in wrong.items() if is_so]
+        if found:
+            raise ValueError(f"secure.enabled cannot work with this job: {'; '.join(found)}")
+        return self
+
     @property
     def beyond_protocol_1(self) -> str:
         """What of this job a worker of protocol 1 cannot do, or not even read; empty: nothing."""
@@ -560,6 +609,7 @@ class JobSpec(Message):
             beyond.append(f"evaluation.scope = {self.evaluation.scope}")
         if self.evaluation.per_class:
             beyond.append("evaluation.per_class")
+        beyond += ["secure.enabled"] if self.secure.enabled else []
         return beyond[0] if beyond else ""
 
 
@@ -681,6 +731,7 @@ class Registration(Message):
     trusted: tuple[Digest, ...] = Field((), max_length=10_000, description="the task files that are listed")
     place: str = Field("", max_length=64, description="machine and state folder, hashed: a copied folder has another")
     holding: tuple[Holding, ...] = Field((), max_length=10_000, description="what its spool has from an earlier life")
+    no_masks: str = Field("", max_length=500, description="why it cannot mask its updates ([secure]); empty: it can")
 
 
 class Welcome(Message):
@@ -789,6 +840,7 @@ class PollAnswer(Message):
     forget: tuple[Name, ...] = ()
     settled: tuple[Holding, ...] = Field((), description="kept updates that are needed no more: delete them")
     wanted: tuple[Holding, ...] = Field((), description="kept updates whose bytes are lost here: hand them in again")
+    unmask: "tuple[Unmask, ...]" = Field((), description="kept updates whose sum is to be unmasked: open its shares")
     prepare: Preparation | None = Field(None, description="a job to load before there is work of it; never with work")
     order: Order = Field("work", description="an operator's, which holds until another comes")
 
@@ -860,6 +912,79 @@ class Abandon(Message):
                   "unknown_task", "bad_task", "worker_error", "disk_full"]  # fmt: skip
     sentence: str = Field(max_length=2_000)
     detail: str = Field("", max_length=200_000, description="traceback and the last lines of the child's output")
+
+
+# ---------------------------------------------------------------- secure aggregation (common.secure)
+
+PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="X25519, in hex")]
+OpenShare = Annotated[str, Field(pattern=r"^[0-9a-f]{132}$", description="a number modulo 2^521 - 1, in hex")]
+SealedShares = Annotated[str, Field(pattern=r"^[0-9a-f]{296}$", description="two shares and the tag, in hex")]
+MEMBERS = 50
+"""Members of one sum at most: every pair agrees on keys, and beyond that they cost more than the update."""
+
+
+class SecureKeys(Message):
+    """`POST /v1/updates/{assignment}/keys`: the worker will send a masked update, and these are its keys."""
+
+    attempt: int = Field(ge=1)
+    cipher_key: PublicKey = Field(description="with which its peers seal shares for it")
+    mask_key: PublicKey = Field(description="with which each peer agrees on a mask")
+    seed_check: Digest = Field(description="SHA-256 of the seed of its own mask, so that wrong shares are noticed")
+
+
+class SecureMember(Message):
+    """One who takes part in a sum: an attempt at a shard, with its keys."""
+
+    shard: Count
+    attempt: int = Field(ge=1)
+    worker: Name
+    cipher_key: PublicKey
+    mask_key: PublicKey
+    seed_check: Digest
+
+
+class Roster(Message):
+    """Who sums together, and how many of them it takes to unmask the sum. All keys are bound to its digest."""
+
+    job: Name
+    round: Count
+    seal: Count = Field(description="how often this round was begun anew before")
+    threshold: int = Field(ge=2)
+    members: tuple[SecureMember, ...] = Field(max_length=MEMBERS, description="in the order of their shards")
+
+
+class SecureShares(Message):
+    """`POST /v1/updates/{assignment}/shares`: the worker's two secrets in shares, each pair sealed for one peer."""
+
+    attempt: int = Field(ge=1)
+    roster: Digest
+    sealed: dict[Count, SealedShares] = Field(max_length=MEMBERS, description="by the peer's shard")
+
+
+class Group(Message):
+    """The members whose masks go into the updates: those whose shares are in."""
+
+    roster: Digest
+    shards: tuple[Count, ...] = Field(max_length=MEMBERS)
+
+
+class Unmask(Message):
+    """The coordinator asks a worker for its shares, since the updates that will be summed are decided."""
+
+    assignment: Name
+    attempt: int = Field(ge=1)
+    roster: Digest
+    survivors: tuple[Count, ...] = Field(max_length=MEMBERS, description="shards whose updates are summed")
+    sealed: dict[Count, SealedShares] = Field(max_length=MEMBERS, description="what peers sealed for it, by shard")
+
+
+class Reveal(Message):
+    """`POST /v1/updates/{assignment}/reveal`: of each member one share, and never both of one."""
+
+    attempt: int = Field(ge=1)
+    roster: Digest
+    seeds: dict[Count, OpenShare] = Field(max_length=MEMBERS, description="of members whose updates are summed")
+    keys: dict[Count, OpenShare] = Field(max_length=MEMBERS, description="of members that dropped out")
 
 
 # ---------------------------------------------------------------- what is shown
@@ -973,3 +1098,6 @@ class VersionView(Message):
 
     version: str
     protocol: int
+
+
+PollAnswer.model_rebuild()  # it names messages that stand below it

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NoReturn, Self
+from typing import NoReturn, Self, TypeVar
 
 from common import PROTOCOL, __version__
 from common.cautions import cautions
@@ -33,11 +33,21 @@ from common.errors import (
     UnavailableError,
     VersionSkewError,
 )
-from common.facts import Accepted, Evaluated, HandedBack, HandedOut, Initialised, RoundClosed, Submitted
+from common.facts import (
+    Accepted,
+    Evaluated,
+    HandedBack,
+    HandedOut,
+    Initialised,
+    OpenedAnew,
+    RoundClosed,
+    Submitted,
+)
 from common.messages import (
     TOGETHER,
     Abandon,
     Assignment,
+    Group,
     Heartbeat,
     HeartbeatAnswer,
     Holding,
@@ -50,6 +60,10 @@ from common.messages import (
     Range,
     Receipt,
     Registration,
+    Reveal,
+    Roster,
+    SecureKeys,
+    SecureShares,
     StepRef,
     Submission,
     TaskRef,
@@ -57,7 +71,7 @@ from common.messages import (
 )
 from common.tasks import BUILTIN
 from common.weights import file_digest
-from server import folding, nova, rounds, versions
+from server import folding, nova, rounds, securing, versions
 from server.auth import Tokens
 from server.blobs import Blobs
 from server.buffering import Batch, Buffering, shards_for, size_of
@@ -71,16 +85,22 @@ from server.inspection import Inspection, inspect
 from server.naming import assignment_id, new_id, parse_assignment
 from server.probe import Probes
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
+from server.sealing import Sums, check_can_sum, is_secure
+from server.securing import Decision, Seal
 from server.settings import Settings
 from server.speeds import Speeds, ahead, counted, work_of
 from server.store import DiskBrokenError, Journal, StoredFact
 from server.tailnet import Tailnet
+from server.unmasking import inspect_masked
 from server.uploads import Key, Uploads
 
 PROTOCOLS = (PROTOCOL - 1, PROTOCOL)  # served; the newest last
 ORDERS_SINCE = 2  # the protocol that has operators' orders to workers
 REAPER_S = 1.0  # between two looks at leases and deadlines; less where leases are short
+MASKED_SIZE = 8  # a masked number has eight bytes, and a number of a model at least one
 HEADER_ROOM = 1 << 20  # bytes that an update's file may be larger than its base's
+
+V = TypeVar("V")
 
 DAMAGED = "digest_mismatch"  # on the way: the bytes are sent again, and it is nobody's fault
 EXIT_DISK_BROKEN = 74  # EX_IOERR of sysexits.h
@@ -111,6 +131,7 @@ class Coordinator:
         self._by_key: dict[str, str] = {}  # idempotency key -> job id
         self._uploads = Uploads(self.blobs)
         self.probes = Probes()
+        self._sums = Sums(self.journal, self._wake)
         given = self.settings
         self.tailnet = Tailnet(given.tailscaled, self.journal, given.node_pin == "enforce", given.tailnet_s, self.clock)
         self._watch: asyncio.Task[None] | None = None
@@ -273,6 +294,8 @@ class Coordinator:
                 self._wake()
             if self.jobs[job_id].over or isinstance(self.jobs[job_id].inner, Aggregating):
                 self._dropped |= held  # what is frozen is needed, and what the guard refused is not
+            if before.spec.secure.enabled:
+                self._end_sum(before, step)
             self._settle(job_id)
         return self.jobs[job_id]
 
@@ -327,7 +350,10 @@ class Coordinator:
             if step.facts:
                 self._apply(job_id, step)
                 return
-        step = rounds.close_if_due(job, self.fleet.live(now), now, self.dues(job))
+        if is_secure(job):
+            step = self.sum_now(job, now, change=True)
+        else:
+            step = rounds.close_if_due(job, self.fleet.live(now), now, self.dues(job))
         if step.facts:
             reach("frozen-before")
             self._apply(job_id, step)
@@ -342,7 +368,8 @@ class Coordinator:
             delay = max(step.look_again_at - now, 0.0)
             self._looks[job_id] = asyncio.get_running_loop().call_later(delay, self._settle, job_id)
         frozen = rounds.frozen_of(job)
-        if frozen is not None and not rounds.lost_of(job) and job_id not in self._averaging:
+        due = frozen is not None and not rounds.lost_of(job) and self._sums.is_due(job)
+        if frozen is not None and due and job_id not in self._averaging:
             task = asyncio.create_task(self._average(job_id, frozen), name=f"average {job_id}")
             task.add_done_callback(lambda done: self._averaged(job_id, done))
             self._averaging[job_id] = task
@@ -354,6 +381,8 @@ class Coordinator:
             self.fleet.release(lease.worker, job_id, lease.task)
         self.fleet.asked.pop(job_id, None)
         self.speeds.forget(job_id)
+        if self.jobs[job_id].spec.secure.enabled:
+            self._sums.forget(job_id)
         self._uploads.drop_job(job_id)
         for key in [key for key in self._spans if key[0].startswith(f"{job_id}.")]:
             del self._spans[key]
@@ -379,6 +408,7 @@ class Coordinator:
             if job.spec != asked:
                 raise ConflictError(f"the key {request.key!r} was used for another job, {known}", code="key_reused")
             return job
+        check_can_sum(request.spec)
         spec, digest = request.spec, None
         if unfit := nova.why_not(spec, _source_of(request)):
             raise BadJobError(unfit, advice="Use fedavg, which needs to know nothing of the steps.")
@@ -660,12 +690,15 @@ class Coordinator:
             self._give_back(lease, "released", f"{worker.name} asked for new work instead")
         if wanted:
             return PollAnswer(forget=forget, settled=settled, wanted=wanted)
-        choice = self.fleet.choose(worker.id, list(self.jobs.values()), self.clock())
+        unmask = tuple(one for job in self._active() for one in self._sums.asked(job, worker.id, request.holding))
+        if unmask:
+            return PollAnswer(forget=forget, settled=settled, unmask=unmask)
+        choice = self.fleet.choose(worker.id, self._open_to(worker.id), self.clock())
         if choice is None:
             prepare = self._preparation(worker, request)
             something = forget or settled or prepare
             return PollAnswer(forget=forget, settled=settled, prepare=prepare) if something else None
-        job, task = choice
+        job, task = self.jobs[choice[0].id], choice[1]
         step = rounds.hand_out(job, task, worker.id, request.claim_key)
         attempt = rounds.tries_of(job, task).attempt + 1
         lease = self.fleet.grant(job.id, task, attempt, worker.id, self.clock(), request.claim_key, whole=True)
@@ -749,7 +782,7 @@ class Coordinator:
             optimizer_of=state.round if state is not None else 0,
             state_shard=state.shard if state is not None and state.shard != task.shard else None,
             ttl_s=self.settings.ttl_s,
-            max_bytes=base.size + HEADER_ROOM if base else self.settings.max_model_bytes,
+            max_bytes=self._largest(job, base.size) if base else self.settings.max_model_bytes,
             together=TOGETHER,
             steps=self._way_to(job.id, base),
         )
@@ -891,13 +924,19 @@ class Coordinator:
             raise LateError(f"{task} takes no more results: {rounds.why_closed(job, task)}")
         if task.kind == "evaluate":
             raise ForbiddenError("an evaluation has no bytes to upload", code="no_upload")
-        most = job.model.size + HEADER_ROOM if job.model and task.kind == "train" else self.settings.max_model_bytes
+        most = (
+            self._largest(job, job.model.size) if job.model and task.kind == "train" else self.settings.max_model_bytes
+        )
         if total > most:
             raise BadUpdateError(
                 f"{name} announces {total} bytes, where at most {most} are possible", code="wrong_length"
             )
         if (name, attempt) not in self._uploads:
             self._make_sure_of_room(job, total)
+
+    def _largest(self, job: Job, model_size: int) -> int:
+        """Bytes of the largest update of a model."""
+        return model_size * (MASKED_SIZE if job.spec.secure.enabled else 1) + HEADER_ROOM
 
     def _make_sure_of_room(self, job: Job, size: int) -> None:
         """Refuse an upload that does not fit, and pause its job, so that a person is told; the worker keeps trying."""
@@ -937,6 +976,7 @@ class Coordinator:
             return repeat
         try:
             rounds.judge(job, task, submission, worker_id)
+            self._sums.check_update(job, task, submission.attempt)
             if task.kind == "evaluate":
                 return self._count_evaluation(job, task, submission, worker_id)
             return await self._look_and_count(job, task, name, submission, worker_id)
@@ -1018,9 +1058,13 @@ class Coordinator:
         durable = task.kind == "init" or job.spec.round.fsync
         try:
             codec = versions.rules_of(job.spec.aggregation).update if task.kind == "train" else None
-            found = await asyncio.to_thread(
-                inspect, staging.path, base, digest=digest, norm_bound=bound, measured=measured, codec=codec
-            )
+            if base is not None and job.spec.secure.enabled:
+                await asyncio.to_thread(inspect_masked, staging.path, base, digest=digest)
+                found = Inspection(size=staging.size, norm=None)
+            else:
+                found = await asyncio.to_thread(
+                    inspect, staging.path, base, digest=digest, norm_bound=bound, measured=measured, codec=codec
+                )
             await asyncio.to_thread(self.blobs.adopt, staging.path, digest, durable=durable)
         except OSError as error:
             _die_if_broken(error)
@@ -1100,13 +1144,95 @@ class Coordinator:
             log.warning("%s is set aside: %s", worker.name, worker.set_aside)
         self.journal.worker_judged(worker.id, worker.strikes, worker.set_aside)
 
+    # ------------------------------------------------------------ secure sums
+
+    def sum_now(self, job: Job, now: float, *, change: bool = False) -> Step:
+        """Where the secure sum of the open round stands; with `change`, it is gone on with."""
+        places = self.places(job)
+        return self._sums.look(job, self.fleet, now, places=places, dues=self.dues(job), change=change)
+
+    def _end_sum(self, before: Job, step: Step) -> None:
+        """A closed round's keys and shares are deleted; one begun anew frees whoever was at work for it."""
+        if any(isinstance(fact, RoundClosed | OpenedAnew) for fact in step.facts):
+            self._sums.forget(before.id)
+        if any(isinstance(fact, OpenedAnew) for fact in step.facts):
+            self._dropped |= {update.digest for update in rounds.accepted_of(before)}
+            for lease in [lease for lease in self.fleet.leases.values() if lease.job == before.id]:
+                if lease.task.kind == "train":
+                    self.fleet.release(lease.worker, before.id, lease.task)
+            self._discard()
+
+    def _open_to(self, worker_id: str) -> list[Job]:
+        """All jobs, those without their shards whose sum this worker cannot join any more."""
+        return [
+            job if self._sums.lets_train(job, worker_id) else rounds.without_shards(job) for job in self.jobs.values()
+        ]
+
+    async def announce(self, worker_id: str, name: str, keys: SecureKeys) -> Roster | None:
+        """A worker will send a masked update. Answered when it is decided who sums together; None: not yet."""
+        job, task = self._summed(worker_id, name, keys.attempt)
+        if rounds.tries_of(job, task).attempt != keys.attempt:
+            raise SupersededError(f"{task}: attempt {keys.attempt} is not the newest")
+        self._count_in_sum(job, securing.take_keys(self._sums.of(job), task.shard, worker_id, keys))
+        return await self._decided(worker_id, name, keys.attempt, lambda seal: seal.roster)
+
+    async def cut(self, worker_id: str, name: str, shares: SecureShares) -> Group | None:
+        """A worker has cut its secrets into shares. Answered when it is decided whose masks are in; None: not yet."""
+        job, task = self._summed(worker_id, name, shares.attempt)
+        self._count_in_sum(job, securing.take_shares(self._sums.of(job), task.shard, shares))
+        return await self._decided(worker_id, name, shares.attempt, securing.group_of)
+
+    def reveal(self, worker_id: str, name: str, reveal: Reveal) -> None:
+        """A worker opened its shares of a frozen round."""
+        job_id, task = parse_assignment(name)
+        job = self.job(job_id)
+        if not (is_secure(job) and isinstance(job.inner, Aggregating) and job.inner.round == task.round):
+            raise LateError(f"{task} needs no shares any more: {job.reason}")
+        seal = self._sums.of(job)
+        if task.shard not in seal.keys or seal.keys[task.shard].worker != worker_id:
+            raise NotFoundError(f"{task} was not given to this worker", code="unknown_attempt", advice="Poll for work.")
+        self._count_in_sum(job, securing.take_reveal(seal, task.shard, reveal))
+
+    def _summed(self, worker_id: str, name: str, attempt: int) -> tuple[Job, Task]:
+        """The job and the task of a worker's message about the sum of an open round."""
+        job_id, task = parse_assignment(name)
+        job = self.job(job_id)
+        self._check_owner(job, task, attempt, worker_id)
+        if not job.spec.secure.enabled or task.kind != "train" or not rounds.is_open(job, task):
+            raise LateError(f"{task} is in no sum that can be joined: {job.reason}")
+        self.fleet.seen(worker_id, self.clock())
+        return job, task
+
+    def _count_in_sum(self, job: Job, decision: Decision) -> None:
+        if self._sums.keep(job, decision):
+            self._settle(job.id)
+
+    async def _decided(self, worker_id: str, name: str, attempt: int, read: Callable[[Seal], V | None]) -> V | None:
+        """Wait until something of a sum is decided; None: it was not while a poll lasts."""
+        until = self.clock() + self.settings.poll_s
+        while not self._stopping:
+            changed = self._changed
+            job, task = self._summed(worker_id, name, attempt)
+            seal = self._sums.of(job)
+            if (found := read(seal)) is not None:
+                if task.shard not in seal.members or seal.keys[task.shard].attempt != attempt:
+                    raise SupersededError(f"{task}, attempt {attempt}, is not in the sum that is made of this round")
+                return found
+            try:
+                async with asyncio.timeout(max(until - self.clock(), 0.0)):
+                    await changed.wait()
+            except TimeoutError:
+                return None
+        raise UnavailableError("the coordinator is stopping", code="stopping")
+
     # ------------------------------------------------------------ averaging
 
     async def _average(self, job_id: str, phase: Aggregating | Batch) -> None:
         """Fold the frozen updates into the next model, make it durable, and close the round."""
         job = self.jobs[job_id]
         try:
-            made = await asyncio.to_thread(versions.make, job, phase, self.blobs, lambda: self._stopping)
+            seal = self._sums.of(job) if is_secure(job) else None
+            made = await asyncio.to_thread(versions.make, job, phase, self.blobs, lambda: self._stopping, seal)
         except folding.Stopped:
             log.info("%s: round %d is averaged by the next coordinator", job_id, phase.round)
             return

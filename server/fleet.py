@@ -335,6 +335,8 @@ def why_not(worker: Worker, job: Job) -> str | None:
     if registration.protocol < 2 and job.spec.beyond_protocol_1:
         missing = job.spec.beyond_protocol_1
         return f"{worker.name} speaks protocol {registration.protocol}, which has no {missing}: upgrade it"
+    if job.spec.secure.enabled and registration.no_masks:
+        return f"{worker.name} cannot mask its updates: {registration.no_masks}"
     wanted = job.spec.data.name or job.spec.task
     if job.spec.data.partition == "local" and wanted not in registration.data:
         return f"{worker.name} offers no data named {wanted} (--data {wanted}=PATH)"

@@ -38,6 +38,7 @@ from common.facts import (
     Lost,
     Measured,
     Opened,
+    OpenedAnew,
     Restored,
     RoundClosed,
     Shard,
@@ -148,6 +149,7 @@ class Training:
     extended: bool = False
     lost: frozenset[int] = frozenset()  # shards whose accepted update has no bytes here
     evaluators: tuple[Absent, ...] = ()  # workers that are too slow for a shard
+    seal: int = 0  # how often the round was begun anew, since a secure sum could not come about
     state: State = field(default="training", init=False)
 
 
@@ -623,6 +625,16 @@ def _open(job: Job, round_index: int, places: Sequence[Place], before: Sequence[
     return open_round(job.spec, job.facts, job.model.digest, round_index, places, before)
 
 
+def open_anew(job: Job, places: Sequence[Place], why: str) -> Step:
+    """Begin the open round once more, for the workers that are there now: its secure sum cannot come about."""
+    phase = job.inner.before if isinstance(job.inner, Aggregating) else _training(job)
+    opened = _open(job, phase.round, places, tuple(phase.shards.values()))
+    fact = OpenedAnew(
+        round=phase.round, seal=phase.seal + 1, shards=opened.shards, reason=why, evaluators=opened.evaluators
+    )
+    return Step((fact,), why)
+
+
 def judge(job: Job, task: Task, submission: Submission, worker: str) -> Accepted | None:
     """Whether a submitted result may still count, before anybody looks at its bytes.
 
@@ -870,6 +882,28 @@ def _freeze(job: Job, phase: Training, reason: str, absent: tuple[Absent, ...]) 
     reason += "".join(f"; shard {update.shard} of {update.worker_name} refused" for update, _ in refused) + found.spared
     frozen = Frozen(round=phase.round, shards=shards, reason=reason, absent=absent, late=late)
     return Step((*(outliers.back(update, why) for update, why in refused), frozen), reason)
+
+
+def freeze(job: Job, shards: Sequence[int], reason: str, dues: Mapping[int, Due], now: float) -> Step:
+    """Freeze the round with the updates of these shards alone: those that a secure sum is made of."""
+    phase = _training(job)
+    counted = replace(phase, accepted={shard: phase.accepted[shard] for shard in shards})
+    absent = _absent(counted, dues, now)
+    return Step((Frozen(round=phase.round, shards=tuple(sorted(shards)), reason=reason, absent=absent),), reason)
+
+
+def begun_by(phase: Training) -> frozenset[str]:
+    """The workers that were given a shard since the round was begun, or begun anew."""
+    begun = set[str]()
+    for tries in phase.tries.values():
+        since = len(tries.workers) - (tries.workers[::-1].index("") if "" in tries.workers else len(tries.workers))
+        begun.update(tries.workers[since:])
+    return frozenset(begun)
+
+
+def without_shards(job: Job) -> Job:
+    """The job as a worker sees it that gets no shard of the open round, and may evaluate."""
+    return _with_inner(job, replace(_training(job), shards={}))
 
 
 def _deadline(job: Job, phase: Training, awaited: Sequence[Shard], quorum: int, tally: str) -> Step:
@@ -1134,6 +1168,8 @@ def evolve(job: Job, fact: Fact, now: float) -> Job:
             return replace(job, spec=spec, facts=fact.facts, model=model, reason="the model was built")
         case Opened():
             return _evolve_opened(job, fact, now)
+        case OpenedAnew():
+            return _evolve_anew(job, fact, now)
         case Accepted():
             return _evolve_accepted(job, fact, now)
         case Lost():
@@ -1244,6 +1280,17 @@ def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
         return _with_inner(replace(job, reason=fact.reason), buffering.opened(before, fact, job.model, job.spec, now))
     shards = {shard.shard: shard for shard in fact.shards}
     phase = Training(fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators)
+    return _with_inner(replace(job, reason=fact.reason), phase)
+
+
+def _evolve_anew(job: Job, fact: OpenedAnew, now: float) -> Job:
+    before = job.inner.before if isinstance(job.inner, Aggregating) else _training(job)
+    # One attempt that was nobody's: those that are out are not the newest any more, and come too late.
+    tries = {at: replace(of, workers=(*of.workers, ""), out=False, claim_key="") for at, of in before.tries.items()}
+    shards = {shard.shard: shard for shard in fact.shards}
+    phase = Training(
+        fact.round, before.base, shards, opened_at=now, tries=tries, evaluators=fact.evaluators, seal=fact.seal
+    )
     return _with_inner(replace(job, reason=fact.reason), phase)
 
 

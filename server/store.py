@@ -24,11 +24,11 @@ from pydantic import ValidationError
 
 from common import __version__
 from common.errors import ConflictError, DiskFullError, LydianError, NotFoundError, UnavailableError
-from common.facts import FACT, Fact, HandedBack
+from common.facts import FACT, Fact, HandedBack, OpenedAnew
 from common.messages import Kind, Order, Registration, TailnetNode
 from server.ballast import Ballast
 
-SCHEMA = 3  # of the file, in PRAGMA user_version
+SCHEMA = 4  # of the file, in PRAGMA user_version
 BUSY_TIMEOUT_S = 5.0  # for a backup or a person's sqlite3 that holds the file
 PAGE = 200  # facts read at a time
 UNDONE = ("lost", "norm_outlier")  # codes by which an accepted update counts no more
@@ -65,6 +65,14 @@ CREATE TABLE workers (
     node TEXT, -- the machine that the credential is good from: a TailnetNode as JSON
     ordered TEXT NOT NULL DEFAULT 'work' -- an operator's order: messages.Order
 );
+CREATE TABLE sums (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    job TEXT NOT NULL,
+    round INTEGER NOT NULL,
+    seal INTEGER NOT NULL,
+    body TEXT NOT NULL -- keys and shares of the open round's secure sum (server.securing), deleted with the sum
+);
+CREATE INDEX sums_by_job ON sums (job, round, seal);
 CREATE TABLE tokens (
     id TEXT PRIMARY KEY,
     scope TEXT NOT NULL,
@@ -85,8 +93,20 @@ def _pin_nodes_and_keep_orders(database: sqlite3.Connection) -> None:
     database.execute("ALTER TABLE workers ADD COLUMN ordered TEXT NOT NULL DEFAULT 'work'")
 
 
+def _keep_sums(database: sqlite3.Connection) -> None:
+    database.execute(
+        "CREATE TABLE IF NOT EXISTS sums (id INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL,"
+        " round INTEGER NOT NULL, seal INTEGER NOT NULL, body TEXT NOT NULL)"
+    )
+    database.execute("CREATE INDEX IF NOT EXISTS sums_by_job ON sums (job, round, seal)")
+
+
 # schema -> the step from it to the next one
-MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {1: _count_strikes, 2: _pin_nodes_and_keep_orders}
+MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {
+    1: _count_strikes,
+    2: _pin_nodes_and_keep_orders,
+    3: _keep_sums,
+}
 
 # Literal types, so that SQLite can use the partial indexes. Initialised is early among its job's facts: it needs none.
 _RESULTS: dict[Kind, str] = {
@@ -224,6 +244,9 @@ class Journal:
         if isinstance(fact, HandedBack) and fact.code in UNDONE:
             opened = "UPDATE facts SET stands = 0 WHERE type = 'accepted' AND job = ? AND round = ? AND shard = ?"
             self._database.execute(opened, (job, *place))
+        if isinstance(fact, OpenedAnew):
+            opened = "UPDATE facts SET stands = 0 WHERE type = 'accepted' AND job = ? AND round = ?"
+            self._database.execute(opened, (job, fact.round))
         statement = "INSERT INTO facts (job, at, type, round, shard, body) VALUES (?, ?, ?, ?, ?, ?)"
         try:
             row_id = self._database.execute(statement, values).lastrowid
@@ -288,6 +311,24 @@ class Journal:
             return StoredFact(row_id, at, job, FACT.validate_json(body))
         except ValidationError as error:
             raise self._damaged(f"row {row_id} of facts", error) from error
+
+    # ------------------------------------------------------------ secure sums
+
+    def sum_append(self, job: str, round_index: int, seal: int, bodies: Sequence[str]) -> None:
+        """Keep what came of a secure sum, all or none. When this returns, it is on the disk."""
+        rows = [(job, round_index, seal, body) for body in bodies]
+        statement = "INSERT INTO sums (job, round, seal, body) VALUES (?, ?, ?, ?)"
+        self._write(lambda: self._database.executemany(statement, rows))
+
+    def sum_of(self, job: str, round_index: int, seal: int) -> list[str]:
+        """What was kept of a secure sum, in the order in which it came."""
+        statement = "SELECT body FROM sums WHERE job = ? AND round = ? AND seal = ? ORDER BY id"
+        with _sentences(self.path):
+            return [body for (body,) in self._database.execute(statement, (job, round_index, seal)).fetchall()]
+
+    def sum_forget(self, job: str) -> None:
+        """Delete all keys and shares of a job's secure sums."""
+        self._write(lambda: self._database.execute("DELETE FROM sums WHERE job = ?", (job,)))
 
     # ------------------------------------------------------------ workers
 

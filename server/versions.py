@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.codecs import codec
+from common.errors import BadUpdateError
+from common.fixed import Fixed
 from common.messages import AggregationSection, ModelRef, StepRef
+from common.secure import masks_left
 from server import folding, nova
 from server.blobs import Blobs
 from server.buffering import Batch
@@ -13,6 +16,8 @@ from server.failpoints import reach
 from server.optimizers import FedNova, outer_step
 from server.robust_rules import rule_of
 from server.rounds import Aggregating, Job
+from server.securing import Seal
+from server.unmasking import unmask
 
 
 @dataclass(frozen=True)
@@ -44,11 +49,24 @@ def rules_of(section: AggregationSection) -> folding.Rules:
 def room_for(job: Job, size: int) -> int:
     """Bytes that the files of one average take, of a model of `size` bytes."""
     rules = rules_of(job.spec.aggregation)
-    return size * (1 + rules.states + 2 * (rules.down is not None))
+    return size * (1 + rules.states + 2 * (rules.down is not None) + job.spec.secure.enabled)
 
 
-def make(job: Job, phase: Aggregating | Batch, blobs: Blobs, stopped: Callable[[], bool]) -> Version:
+def make(
+    job: Job,
+    phase: Aggregating | Batch,
+    blobs: Blobs,
+    stopped: Callable[[], bool],
+    seal: Seal | None = None,
+) -> Version:
     """Average the frozen updates of a round, or of a version.
+
+    Args:
+        job: the job.
+        phase: the frozen round.
+        blobs: where the files are.
+        stopped: asked now and then whether to give up.
+        seal: the round's secure sum, where its updates are masked.
 
     Raises:
         Stopped: `stopped` said so (server.folding).
@@ -62,10 +80,13 @@ def make(job: Job, phase: Aggregating | Batch, blobs: Blobs, stopped: Callable[[
         rules, weights = replace(rules, step=FedNova(weighing.scale)), weighing.weights
     targets = _targets(job.id, phase.round, rules, blobs)
     blobs.check_room(room_for(job, phase.base.size))
+    updates = [(blobs.path(update.digest), update.samples) for update in phase.accepted]
+    if seal is not None and isinstance(phase, Aggregating):
+        updates = [_unmasked(job, phase, seal, blobs, stopped)]
     states, memory = rules.states, [blobs.path(digest) for digest in job.memory]
     made = folding.average(
         blobs.path(phase.base.digest),
-        [(blobs.path(update.digest), update.samples) for update in phase.accepted],
+        updates,
         targets,
         rules=rules,
         late=[
@@ -79,6 +100,8 @@ def make(job: Job, phase: Aggregating | Batch, blobs: Blobs, stopped: Callable[[
         memory=folding.Memory(tuple(memory[:states]), memory[states] if len(memory) > states else None),
         stopped=stopped,
     )
+    if seal is not None:
+        updates[0][0].unlink()
     model = ModelRef(digest=made.model, size=targets.model.stat().st_size)
     reach("model-written")
     kept, step = list(zip(targets.states, made.states, strict=True)), None
@@ -100,6 +123,17 @@ def _since(batch: Batch, blobs: Blobs) -> list[folding.Since]:
         folding.Since(blobs.path(base.digest), member.factor)
         for base, member in zip(batch.bases, batch.members, strict=True)
     ]
+
+
+def _unmasked(job: Job, phase: Aggregating, seal: Seal, blobs: Blobs, stopped: Callable[[], bool]) -> tuple[Path, int]:
+    """The mean of a round's masked updates, as the update of one worker."""
+    if seal.roster is None or seal.group is None or seal.survivors is None:
+        raise BadUpdateError(f"round {phase.round} has no secure sum to unmask", code="bad_shares")
+    masks = masks_left(seal.roster, seal.group, seal.survivors, seal.reveals)
+    fixed = Fixed(job.spec.secure.clip, job.spec.secure.bits)
+    path, updates = blobs.part(f"{job.id}.unmasked.{phase.round}"), [blobs.path(of.digest) for of in phase.accepted]
+    samples = unmask(blobs.path(phase.base.digest), updates, path, fixed=fixed, masks=masks, stopped=stopped)
+    return path, samples
 
 
 def _targets(job_id: str, round_index: int, rules: folding.Rules, blobs: Blobs) -> folding.Targets:

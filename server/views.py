@@ -9,20 +9,23 @@ from common.messages import NEW_KEYS, NEW_SECTIONS, JobView, LogEntry, PollAnswe
 from server import paths, rounds
 from server.buffering import Buffering
 from server.coordinator import Coordinator
-from server.fleet import Lease, Worker, standing, why_nobody
+from server.fleet import Lease, Worker, standing, why_nobody, why_not
 from server.paths import Verdict
 from server.rounds import Job, Paused, Queued, Task, Training, close_if_due
+from server.sealing import is_secure
 
 
 def poll_answer(answer: PollAnswer, protocol: int) -> str:
     """The answer to a poll as JSON, without what a worker of an older protocol would refuse as unknown."""
     if protocol >= 2:
         return answer.model_dump_json()
-    spec = {section: set(keys) for section, keys in NEW_KEYS.items()} | dict.fromkeys(NEW_SECTIONS, True)
+    spec: dict[str, set[str] | bool] = {section: set(keys) for section, keys in NEW_KEYS.items()}
+    spec |= dict.fromkeys(NEW_SECTIONS, True)
     return answer.model_dump_json(
         exclude={
             "settled": True,
             "wanted": True,
+            "unmask": True,
             "prepare": True,
             "order": True,
             "assignment": {"steps": True, "optimizer_of": True, "state_shard": True, "together": True, "spec": spec},
@@ -61,10 +64,14 @@ def why(coordinator: Coordinator, job: Job) -> str:
         wanted, serving = job.spec.round.min_workers, coordinator.fleet.serving(job, now)
         nobody = why_nobody(coordinator.fleet, job, now)
         behind = f"; {nobody}" if nobody else "" if len(serving) < wanted else ", and older jobs go first"
+        if job.spec.secure.enabled and not nobody and len(serving) < wanted:
+            behind = "".join(f"; {why}" for w in live if (why := why_not(coordinator.fleet.workers[w], job)))
         return f"waiting for {rounds.workers(wanted)} that can serve it: {len(serving)} of {len(live)} live can{behind}"
     reason = job.reason
     if isinstance(job.inner, Training | Buffering):
         reason = close_if_due(job, live, now, coordinator.dues(job)).reason
+    if is_secure(job):
+        reason = coordinator.sum_now(job, now).reason
     if not coordinator.fleet.held(job.id) and not coordinator.fleet.serving(job, now):
         reason += f"; no live worker serves it ({why_nobody(coordinator.fleet, job, now) or 'none is live'})"
     return reason

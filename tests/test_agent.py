@@ -387,6 +387,17 @@ def test_a_wanted_update_that_is_damaged_here_is_held_no_longer(plays: ScriptedC
     assert len(plays.of("submit")) == 1
 
 
+def test_an_update_that_cannot_be_unmasked_is_held_no_longer(plays: ScriptedCoordinator, worker: Worker) -> None:
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_for("it to be kept", lambda: _kept_is_told(plays))
+    asked = {"assignment": WORK, "attempt": 1, "roster": "0" * 64, "survivors": [0, 1, 2], "sealed": {}}
+    plays.answer_poll(unmask=[{**asked, "attempt": 7}, asked])
+    plays.wait_for("a poll without it", lambda: bool(plays.of("poll")) and plays.of("poll")[-1].body["holding"] == [])
+    assert "attempt 7, is to be unmasked, and is not kept here" in worker.said
+    assert "no share is opened, and it is dropped" in worker.said
+
+
 def test_a_wanted_update_that_is_refused_is_held_no_longer(plays: ScriptedCoordinator, worker: Worker) -> None:
     plays.hand_out(assignment())
     worker.start()

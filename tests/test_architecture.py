@@ -39,6 +39,7 @@ ALLOWED = {
     ("sleep", "client/running.py"): "waits between two looks at a file that another process writes",
     ("sleep", "client/service/manager.py"): "waits between two looks at a worker that joins, which only a file tells",
     ("broad except", "worker/task_host.py"): "a user's code can raise anything, and its traceback is the answer",
+    ("broad except", "worker/sealing.py"): "what a thread met is handed to who waits for the thread",
     ("broad except", "worker/task_ranks.py"): "an error that is not told to the other ranks leaves them waiting",
 }
 
@@ -231,9 +232,8 @@ def test_a_process_that_does_not_train_loads_no_torch(module: str, tmp_path: Pat
 
 
 def test_the_child_that_trains_imports_none_of_our_packages() -> None:
-    files = [
-        file for file in (ROOT / "worker").glob("task_*.py") if file.stem != "task_precision"
-    ]  # which has no torch
+    without_torch = {"task_precision", "task_schedule"}
+    files = [file for file in (ROOT / "worker").glob("task_*.py") if file.stem not in without_torch]
     assert len(files) >= 8
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))

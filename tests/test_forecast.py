@@ -174,3 +174,11 @@ def test_a_faster_link_never_makes_a_round_by_speed_longer(boxes: list[Box], wor
     work = replace(work, shards=None)
     faster = [replace(box, up=box.up * 2 if box.up else None) for box in boxes]
     assert forecast(faster, work).round_s <= forecast(boxes, work).round_s
+
+
+def test_masked_updates_have_twice_the_bytes_of_float32_and_no_smaller_ones_are_advised() -> None:
+    masked = replace(WORK, masked=True)
+    assert bytes_of(masked) == (100 * MB, 200 * MB)
+    slow = [Box("a", rate=100.0, down=MB, up=MB), Box("b", rate=100.0, down=MB, up=MB)]
+    assert any("update =" in one.sentence for one in advice(slow, WORK))
+    assert not any("update =" in one.sentence for one in advice(slow, masked))

@@ -1408,3 +1408,54 @@ def test_without_keep_optimizer_nobody_is_preferred() -> None:
     play.whole_round("a", "b")
     assert play.job.states == {}
     assert rounds.next_task(play.job, "b", frozenset()) == Task("train", 2, 0)
+
+
+# ---------------------------------------------------------------- rounds that are begun anew
+
+
+def test_a_round_begun_anew_takes_nothing_of_what_was_out_or_in() -> None:
+    play = training(rounds=1)
+    play.train(0, "a")
+    play.give(Task("train", 1, 1), "b")
+    old = play.update(1, "b")
+    play.do(rounds.open_anew(play.job, at("a", "b"), "too few"))
+    phase = play.job.inner
+    assert isinstance(phase, rounds.Training)
+    assert (phase.round, phase.seal, phase.accepted, play.job.reason) == (1, 1, {}, "too few")
+    assert rounds.begun_by(phase) == frozenset()
+    assert rounds.outstanding(play.job) == []
+    play.give(Task("train", 1, 1), "b")
+    assert rounds.tries_of(play.job, Task("train", 1, 1)).attempt == 3  # the second was nobody's
+    assert rounds.begun_by(play.job.inner) == {"b"}  # type: ignore[arg-type]
+    with pytest.raises(NotFoundError):
+        rounds.judge(play.job, Task("train", 1, 1), submission(old).model_copy(update={"attempt": 2}), "b")
+    assert play.replayed() == play.job
+
+
+def test_a_frozen_round_may_be_begun_anew() -> None:
+    play = training(rounds=1)
+    play.train(0, "a")
+    play.train(1, "b")
+    play.close_if_due("a", "b")
+    assert isinstance(play.job.inner, rounds.Aggregating)
+    play.do(rounds.open_anew(play.job, at("a", "b"), "nobody opened shares"))
+    assert isinstance(play.job.inner, rounds.Training)
+    assert play.job.inner.accepted == {}
+
+
+def test_a_round_is_frozen_with_the_shards_of_a_sum_alone() -> None:
+    play = training(rounds=1)
+    play.train(0, "a")
+    play.train(1, "b")
+    play.do(rounds.freeze(play.job, [1], "one is summed", {}, play.now))
+    phase = play.job.inner
+    assert isinstance(phase, rounds.Aggregating)
+    assert [update.shard for update in phase.accepted] == [1]
+    assert [one.shard for one in phase.absent] == [0]
+
+
+def test_a_job_without_its_shards_may_still_be_evaluated() -> None:
+    play = training(rounds=3)
+    play.whole_round("a", "b")
+    seen = rounds.without_shards(play.job)
+    assert rounds.next_task(seen, "a", frozenset()) == Task("evaluate", 1)

@@ -17,7 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import ConflictError, DiskFullError, LydianError, NotFoundError, UnavailableError
-from common.facts import Accepted, Evaluated, Fact, HandedBack, HandedOut, Initialised, Late, StateChanged, Submitted
+from common.facts import (
+    Accepted,
+    Evaluated,
+    Fact,
+    HandedBack,
+    HandedOut,
+    Initialised,
+    Late,
+    OpenedAnew,
+    StateChanged,
+    Submitted,
+)
 from common.messages import Hardware, JobSpec, ModelFacts, Registration, TailnetNode, TorchBuild
 from server import store
 from server.store import SCHEMA, Journal, lock_folder
@@ -576,3 +587,38 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(LydianError, match=r"state folder .*nowhere cannot be used") as refused:
         lock_folder(tmp_path / "nowhere")
     assert refused.value.code == "folder_unusable"
+
+
+# ---------------------------------------------------------------- secure sums
+
+
+def test_what_came_of_a_sum_is_kept_in_order_and_by_its_seal_until_it_is_forgotten(path: Path) -> None:
+    with closing(Journal.open(path)) as journal:
+        journal.sum_append("j1", 1, 0, ["a", "b"])
+        journal.sum_append("j1", 1, 1, ["c"])
+        journal.sum_append("j2", 1, 0, ["d"])
+    with closing(Journal.open(path)) as journal:
+        assert journal.sum_of("j1", 1, 0) == ["a", "b"]
+        assert journal.sum_of("j1", 1, 1) == ["c"]
+        journal.sum_forget("j1")
+        assert (journal.sum_of("j1", 1, 0), journal.sum_of("j1", 1, 1), journal.sum_of("j2", 1, 0)) == ([], [], ["d"])
+
+
+def test_a_journal_of_the_third_schema_takes_secure_sums(path: Path) -> None:
+    with closing(Journal.open(path)):
+        pass
+    by_hand(path, "DROP TABLE sums")
+    by_hand(path, "UPDATE written_by SET schema = 3")
+    by_hand(path, "PRAGMA user_version = 3")
+    with closing(Journal.open(path)) as journal:
+        journal.sum_append("j1", 1, 0, ["a"])
+        assert journal.sum_of("j1", 1, 0) == ["a"]
+
+
+def test_a_shard_of_a_round_begun_anew_may_be_accepted_once_more(journal: Journal) -> None:
+    journal.append("j1", [accepted(1, 0)])
+    journal.append("j1", [OpenedAnew(round=1, seal=1, shards=(), reason="too few")])
+    journal.append("j1", [accepted(1, 0)])
+    assert len(journal.results("j1", "train", 1, 0)) == 1
+    with pytest.raises(ConflictError):
+        journal.append("j1", [accepted(1, 0)])

@@ -209,6 +209,10 @@ def test_a_rounds_warning_is_among_the_troubles() -> None:
             {"type": "measured", "round": 2, "shard": 1, "attempt": 1, "worker": "w-2", "worker_name": "attic"},
             None,
         ),
+        (
+            {"type": "opened_anew", "round": 2, "seal": 1, "shards": [], "reason": "2 of 3 workers handed in"},
+            "round 2 begins once more: 2 of 3 workers handed in",
+        ),
         ({"type": "evaluation_given_up", "round": 2, "reason": "no data"}, "round 2 is not evaluated: no data"),
         (
             {"type": "late", "round": 2, "shard": 1, "attempt": 1, "worker": "w-1"},

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from common import PROTOCOL, __version__
 from common.api import CoordinatorApi
-from common.errors import ConflictError, LateError, LydianError, UnauthenticatedError
+from common.errors import ConflictError, LateError, LydianError, RefusedError, UnauthenticatedError
 from common.messages import (
     TOGETHER,
     Abandon,
@@ -37,8 +37,10 @@ from common.messages import (
     Receipt,
     Registration,
     Submission,
+    Unmask,
     Welcome,
 )
+from common.secure import unavailable
 from common.transfers import TransferStopped
 from worker import hardware, plan
 from worker.child import TaskFailure, TaskStopped
@@ -50,8 +52,9 @@ from worker.line import Line
 from worker.lookout import Lookout
 from worker.manners import Manner
 from worker.options import Options
+from worker.sealing import opened
 from worker.senses import watching
-from worker.spool import Attempt, Durability, Spool, Trained, Untrained
+from worker.spool import Attempt, Durability, Kept, Spool, Trained, Untrained
 from worker.training import NoRoom, Trainer
 from worker.waiting import Waiting
 
@@ -211,6 +214,7 @@ class Agent:
             trusted=self.options.trusted,
             place=self.identity.place,
             holding=plan.told(unsent, self._kept()),
+            no_masks=unavailable()[:WHY_LIMIT],
         )
         if self.identity.credential is not None:
             self.api.use_token(self.identity.credential)
@@ -430,6 +434,7 @@ class Agent:
         for held in [self.spool.find_kept(told, url) for told in answer.settled]:
             if held is not None:
                 self._drop(held)
+        self._unmask(answer.unmask)
         if answer.assignment is not None:
             self._do(answer.assignment, wanted=answer.wanted)
         else:
@@ -471,6 +476,26 @@ class Agent:
                     self._hand_in(held, self._durable(held), None, maybe_there=True)
                 except Dropped as dropped:
                     log.info("%s is wanted no more: %s", told.assignment, dropped)
+                    self._drop(held)
+
+    def _unmask(self, asked: tuple[Unmask, ...]) -> None:
+        """Open shares, so that the sum of a round can be unmasked. What cannot be opened is said, and dropped."""
+        for one in asked:
+            held = self.spool.find(one.assignment, one.attempt)
+            if not isinstance(held, Kept):
+                log.warning("%s, attempt %d, is to be unmasked, and is not kept here", one.assignment, one.attempt)
+                continue
+            with self._disk_trouble():
+                try:
+                    reveal = opened(self.spool, held, one)
+                    self._insist(lambda: self.api.reveal(one.assignment, reveal))  # noqa: B023 - called at once
+                except RefusedError as error:
+                    log.error("%s: no share is opened, and it is dropped: %s", one.assignment, error)
+                    self._drop(held)
+                except LydianError as error:
+                    if plan.after(error).action == "stop":
+                        raise
+                    log.info("%s: the shares are not wanted: %s", one.assignment, error)
                     self._drop(held)
 
     # ------------------------------------------------------------ doing it

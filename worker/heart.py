@@ -70,13 +70,13 @@ class Heart(Watch, threading.Thread):
         """Beats every `period_s` seconds, the first time after one period."""
         threading.Thread.__init__(self, name="heart", daemon=True)
         Watch.__init__(self)
-        self.assignment, self.attempt = assignment, attempt
+        self.worker, self.assignment, self.attempt = worker, assignment, attempt
         self.on_first_beat: Callable[[], None] = lambda: None  # the work is not that short, so worth being kept
         self.on_pause: Callable[[], None] = lambda: None  # an operator wants the worker out of the way
         self.held = ""  # why the child stands still; empty: it does not
         self.order = "continue"
         self.fatal: LydianError | None = None  # the coordinator will take nothing from this process any more
-        self._api, self._worker, self._start_id, self._period_s = api, worker, start_id, period_s
+        self._api, self._start_id, self._period_s = api, start_id, period_s
         self._ended = threading.Event()
 
     def __enter__(self) -> Self:
@@ -101,7 +101,7 @@ class Heart(Watch, threading.Thread):
                 first = False
                 self.on_first_beat()
             try:
-                answer = self._api.heartbeat(self._worker, self._beat())
+                answer = self._api.heartbeat(self.worker, self._beat())
             except LydianError as error:
                 then = plan.after(error, resends=resends)
                 resends += then.action == "resend"

@@ -397,7 +397,8 @@ def room_needed(assignment: Assignment, *, fetched: int) -> int:
     """Bytes that must be free before an assignment is begun: for what is left to download, and for what comes out.
 
     A job that keeps optimisers leaves two numbers a parameter beside the update, as AdamW has; an encoded update is
-    made of a whole one, takes half of that at most, and may leave as much as that out.
+    made of a whole one, takes half of that at most, and may leave as much as that out. A masked one has eight bytes a
+    number, and the numbers of a model at least two.
 
     Args:
         assignment: with the size of the base, which an update has as well; that of a first model is not known.
@@ -413,4 +414,6 @@ def room_needed(assignment: Assignment, *, fetched: int) -> int:
         made += 2 * size
     if assignment.spec.aggregation.update != "fp32":
         made += size // 2 + size
+    if assignment.spec.secure.enabled:  # eight bytes a number, beside what was trained
+        made += 4 * size
     return max(size - fetched, 0) + made

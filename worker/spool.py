@@ -13,6 +13,7 @@
         update.safetensors               what came out, and is sent
         pending                          what the encoded update leaves out
         optimizer, personal              what the training leaves: takes the place of the last one when accepted
+        secret.json                      of a masked update: what it is unmasked with (worker.sealing)
         submission.json                  written last: the update is whole, and this is how it is handed in
         accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
     FOLDER/errors/COORDINATOR/JOB.SHARD  what accepted updates have left out, added to the next one
@@ -44,7 +45,7 @@ from typing import Self, TypeVar
 import numpy as np
 from pydantic import Field, ValidationError
 
-from common.messages import Assignment, Count, Holding, Kind, Message, Name, Submission
+from common.messages import Assignment, Count, Holding, Kind, Message, Name, Roster, Submission
 from common.weights import file_digest
 from worker.identity import usable
 
@@ -60,7 +61,7 @@ _ERROR = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}")
 _STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}\.[0-9]{1,16}")
 
 ASKED, TRAINED, ACCEPTED, UPDATE = "assignment.json", "submission.json", "accepted.json", "update.safetensors"
-OPTIMIZER, PERSONAL, PENDING = "optimizer", "personal", "pending"
+OPTIMIZER, PERSONAL, PENDING, SECRET = "optimizer", "personal", "pending", "secret.json"
 STATES = {OPTIMIZER: "optimizers", PERSONAL: "personal"}
 """File of an attempt that its shard's next round goes on from -> folder where it is kept once the update counts."""
 
@@ -86,6 +87,15 @@ class _Done(Message):
     round: Count = 0
     size: Count = Field(description="bytes of the update; 0: there is none")
     submission: Submission
+
+
+class Secret(Message):
+    """What a worker keeps of an attempt in a secure sum, until the round is settled. Nobody else may read it."""
+
+    root: str = Field(pattern=r"^[0-9a-f]{64}$", description="everything that is secret comes from it")
+    roster: Roster | None = Field(None, description="the only one that shares were cut for")
+    group: tuple[Count, ...] | None = Field(None, description="whose masks are in the update")
+    survivors: tuple[Count, ...] | None = Field(None, description="the only sum that shares were opened for")
 
 
 class Sizes(Message):
@@ -127,6 +137,11 @@ class Place:
     def pending(self) -> Path:
         """What the update leaves out, until it was accepted."""
         return self.folder / PENDING
+
+    @property
+    def secret(self) -> Path:
+        """What a masked update is unmasked with."""
+        return self.folder / SECRET
 
     @property
     def indices(self) -> Path:
@@ -347,9 +362,20 @@ class Spool:
         if not isinstance(held, Kept):
             (place.folder / TRAINED).rename(place.folder / ACCEPTED)
         for path in place.folder.iterdir():
-            if path.name not in (ASKED, ACCEPTED, UPDATE):
+            if path.name not in (ASKED, ACCEPTED, UPDATE, SECRET):
                 _remove(path)
         return kept
+
+    def secret(self, place: Place) -> Secret | None:
+        """What is kept of an attempt in a secure sum; None: nothing that can be read."""
+        return _parse(place.secret, Secret)
+
+    def keep_secret(self, place: Place, secret: Secret, *, durable: bool = False) -> None:
+        """Keep it, readable by this user alone; with `durable`, it is on the disk when this returns."""
+        _part(place.secret).touch(mode=0o600)
+        _write(place.secret, secret)
+        if durable:
+            _put_onto_disk(place.folder)
 
     def commit(self, held: Trained) -> None:
         """The result was accepted: what it left out is added to the next one. Twice is once."""
@@ -701,7 +727,7 @@ def _put_onto_disk(folder: Path) -> None:
     Raises:
         OSError: the disk did not take them.
     """
-    for name in (UPDATE, PENDING, *STATES, ASKED, TRAINED, ACCEPTED):
+    for name in (UPDATE, PENDING, *STATES, SECRET, ASKED, TRAINED, ACCEPTED):
         with contextlib.suppress(FileNotFoundError):
             _sync(folder / name)
     with contextlib.suppress(FileNotFoundError):  # dropped meanwhile

@@ -25,6 +25,7 @@ from worker import plan
 from worker.child import Child, TaskFailure, TaskStopped
 from worker.heart import Heart, Watch
 from worker.options import Options
+from worker.sealing import Sealing, mask
 from worker.spool import Durability, Sizes, Spool, Trained, Untrained
 
 log = logging.getLogger("lydian.worker")
@@ -39,7 +40,7 @@ BY_COLUMN = (*BY_LABEL, "natural")  # that need a number a sample: its class, or
 
 def encodes(assignment: Assignment) -> bool:
     """Whether the update travels encoded, and not as the whole model that the child writes."""
-    return assignment.spec.aggregation.update != "fp32"
+    return assignment.spec.aggregation.update != "fp32" or assignment.spec.secure.enabled
 
 
 def written_to(begun: Untrained) -> Path:
@@ -213,6 +214,7 @@ class Trainer:
         """
         assignment = begun.assignment
         self._make_sure_of_room(assignment)
+        sealing = self._sealing(begun, heart)
         base, received = self._base(assignment, heart)
         child = self._child_for(assignment, heart)
         if assignment.kind == "init":
@@ -222,7 +224,9 @@ class Trainer:
         if assignment.kind == "train":
             if not encodes(assignment):
                 durability.begin()  # beside the hashing
-            digest = self._digest(begun, base)
+            digest = (
+                self._digest(begun, base) if sealing is None else mask(begun, base, done["samples"], sealing.result())
+            )
         submission = Submission(
             attempt=assignment.attempt,
             digest=digest,
@@ -238,6 +242,14 @@ class Trainer:
             durability.begin()  # beside the upload
             self._learn(begun, child, done)
         return trained
+
+    def _sealing(self, begun: Untrained, heart: Heart) -> Sealing | None:
+        """Begin to agree on masks, beside the training; None: the update is to have none."""
+        if begun.assignment.kind != "train" or not begun.assignment.spec.secure.enabled:
+            return None
+        sealing = Sealing(self._api, self._spool, begun, self._fetch, heart, heart.worker)
+        sealing.start()
+        return sealing
 
     def _make_sure_of_room(self, assignment: Assignment) -> None:
         digest = assignment.base.digest if assignment.base else ""

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.requests import ClientDisconnect
 
 from common.errors import BadRequestError, LateError
-from common.messages import Abandon, Receipt, Submission
+from common.messages import Abandon, Group, Receipt, Reveal, Roster, SecureKeys, SecureShares, Submission
 from common.ranges import format_ranges
 from common.together import HEADER_CHARACTERS, SUBMISSION, read_submission
 from server.blobs import parse_content_range
@@ -97,3 +97,27 @@ async def submit(assignment: str, submission: Submission, coordinator: Coordinat
 async def abandon(assignment: str, reason: Abandon, coordinator: CoordinatorDep, worker: WorkerDep) -> None:
     """Give an assignment back, saying why."""
     coordinator.abandon(worker, assignment, reason)
+
+
+@router.post("/{assignment}/keys", response_model=Roster, responses={204: {"description": "not decided yet"}})
+async def announce(assignment: str, keys: SecureKeys, coordinator: CoordinatorDep, worker: WorkerDep) -> Response:
+    """Announce a masked update, and wait for who sums together. Twice is once, and waits on."""
+    return _or_nothing(await coordinator.announce(worker, assignment, keys))
+
+
+@router.post("/{assignment}/shares", response_model=Group, responses={204: {"description": "not decided yet"}})
+async def cut(assignment: str, shares: SecureShares, coordinator: CoordinatorDep, worker: WorkerDep) -> Response:
+    """Hand shares to one's peers, and wait for whose masks go into the updates. Twice is once, and waits on."""
+    return _or_nothing(await coordinator.cut(worker, assignment, shares))
+
+
+@router.post("/{assignment}/reveal", status_code=204)
+async def reveal(assignment: str, opened: Reveal, coordinator: CoordinatorDep, worker: WorkerDep) -> None:
+    """Open one share of each member. Twice is once."""
+    coordinator.reveal(worker, assignment, opened)
+
+
+def _or_nothing(answer: Roster | Group | None) -> Response:
+    if answer is None:
+        return Response(status_code=204)
+    return Response(answer.model_dump_json(), media_type="application/json")

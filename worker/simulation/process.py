@@ -144,6 +144,7 @@ class Simulator:
 
     def _register(self, worker: Virtual, machine: Hardware) -> None:
         registration = Registration(
+            no_masks="simulated workers live in one process, so a mask would hide nothing",
             name=worker.name,
             protocol=PROTOCOL,
             version=__version__,
