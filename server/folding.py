@@ -33,6 +33,7 @@ from server.amplification import amplification
 from server.averaging import Float64Block, Rule, cast, majority, maximum, pooled_variance, rule_of, weighted_mean
 from server.inspection import BLOCK_ELEMENTS, model_layout
 from server.optimizers import OuterStep
+from server.privacy import Noisy
 from server.robust import check_layout, norm_of, not_finite_at, squared_distance
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -63,6 +64,7 @@ class Rules:
     step: OuterStep
     update: Codec | None = None  # what updates are encoded with; None: they are whole models
     down: Codec | None = None  # what the step to the next model is encoded with; None: workers fetch whole models
+    noisy: Noisy | None = None  # how updates become a private mean; None: the mean that their samples weigh
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,14 @@ def average(
         threads: that compute; nor does their number.
 
     Raises:
-        ValueError: no update, one with less than one sample, or late ones that are no changes.
+        ValueError: no update (of a private round that is one more: only noise), one with less than one sample, or late
+            ones that are no changes.
         Stopped: `stopped` said so.
         BadUpdateError: an update no longer fits the base, a new value is beyond its dtype (server.averaging.cast), or
             what the outer step remembers beyond float32.
         OSError: reading or writing failed, or the base or the memory is damaged.
     """
-    if not updates or min(samples for _, samples in updates) < 1:
+    if not (updates or rules.noisy) or min((samples for _, samples in updates), default=1) < 1:
         raise ValueError(f"{len(updates)} updates, each of at least one sample, were to be averaged")
     if late and rules.update is None:
         raise ValueError("late updates that are whole models cannot be averaged")
@@ -230,6 +233,8 @@ class _Fold:
         tensor, notes = self._layout.tensors[index], self._layout.notes
         if is_trained(tensor, notes):
             return self._trained(index, first, count)
+        if self._rules.noisy is not None:  # whatever is not trained would leave the workers without noise: it stays
+            return _Block(index, first, read_block(self._model, tensor, tensor.start, first, count, self._raw), None)
         blocks, in_time = self._blocks(index, first, count, self._raw), self._samples[: self._in_time]
         rule = rule_of(tensor, notes)
         if rule is Rule.MAJORITY:
@@ -245,7 +250,7 @@ class _Fold:
 
     def _trained(self, index: int, first: int, count: int) -> _Block:
         tensor, rules = self._layout.tensors[index], self._rules
-        wants_base = rules.update is not None or rules.down is not None or rules.step.wants_base
+        wants_base = any((rules.update, rules.down, rules.step.wants_base, rules.noisy))
         base, origin = None, self._origin[:count]
         if wants_base:
             base = read_block(self._model, tensor, tensor.start, first, count, self._raw_base)
@@ -255,8 +260,13 @@ class _Fold:
             if rules.update is None
             else self._deltas(rules.update, index, first, count)
         )
-        mean = weighted_mean(blocks, self._in.weights, out=self._total[:count], scratch=self._scratch[:count])
-        if rules.update is not None:
+        out, scratch = self._total[:count], self._scratch[:count]
+        if rules.noisy is not None:
+            changes = blocks if rules.update is not None else _changes(blocks, origin)
+            mean = rules.noisy.mean_change(changes, tensor.name, first, out=out, scratch=scratch)
+        else:
+            mean = weighted_mean(blocks, self._in.weights, out=out, scratch=scratch)
+        if rules.update is not None or rules.noisy is not None:
             np.add(mean, origin, out=mean)
         values, kept, squares = self._stepped(index, first, base, origin, mean)
         if rules.down is not None:
@@ -324,6 +334,13 @@ def _check_kept_values(state: Array, tensor: TensorInfo, first: int) -> None:
         where = f"{shown(tensor.name)} at element {first + index}"
         sentence = f"what the outer step remembers of {where} is beyond what float32 can hold"
         raise BadUpdateError(sentence, code="not_finite", advice="Lower train.lr: the workers' changes are too large.")
+
+
+def _changes(blocks: Iterator[Array], origin: Float64Block) -> Iterator[Float64Block]:
+    """What whole models changed, each over the one before."""
+    change = np.empty_like(origin)
+    for block in blocks:
+        yield np.subtract(block, origin, out=change, dtype=np.float64)
 
 
 def _in_order(

@@ -42,9 +42,19 @@ from common.facts import (
     StateChanged,
     Submitted,
 )
-from common.messages import JobSpec, Kind, ModelFacts, ModelRef, State, StepRef, Submission
+from common.messages import (
+    JobSpec,
+    Kind,
+    ModelFacts,
+    ModelRef,
+    PrivacySpent,
+    PrivateSteps,
+    State,
+    StepRef,
+    Submission,
+)
 from server import amplification, nova
-from server.cutting import Place, check_bounds, open_round
+from server.cutting import Place, Sampled, check_bounds, open_round
 from server.deadlines import Due
 from server.lateness import MOST, Past, members, still_useful
 
@@ -56,7 +66,7 @@ ENCODINGS = {"fp32": 1.0, "bf16": 0.5, "int8": 0.25, "int4": 0.133}  # share of 
 QUICK_S = 2.0  # seconds for an update that need not be made smaller
 LONGEST_WAY = 50  # steps from one model to another, before the whole model is fetched instead
 NOT_THE_TASKS_FAULT = frozenset({"released", "expired", "lost", "disk_full"})
-NOT_FOR_THIS_WORKER = frozenset({"no_data", "not_trusted", "unknown_task"})
+NOT_FOR_THIS_WORKER = frozenset({"no_data", "not_trusted", "unknown_task", "missing_package"})
 
 
 # ---------------------------------------------------------------- what there is
@@ -134,6 +144,7 @@ class Training:
     extended: bool = False
     lost: frozenset[int] = frozenset()  # shards whose accepted update has no bytes here
     evaluators: tuple[Absent, ...] = ()  # workers that are too slow for a shard
+    drawn_from: int | None = None  # members that its shards are a random sample of
     state: State = field(default="training", init=False)
 
 
@@ -236,6 +247,15 @@ class Job:
     )  # (round, shard) -> one that waits for a round
     states: Mapping[int, "StateOf"] = field(default_factory=dict)  # keep_optimizer: shard -> where its newest state is
     amplified: tuple[float | None, ...] = ()  # how far the outer steps of the last rounds went (server.amplification)
+    affordable: int | None = None  # rounds within the privacy budget
+    planned_epsilon: float | None = None  # of all rounds
+    spent: PrivacySpent | None = None  # by the newest round
+    private_before: tuple[PrivateSteps, ...] = ()  # example-level privacy: what the worst-off sample has been through
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that will be trained: those planned, as far as the privacy budget goes."""
+        return self.spec.rounds if self.affordable is None else min(self.spec.rounds, self.affordable)
 
     @property
     def over(self) -> bool:
@@ -314,7 +334,7 @@ def cancel(job: Job, who: str) -> Step:
     if isinstance(job.phase, Cancelled):
         return Step(reason=job.reason)
     _refuse_if_over(job)
-    reason = f"cancelled by {who} after {job.closed} of {job.spec.rounds} rounds"
+    reason = f"cancelled by {who} after {job.closed} of {job.rounds} rounds"
     return Step((_changed("cancelled", reason),), reason)
 
 
@@ -479,7 +499,7 @@ def is_late(job: Job, task: Task) -> bool:
         case Training(round=coming):
             return coming - task.round <= MOST
         case Aggregating(round=under_way):  # it would join the next round, if there is one
-            return under_way < job.spec.rounds and under_way + 1 - task.round <= MOST
+            return under_way < job.rounds and under_way + 1 - task.round <= MOST
         case _:
             return False
 
@@ -544,7 +564,7 @@ def with_update(spec: JobSpec, update: str) -> JobSpec:
     return spec.model_copy(update={"aggregation": spec.aggregation.model_copy(update={"update": update})})
 
 
-def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float) -> Step:
+def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float, sampled: Sampled | None = None) -> Step:
     """The model was built. Opens the first round."""
     _refuse_if_over(job)
     if not isinstance(job.inner, Initialising):
@@ -552,13 +572,21 @@ def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float) 
     _refuse_if_never_given(job, Task("init", 0), made.attempt, made.worker)
     check_bounds(job.spec, made.facts)
     begun = evolve(job, made, now)
-    return Step((made, _open(begun, 1, places)), f"model of {made.facts.parameters:,} parameters built")
+    return Step(
+        (made, _open(begun, 1, places, sampled=sampled)), f"model of {made.facts.parameters:,} parameters built"
+    )
 
 
-def _open(job: Job, round_index: int, places: Sequence[Place], before: Sequence[Shard] = ()) -> Opened:
+def _open(
+    job: Job,
+    round_index: int,
+    places: Sequence[Place],
+    before: Sequence[Shard] = (),
+    sampled: Sampled | None = None,
+) -> Opened:
     assert job.facts is not None  # noqa: S101 - Initialised came before
     assert job.model is not None  # noqa: S101
-    return open_round(job.spec, job.facts, job.model.digest, round_index, places, before)
+    return open_round(job.spec, job.facts, job.model.digest, round_index, places, before, sampled)
 
 
 def judge(job: Job, task: Task, submission: Submission, worker: str) -> Accepted | None:
@@ -688,6 +716,9 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
     tally = f"{held} of {total} updates after {waited:.1f} s"
     if phase.lost:
         return Step(reason=_awaits_lost(job, phase.round))
+    if not phase.shards and phase.drawn_from:
+        reason = f"round {phase.round}: none of {phase.drawn_from} was sampled: its update is noise alone"
+        return _freeze(job, phase, reason, ())
     if not phase.shards:
         return Step(reason=f"round {phase.round}: no live worker offers data for it")
     if not awaited:
@@ -781,6 +812,8 @@ def close(
     seconds: float,
     places: Sequence[Place],
     now: float,
+    privacy: PrivacySpent | None = None,
+    sampled: Sampled | None = None,
 ) -> Step:
     """The frozen round was averaged, and what that gave is durable. Opens the next round, or ends the job."""
     phase = job.inner
@@ -805,17 +838,19 @@ def close(
         memory=memory,
         amplification=amplified,
         warning=_warning(job, phase, amplified),
+        privacy=privacy,
     )
     after = evolve(job, closed, now)
-    if phase.round < job.spec.rounds:
-        opened = _open(after, phase.round + 1, places, tuple(phase.before.shards.values()))
+    if phase.round < job.rounds:
+        opened = _open(after, phase.round + 1, places, tuple(phase.before.shards.values()), sampled)
         if closed.warning:
             opened = opened.model_copy(update={"reason": f"{opened.reason}; in round {phase.round} {closed.warning}"})
         return Step((closed, opened), opened.reason)
+    done = _done(job)
     if after.evaluations:
-        reason = f"{phase.round} rounds done; the last evaluation is awaited"
+        reason = f"{done}; the last evaluation is awaited"
         return Step((closed, _changed("evaluating", reason)), reason)
-    reason = f"{phase.round} rounds done"
+    reason = done
     return Step((closed, _changed("finished", reason)), reason)
 
 
@@ -823,8 +858,16 @@ def _warning(job: Job, phase: Aggregating, amplified: float | None) -> str:
     """What about a round that closes needs a person."""
     grows = amplification.growth(amplification.keep(job.amplified, amplified))
     first = phase.round == 1 and job.spec.train.local_steps is None  # else it was said when the job began
-    few = too_few_steps(job.spec, max(update.steps for update in phase.accepted)) if first else ""
+    few = too_few_steps(job.spec, max(update.steps for update in phase.accepted)) if first and phase.accepted else ""
     return "; ".join(filter(None, [grows, few]))
+
+
+def _done(job: Job) -> str:
+    """How a job comes to its end by itself, in words."""
+    if job.rounds == job.spec.rounds:
+        return f"{job.rounds} rounds done"
+    budget = f"the privacy budget of ε {job.spec.privacy.budget:g}"
+    return f"{job.rounds} of {job.spec.rounds} rounds done: one more would pass {budget}"
 
 
 def way_to(round_index: int, size: int, steps: Mapping[int, StepRef]) -> tuple[StepRef, ...]:
@@ -863,7 +906,7 @@ def take_evaluation(job: Job, round_index: int, submission: Submission, worker: 
     if target is not None and value is not None and (value == target or _better(metric, value, target)):
         reason = f"{metric} {value:.4f} reached the target {target} at round {round_index}"
         return Step((fact, _changed("finished", reason)), reason)
-    reason = f"{job.spec.rounds} rounds done; {shown} at round {round_index}"
+    reason = f"{_done(job)}; {shown} at round {round_index}"
     return Step((fact, *_finish_if_last(job, round_index, reason)), f"round {round_index}: {shown}")
 
 
@@ -876,7 +919,7 @@ def evaluates(job: Job, round_index: int) -> bool:
     """Whether the model of this round is measured."""
     every = job.spec.round.evaluate_every
     measurable = job.facts is not None and job.facts.test_samples > 0
-    return measurable and (round_index == job.spec.rounds or (every > 0 and round_index % every == 0))
+    return measurable and (round_index == job.rounds or (every > 0 and round_index % every == 0))
 
 
 def means(metrics: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
@@ -905,7 +948,8 @@ def _better(metric: str, value: float, than: float | None) -> bool:
 
 def new_job(job_id: str, fact: Submitted) -> Job:
     """A job, from its first fact."""
-    return Job(job_id, fact.spec, fact.task_digest, Queued(), "in the queue")
+    job = Job(job_id, fact.spec, fact.task_digest, Queued(), "in the queue")
+    return replace(job, affordable=fact.affordable, planned_epsilon=fact.planned_epsilon)
 
 
 def evolve(job: Job, fact: Fact, now: float) -> Job:
@@ -1009,7 +1053,9 @@ def _evolve_lost(job: Job, round_index: int, change: Callable[[frozenset[int]], 
 def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
     assert job.model is not None  # noqa: S101 - a round opens on a model
     shards = {shard.shard: shard for shard in fact.shards}
-    phase = Training(fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators)
+    phase = Training(
+        fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators, drawn_from=fact.drawn_from
+    )
     return _with_inner(replace(job, reason=fact.reason), phase)
 
 
@@ -1066,7 +1112,23 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
         states = {**states, **{u.shard: StateOf(u.round, u.worker) for u in job.inner.accepted}}
     past = still_useful(_left_behind(job) if job.spec.round.late == "use" else {}, fact.round)
     job = replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
+    job = replace(job, spent=fact.privacy, private_before=private_before(job))
     return replace(job, past=past, amplified=amplification.keep(job.amplified, fact.amplification))
+
+
+def private_before(job: Job) -> tuple[PrivateSteps, ...]:
+    """Example-level privacy: what the worst-off sample has been through, with the round that closes now.
+
+    In a round a sample is in one shard, and the shards' data have nothing to do with each other. So the round cost a
+    sample at most what it cost in the worst of them; a greater rate and more steps are worse.
+    """
+    runs = [run for update in accepted_of(job) if (run := update.private) is not None]
+    if not runs:
+        return job.private_before
+    rate, noise, steps = max(r.sample_rate for r in runs), min(r.noise for r in runs), max(r.steps for r in runs)
+    so_far = {(before.sample_rate, before.noise): before.steps for before in job.private_before}
+    so_far[rate, noise] = so_far.get((rate, noise), 0) + steps
+    return tuple(PrivateSteps(sample_rate=r, noise=z, steps=n) for (r, z), n in so_far.items())
 
 
 def _left_behind(job: Job) -> dict[int, Past[Tries]]:

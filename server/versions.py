@@ -6,9 +6,11 @@ from pathlib import Path
 
 from common.codecs import codec
 from common.messages import AggregationSection, ModelRef, StepRef
-from server import folding, nova
+from common.privacy import first_clip
+from server import folding, nova, privacy
 from server.blobs import Blobs
 from server.failpoints import reach
+from server.inspection import measure
 from server.optimizers import FedNova, outer_step
 from server.rounds import Aggregating, Job
 
@@ -21,6 +23,7 @@ class Version:
     step: StepRef | None  # how workers come here from the model before, where steps are sent
     memory: tuple[str, ...]  # digests of what the next average needs: outer states, then the residual
     amplification: float | None = None  # server.amplification
+    next_clip: float | None = None  # worker-level privacy: the bound of the next round
 
     @property
     def digests(self) -> set[str]:
@@ -44,8 +47,15 @@ def room_for(job: Job, size: int) -> int:
     return size * (1 + rules.step.states + 2 * (rules.down is not None))
 
 
-def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]) -> Version:
+def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool], seed: bytes | None = None) -> Version:
     """Average the frozen updates of a round.
+
+    Args:
+        job: the job.
+        phase: the round.
+        blobs: where its files are, and go.
+        stopped: asked from time to time whether to give up.
+        seed: the secret one of a job with worker-level privacy.
 
     Raises:
         Stopped: `stopped` said so (server.folding).
@@ -57,6 +67,9 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
     if isinstance(rules.step, FedNova):
         weighing = nova.weigh(job.spec.train, [(one.samples, one.steps) for one in (*phase.accepted, *phase.late)])
         rules, weights = replace(rules, step=FedNova(weighing.scale)), weighing.weights
+    next_clip = None
+    if seed is not None:
+        rules, next_clip = _private(job, phase, blobs, rules, stopped, seed)
     targets = _targets(job.id, phase.round, rules, blobs)
     blobs.check_room(room_for(job, phase.base.size))
     states, memory = rules.step.states, [blobs.path(digest) for digest in job.memory]
@@ -85,7 +98,27 @@ def make(job: Job, phase: Aggregating, blobs: Blobs, stopped: Callable[[], bool]
         blobs.adopt(path, digest, durable=True)
     blobs.adopt(targets.model, model.digest, durable=True)
     reach("model-named")
-    return Version(model, step, tuple(digest for _, digest in kept), made.amplification)
+    return Version(model, step, tuple(digest for _, digest in kept), made.amplification, next_clip)
+
+
+def clip_of(job: Job) -> float:
+    """Worker-level privacy: the bound of the round under way."""
+    moved = job.spent.next_clip if job.spent is not None else None
+    return first_clip(job.spec.privacy) if moved is None else moved
+
+
+def _private(
+    job: Job, phase: Aggregating, blobs: Blobs, rules: folding.Rules, stopped: Callable[[], bool], seed: bytes
+) -> tuple[folding.Rules, float]:
+    """The rules with clip and noise of this round, and the next round's clip."""
+    base, norms = blobs.path(phase.base.digest), list[float]()
+    for update in phase.accepted:
+        if stopped():
+            raise folding.Stopped(f"averaging was broken off before the norm of shard {update.shard}")
+        norms.append(measure(blobs.path(update.digest), base, rules.update))
+    clip = clip_of(job)
+    noisy = privacy.noisy(job.spec, clip, norms, seed, phase.round)
+    return replace(rules, noisy=noisy), privacy.next_clip(job.spec, clip, norms, seed, phase.round)
 
 
 def _targets(job_id: str, round_index: int, rules: folding.Rules, blobs: Blobs) -> folding.Targets:

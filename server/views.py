@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from common import privacy
 from common.facts import HandedBack, Now, WorkerNow
-from common.messages import NEW_KEYS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
+from common.messages import NEW_KEYS, NEW_SECTIONS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
 from server import paths, rounds
 from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody
@@ -17,14 +18,15 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
     """The answer to a poll as JSON, without what a worker of an older protocol would refuse as unknown."""
     if protocol >= 2:
         return answer.model_dump_json()
-    spec = {section: set(keys) for section, keys in NEW_KEYS.items()}
+    spec: dict[str, set[str] | bool] = {section: set(keys) for section, keys in NEW_KEYS.items()}
+    spec |= dict.fromkeys(NEW_SECTIONS, True)
     return answer.model_dump_json(
         exclude={
             "settled": True,
             "wanted": True,
             "prepare": True,
             "order": True,
-            "assignment": {"steps": True, "optimizer_of": True, "together": True, "spec": spec},
+            "assignment": {"steps": True, "optimizer_of": True, "together": True, "private_before": True, "spec": spec},
         }
     )
 
@@ -39,15 +41,24 @@ def job_view(coordinator: Coordinator, job: Job) -> JobView:
         reason=why(coordinator, job),
         submitted_at=coordinator.submitted_at[job.id],
         round=job.closed,
-        rounds=job.spec.rounds,
+        rounds=job.rounds,
         model=job.model,
         metrics=dict(job.metrics),
         metrics_round=job.metrics_round,
         best_round=job.best_round,
         best_value=job.best_value,
         parameters=job.facts.parameters if job.facts else None,
+        privacy=job.spent,
+        warnings=_warnings(job),
         spec=job.spec,
     )
+
+
+def _warnings(job: Job) -> tuple[str, ...]:
+    parameters = job.facts.parameters if job.facts else None
+    clip = job.spent.next_clip if job.spent else None
+    planned = privacy.budget_words(job.spec, job.affordable, job.planned_epsilon)
+    return (*privacy.warnings(job.spec, parameters, clip), *planned)
 
 
 def why(coordinator: Coordinator, job: Job) -> str:
@@ -88,7 +99,7 @@ def now_of(coordinator: Coordinator, job: Job) -> Now:
         state=job.phase.state,
         reason=why(coordinator, job),
         round=training.round if training else job.closed,
-        rounds=job.spec.rounds,
+        rounds=job.rounds,
         received=len(training.accepted) if training else 0,
         shards=len(training.shards) if training else 0,
         workers=tuple(sorted(workers, key=lambda w: w.worker)),

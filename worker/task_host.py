@@ -68,6 +68,7 @@ task_ranks = beside("task_ranks")
 task_device = beside("task_device")
 task_precision = beside("task_precision")
 task_stacked = beside("task_stacked")
+task_private = beside("task_private")
 
 is_out_of_memory = task_device.is_out_of_memory
 
@@ -738,6 +739,7 @@ class Context:
     lr_scale: float = 1.0  # of the learning rate, where the batch size was found and not asked for
     _fresh: bool | None = None  # whether the optimiser began without the state of an earlier round; None: nobody asked
     _rates: list[Any] = field(default_factory=list)  # learning rate of each group of the optimiser, before any step
+    _silent: bool = False  # example-level privacy: the loss is told to nobody
     _keep: Callable[["Context"], None] | None = None  # keeps a checkpoint if one is due; holds no context: no cycle
     _ranks: Any = field(default_factory=lambda: task_ranks.Alone(threading.Event()))  # those who train this together
 
@@ -806,8 +808,9 @@ class Context:
         if self._stopping.is_set():
             raise Stopped
         count = self._batch_samples if samples is None else samples
-        value = torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach().reshape(())
-        self._unread.append((value, count))
+        if not self._silent:
+            value = torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach().reshape(())
+            self._unread.append((value, count))
         self._taken += 1
         self._samples += count
         self._settled = True
@@ -848,7 +851,7 @@ class Context:
         self.read_losses()
         seconds = time.monotonic() - self._began
         loss: Metrics = {"train_loss": [self._loss_sum, self._samples]}
-        has_loss = self._samples > 0 and math.isfinite(self._loss_sum)
+        has_loss = self._samples > 0 and not self._silent and math.isfinite(self._loss_sum)
         metrics = loss if has_loss else {}
         if self._fresh is not None:
             metrics["fresh_optimizer"] = [float(self._fresh), 1.0]
@@ -1148,6 +1151,7 @@ class Host:
         base_digest: str = "",
         batch_size: int | None = None,
         fits: int | None = None,
+        private: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Train the base model on a shard and write what came out. Without a length: one epoch.
 
@@ -1170,12 +1174,15 @@ class Host:
             base_digest: what the base is known by; without one, the file is hashed.
             batch_size: samples a step, as `probe` found them; None: as the configuration says.
             fits: samples that fit into memory at once, as an earlier `train` found; None: all of a batch, so far.
+            private: DP-SGD, as task_private.train takes it; None: no such thing.
         """
         self._events.progress("loading")
         task, ranks = self._sized(batch_size), self._ranks
         dataset = ranks.first_rank_0(partial(self._split, "train"))
         shard = read_shard(indices, len(dataset))
         model = self._loaded(base, seed)
+        if private is not None:
+            task_private.check(sys.modules[__name__], task, model.train(), ranks)
         ranks.begin(model)
         ends = batch_ends(len(shard), int(task.config.get("batch_size", 32)), join_last_one=has_batch_norm(model))
         optimizer_made = fresh_optimizer(task, model, seed)
@@ -1198,6 +1205,7 @@ class Host:
             _batches=len(ends),
             total_steps=total_steps,
             _ranks=ranks,
+            _silent=private is not None,
         )
         if batch_size is not None:
             adaptive = not isinstance(optimizer_made, torch.optim.SGD)
@@ -1210,6 +1218,7 @@ class Host:
             base_digest = base_digest or digest_of_file(Path(base))
             facts = [base_digest, seed, round, context.epochs, steps, seconds, total_steps, optimizer_of, batch_size]
             facts += [ranks.world] if ranks.joint else []  # other ranks draw other numbers
+            facts += [private] if private is not None else []
             command = identity(task, self._device, facts, shard)
             kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
             began = self._go_on(kept, model, Path(base), context)
@@ -1218,9 +1227,11 @@ class Host:
             self._take_up(Path(optimizer_from), optimizer_of, model, context)
         ranks.agree("where to begin", context.place(), context._taken, context._fresh, len(dataset))
         context.report()
-        loader = ShardLoader(dataset, shard, ends, context)
+        loader, cost = ShardLoader(dataset, shard, ends, context), None
         with task.watched("train"):
-            if task.has("train"):
+            if private is not None:
+                cost = task_private.train(sys.modules[__name__], task, model, dataset, shard, context, private)
+            elif task.has("train"):
                 task.call("train", model, loader, context)
             else:
                 default_train(task, model, loader, context)
@@ -1241,7 +1252,7 @@ class Host:
         if stepper.used != stepper.precision:
             reason = f"its own train() does not ask for {stepper.precision}, by `with context.autocast():`"
         used = {"precision": stepper.used, "precision_reason": reason}
-        return {"samples": len(shard), **result, **used, "fits": stepper.fits}
+        return {"samples": len(shard), **result, **used, "fits": stepper.fits, "private": cost}
 
     def probe(self, base: str, indices: str | None, seed: int) -> dict[str, Any]:
         """Find the batch for this device: the largest that its memory has room for, within what a shard is good for.

@@ -25,6 +25,7 @@ from worker import plan
 from worker.child import Child, TaskFailure, TaskStopped
 from worker.heart import Heart, Watch
 from worker.options import Options
+from worker.secret import noise_seed
 from worker.spool import Durability, Sizes, Spool, Trained, Untrained
 
 log = logging.getLogger("lydian.worker")
@@ -39,6 +40,11 @@ BY_LABEL = ("dirichlet", "labels")  # partitions
 def encodes(assignment: Assignment) -> bool:
     """Whether the update travels encoded, and not as the whole model that the child writes."""
     return assignment.spec.aggregation.update != "fp32"
+
+
+def is_private(assignment: Assignment) -> bool:
+    """Whether noise is drawn here."""
+    return assignment.spec.privacy.level == "example"
 
 
 def written_to(begun: Untrained) -> Path:
@@ -230,6 +236,7 @@ class Trainer:
             metrics=done["metrics"],
             bytes_down=received,
             resumed_at=done.get("resumed_at", 0),
+            private=done.get("private"),
         )
         trained = self._spool.finish(begun, submission)
         if assignment.kind == "train":
@@ -331,6 +338,7 @@ class Trainer:
             optimizer_from=str(self._spool.optimizer(place, assignment.optimizer_of)),
             found=sizes.batch_size,
             fits=sizes.fits,
+            noise_seed=noise_seed(self._spool.folder, assignment) if is_private(assignment) else "",
         )
 
     # ------------------------------------------------------------ what this machine's memory takes
