@@ -29,6 +29,7 @@ from client.calling import (
 )
 from client.service.units import Side
 from common import __version__
+from common.privacy import shown_epsilon
 
 if TYPE_CHECKING:
     from common.messages import JobView, Link, TailnetPath, WorkerView
@@ -455,8 +456,9 @@ def jobs(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -
     if as_json:
         print_messages(found)
     elif found:
-        header = ["JOB", "NAME", "TASK", "STATE", "ROUND", "ACCURACY", "REASON"]
-        shown.print_table(header, [_job_cells(job) for job in found], right={"ROUND", "ACCURACY"})
+        header = ["JOB", "NAME", "TASK", "STATE", "ROUND", "ACCURACY", "ε", "REASON"]
+        header, cells = shown.without_empty(header, [_job_cells(job) for job in found], {"ε"})
+        shown.print_table(header, cells, right={"ROUND", "ACCURACY", "ε"})
     else:
         typer.echo("no job yet: `lydian submit --help` says how to send one", err=True)
 
@@ -661,7 +663,8 @@ def _print_worker(view: "WorkerView", *, as_json: bool) -> None:
 
 def _job_cells(job: "JobView") -> list[str]:
     accuracy = shown.measure(job.metrics.get("accuracy"))
-    cells = [job.id, job.name, job.task, job.state, f"{job.round}/{job.rounds}", accuracy, job.reason]
+    epsilon = shown_epsilon(job.privacy.epsilon) if job.privacy else shown.NOTHING
+    cells = [job.id, job.name, job.task, job.state, f"{job.round}/{job.rounds}", accuracy, epsilon, job.reason]
     return [shown.one_line(cell) for cell in cells]
 
 

@@ -11,6 +11,7 @@ from uuid import uuid4
 import typer
 from typer.core import TyperCommand
 
+from client import shown
 from client.calling import DEFAULT_URL, AsJson, Token, Url, coordinator, new_app, print_message, run_program
 from client.job_file import TASK, Job, flag_layer, read_job, set_layer
 from client.job_keys import Key, KeyPath, job_keys
@@ -91,6 +92,8 @@ def submit(
             print_message(view)
         else:
             typer.echo(view.id)
+        for warning in view.warnings:
+            typer.echo(shown.one_line(warning), err=True)
         if watching:
             raise typer.Exit(watch(api, view, as_json=as_json))
 

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from client import shown
 from client.calling import Ending
+from common import privacy
 from common.api import CoordinatorApi
 from common.facts import (
     Absent,
@@ -99,11 +100,17 @@ class Board:
         self.now: Now | None = None
         self.troubles: deque[str] = deque(maxlen=SHOWN_TROUBLES)
         self.waiting: str | None = None
+        self.warnings = job.warnings
+        self._planned: tuple[str, ...] = ()  # what its privacy will cost
 
     def take(self, fact: Message) -> None:
         """Learn a fact."""
         self.waiting = None
         match fact:
+            case Submitted():
+                self._planned = privacy.budget_words(fact.spec, fact.affordable, fact.planned_epsilon)
+            case Initialised():
+                self.warnings = (*privacy.warnings(self.job.spec, fact.facts.parameters), *self._planned)
             case RoundClosed():
                 self.rows[fact.round] = Row(fact)
                 if fact.warning:
@@ -160,9 +167,11 @@ def plain_line(fact: Message, board: Board) -> str | None:
 def _plain_line(fact: Message, board: Board) -> str | None:
     match fact:
         case Submitted():
-            return f"submitted: {fact.spec.task}, {shown.several(fact.spec.rounds, 'round')}"
+            said = [f"submitted: {fact.spec.task}, {shown.several(fact.spec.rounds, 'round')}"]
+            return "; ".join([*said, *privacy.budget_words(fact.spec, fact.affordable, fact.planned_epsilon)])
         case Initialised():
-            return f"model built: {shown.several(fact.facts.parameters, 'parameter')}, {shown.size(fact.size)}"
+            said = [f"model built: {shown.several(fact.facts.parameters, 'parameter')}, {shown.size(fact.size)}"]
+            return "; ".join([*said, *privacy.warnings(board.job.spec, fact.facts.parameters)])
         case StateChanged():
             return f"{fact.state}: {fact.reason}"
         case RoundClosed():
@@ -223,6 +232,7 @@ def _round_line(fact: RoundClosed, rounds: int) -> str:
         f"down {shown.size(fact.bytes_down)}",
         f"up {shown.size(fact.bytes_up)}",
         *(f"{name.replace('_', ' ')} {shown.measure(value)}" for name, value in fact.metrics.items()),
+        *([privacy.spent_words(fact.privacy.epsilon, fact.privacy.delta)] if fact.privacy else []),
         *([f"{shown.several(fact.left_out, 'shard')} left out"] if fact.left_out else []),
     ]
     warning = [f"caution: {fact.warning}"] if fact.warning else []
@@ -260,6 +270,10 @@ def round_table(rows: Collection[Row], best: int | None) -> tuple[list[str], lis
         header.append("by worker")
         for line, row in zip(cells, rows, strict=True):
             line.append(_by_worker(row.evaluation, next(iter(ordered), "")))
+    if any(row.closed.privacy for row in rows):
+        header.append("ε")
+        for line, row in zip(cells, rows, strict=True):
+            line.append(privacy.shown_epsilon(row.closed.privacy.epsilon) if row.closed.privacy else "")
     if any(row.closed.absent for row in rows):
         header.append("without")
         for line, row in zip(cells, rows, strict=True):
@@ -310,6 +324,7 @@ def render(board: Board) -> "RenderableType":
         Text("" if left is None else f"about {shown.duration(left)} left"),
     )
     parts: list[RenderableType] = [head, bar]
+    parts += [Text(shown.one_line(warning), style="yellow") for warning in board.warnings]
     if board.waiting:
         parts.append(Text(shown.one_line(board.waiting), style="yellow"))
     if board.now and board.now.workers:

@@ -255,7 +255,8 @@ class CoordinatorApi:
 
     def submit_job(self, request: JobRequest) -> JobView:
         """Send a job. The same key again gives the same job."""
-        return self._ask(JobView, "POST", "/v1/jobs", request)
+        # A private job's cost is found before it is taken, which takes seconds, more on a busy machine.
+        return self._ask(JobView, "POST", "/v1/jobs", request, timeout=httpx2.Timeout(300.0))
 
     def jobs(self) -> list[JobView]:
         """All jobs, oldest first."""

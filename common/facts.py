@@ -8,7 +8,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
 
-from common.messages import Count, Digest, JobSpec, Kind, Message, Metrics, ModelFacts, Name, Progress, State, StepRef
+from common.messages import (
+    Count,
+    Digest,
+    JobSpec,
+    Kind,
+    Message,
+    Metrics,
+    ModelFacts,
+    Name,
+    PrivacySpent,
+    PrivateRun,
+    Progress,
+    State,
+    StepRef,
+)
 
 
 class Submitted(Message):
@@ -18,6 +32,8 @@ class Submitted(Message):
     spec: JobSpec
     task_digest: Digest | None = Field(None, description="of the user's task file; None for a built-in task")
     key: str = Field(description="the submitter's idempotency key")
+    affordable: Count | None = Field(None, description="rounds within the privacy budget; None: there is none")
+    planned_epsilon: float | None = Field(None, ge=0, description="what all its rounds would cost")
 
     @model_validator(mode="before")
     @classmethod
@@ -114,6 +130,9 @@ class Opened(Message):
     reason: str
     evaluators: tuple[Absent, ...] = Field((), description="workers that are too slow for a shard, and only evaluate")
     buffer: Count | None = Field(None, description="asynchronous: the updates that make a version")
+    drawn_from: Count | None = Field(
+        None, description="members that the shards are a random sample of, which may be empty; None: they are no sample"
+    )
 
 
 class OpenedAnew(Message):
@@ -144,6 +163,7 @@ class Accepted(Message):
     bytes_down: Count
     bytes_up: Count
     resumed_at: Count = Field(0, description="the step of the checkpoint that its worker went on from; 0: none")
+    private: PrivateRun | None = Field(None, description="what a training with example-level privacy ran")
     took_s: float | None = Field(
         None, ge=0, description="seconds from hand-out to hand-in on the coordinator's clock; None: it did not see both"
     )
@@ -250,6 +270,7 @@ class RoundClosed(Message):
         None, description="how far the outer step moved the model, in lengths of the mean change; None: nothing changed"
     )
     warning: str = Field("", description="what about this round needs a person; empty: nothing")
+    privacy: PrivacySpent | None = Field(None, description="what a private job has spent so far; None: it is not one")
 
 
 class Measured(Message):

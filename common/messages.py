@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from common import privacy as private
 from common.robustness import CUTTING, WEIGHING, Robust, least_updates
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
@@ -203,7 +204,7 @@ NEW_KEYS = {
     ),
 }
 """Section -> all keys of a job that a worker of protocol 1 would refuse as unknown, or whose new values it would."""
-NEW_SECTIONS = ("evaluation", "secure")
+NEW_SECTIONS = ("evaluation", "secure", "privacy")
 """Whole sections that it would refuse."""
 
 
@@ -413,6 +414,39 @@ class SecureSection(Message):
     bits: int = Field(38, ge=8, le=48, description="of one number with its sign; fewer leave room for more samples")
 
 
+class PrivacySection(Message):
+    """`[privacy]`: whose data the model must not give away, and by how much noise (docs/privacy.md)."""
+
+    level: Literal["none", "worker", "example"] = Field(
+        "none",
+        description="what is hidden: worker (all that one shard or worker has; noise on the coordinator) or example "
+        "(each single sample; noise on the workers, which need opacus)",
+    )
+    clip: float | None = Field(
+        None,
+        gt=0,
+        description="worker: greatest norm of an update, a longer one is cut to it (adaptive: of the first round, "
+        "0.1 unless set); example: greatest norm of one sample's gradient",
+    )
+    noise: float | None = Field(None, gt=0, description="standard deviation of the noise, in units of clip")
+    delta: float | None = Field(None, gt=0, lt=1, description="the delta that epsilon is told for")
+    budget: float | None = Field(
+        None, gt=0, description="worker: greatest epsilon; the job ends before a round that would pass it"
+    )
+    sample: float = Field(
+        1.0, gt=0, le=1, description="worker: chance of each shard, or with private data worker, to be in a round"
+    )
+    population: int | None = Field(
+        None, ge=1, description="worker, with partition = local: workers that are expected, which the sum is divided by"
+    )
+    adaptive: bool = Field(False, description="worker: clip follows a quantile of the updates' norms")
+    quantile: float = Field(0.5, gt=0, lt=1, description="adaptive: share of updates that clip is to leave whole")
+    clip_lr: float = Field(0.2, gt=0, description="adaptive: learning rate of clip's logarithm")
+    count_noise: float | None = Field(
+        None, gt=0, description="adaptive: noise on how many were left whole (default: a 20th of the mean sample)"
+    )
+
+
 class JobSpec(Message):
     """A whole job, as a job file says it. Every key is also a flag of `lydian submit`."""
 
@@ -428,6 +462,7 @@ class JobSpec(Message):
     aggregation: AggregationSection = AggregationSection()
     evaluation: EvaluationSection = EvaluationSection()
     secure: SecureSection = SecureSection()
+    privacy: PrivacySection = PrivacySection()
     config: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(
         default_factory=dict, description="handed to the task as it is"
     )
@@ -596,6 +631,12 @@ class JobSpec(Message):
             raise ValueError(f"secure.enabled cannot work with this job: {'; '.join(found)}")
         return self
 
+    @model_validator(mode="after")
+    def _privacy(self) -> Self:
+        if (why := private.refusal(self)) is not None:
+            raise ValueError(why)
+        return self
+
     @property
     def beyond_protocol_1(self) -> str:
         """What of this job a worker of protocol 1 cannot do, or not even read; empty: nothing."""
@@ -610,6 +651,7 @@ class JobSpec(Message):
         if self.evaluation.per_class:
             beyond.append("evaluation.per_class")
         beyond += ["secure.enabled"] if self.secure.enabled else []
+        beyond += ["privacy.level = example"] if self.privacy.level == "example" else []
         return beyond[0] if beyond else ""
 
 
@@ -667,6 +709,7 @@ class TorchBuild(Message):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="what precision = auto is there")
     precision_reason: str = Field("", max_length=500)
+    opacus: str = Field("", max_length=50, description="its version: what example-level privacy needs; empty: none")
     compiles: bool = Field(False, description="whether torch.compile can work there")
     compiles_reason: str = Field("", max_length=500)
 
@@ -771,6 +814,21 @@ class StepRef(Message):
     size: Count = Field(description="bytes of the file")
 
 
+class PrivateSteps(Message):
+    """Steps of DP-SGD, as an accountant counts them."""
+
+    sample_rate: float = Field(gt=0, le=1, description="chance of each sample to be in a step")
+    noise: float = Field(gt=0, description="standard deviation, in units of the clip")
+    steps: Count
+
+
+class PrivateRun(PrivateSteps):
+    """What a worker ran on its shard in a round with example-level privacy, and what that comes to."""
+
+    epsilon: float = Field(ge=0, description="of one sample, over all rounds up to this one")
+    delta: float = Field(gt=0, lt=1)
+
+
 class Range(Message):
     """A shard as samples [start, stop) of the job's seeded order of the training set (common.sharding)."""
 
@@ -807,6 +865,9 @@ class Assignment(Message):
         0, description="an update of at most so many bytes may come with its submission, in one call"
     )
     steps: tuple[StepRef, ...] = Field((), description="the last steps to `base`, oldest first, as far as they pay")
+    private_before: tuple[PrivateSteps, ...] = Field(
+        (), description="example-level privacy: what the worst-off sample has been through in the rounds before"
+    )
 
 
 class PollRequest(Message):
@@ -893,6 +954,7 @@ class Submission(Message):
     seconds: float = Field(0.0, ge=0, description="seconds of training")
     metrics: Metrics = Field(default_factory=dict, max_length=100)
     bytes_down: Count = Field(0, description="bytes downloaded for this assignment")
+    private: PrivateRun | None = Field(None, description="what a training with example-level privacy ran")
     facts: ModelFacts | None = Field(None, description="init only")
     resumed_at: Count = Field(0, description="the step of the checkpoint it went on from; 0: none was needed")
 
@@ -909,7 +971,7 @@ class Abandon(Message):
 
     attempt: int = Field(ge=1)
     code: Literal["released", "task_failed", "task_exited", "task_stalled", "out_of_memory", "no_data", "not_trusted",
-                  "unknown_task", "bad_task", "worker_error", "disk_full"]  # fmt: skip
+                  "unknown_task", "bad_task", "worker_error", "disk_full", "missing_package"]  # fmt: skip
     sentence: str = Field(max_length=2_000)
     detail: str = Field("", max_length=200_000, description="traceback and the last lines of the child's output")
 
@@ -990,6 +1052,18 @@ class Reveal(Message):
 # ---------------------------------------------------------------- what is shown
 
 
+class PrivacySpent(Message):
+    """What the model gives away of whoever is protected, once a round was averaged."""
+
+    level: Literal["worker", "example"]
+    epsilon: float = Field(ge=0, description="over all rounds so far; example: of the worst-off sample")
+    epsilon_rdp: float | None = Field(None, description="the same by Rényi divergences: another upper bound")
+    delta: float = Field(gt=0, lt=1)
+    clip: float = Field(gt=0, description="greatest norm in this round, of an update or of a sample's gradient")
+    next_clip: float | None = Field(None, description="worker: of the next round")
+    noise_norm: float | None = Field(None, description="worker: norm that the noise on the mean was expected to have")
+
+
 class JobView(Message):
     """One job as `lydian jobs` shows it."""
 
@@ -1007,6 +1081,8 @@ class JobView(Message):
     best_round: int | None = None
     best_value: float | None = None
     parameters: int | None = None
+    privacy: PrivacySpent | None = Field(None, description="of the newest round")
+    warnings: tuple[str, ...] = Field((), description="what a person should know before trusting the result")
     spec: JobSpec
 
 

@@ -85,6 +85,6 @@ make_venv
 rm -f "$venv"/installed-*
 echo "Installing the coordinator, the worker with PyTorch ($torch) and the test tools into $venv with $("$venv/bin/python" -V): this downloads a few GB and can take minutes." >&2
 "$venv/bin/python" -m pip install --disable-pip-version-check -q \
-    -r requirements_server.txt -r "requirements_${torch}_gpu.txt" -e '.[dev]' ||
+    -r requirements_server.txt -r "requirements_${torch}_gpu.txt" -e '.[dev,privacy,privacy-worker]' ||
     fail "pip could not install everything; its reason is above. Run make again to go on from there."
 touch "$venv/installed-$torch"

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NoReturn, Self, TypeVar
 
 from common import PROTOCOL, __version__
@@ -70,12 +71,13 @@ from common.messages import (
     Welcome,
 )
 from common.tasks import BUILTIN
-from common.weights import file_digest
-from server import folding, nova, rounds, securing, versions
+from common.weights import file_digest, read_layout
+from server import folding, nova, privacy, rounds, securing, versions
+from server.accounting import AccountantError, Accounting, Planned, example_level, worker_level
 from server.auth import Tokens
 from server.blobs import Blobs
 from server.buffering import Batch, Buffering, shards_for, size_of
-from server.cutting import Place
+from server.cutting import Place, Sampled
 from server.deadlines import Due, expected_s
 from server.evaluation import is_repeat
 from server.events import Hub
@@ -87,6 +89,7 @@ from server.probe import Probes
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
 from server.sealing import Sums, check_can_sum, is_secure
 from server.securing import Decision, Seal
+from server.seeds import SeedLostError, Seeds
 from server.settings import Settings
 from server.speeds import Speeds, ahead, counted, work_of
 from server.store import DiskBrokenError, Journal, StoredFact
@@ -132,6 +135,7 @@ class Coordinator:
         self._uploads = Uploads(self.blobs)
         self.probes = Probes()
         self._sums = Sums(self.journal, self._wake)
+        self.accounting, self._seeds = Accounting(), Seeds(self.settings.state_dir)
         given = self.settings
         self.tailnet = Tailnet(given.tailscaled, self.journal, given.node_pin == "enforce", given.tailnet_s, self.clock)
         self._watch: asyncio.Task[None] | None = None
@@ -180,6 +184,7 @@ class Coordinator:
         """Verify what the open rounds stand on, and go on where the last coordinator stopped."""
         self._uploads.restore(self._is_awaited)
         self.blobs.sweep(self._needed())
+        self._seeds.sweep([job.id for job in self._active()])
         self._hold_ballast()
         for job in self._active():
             await self._verify(job)
@@ -240,6 +245,11 @@ class Coordinator:
 
     async def _verify(self, job: Job) -> None:
         """After a power cut a file may be gone or short under a right name. A lost update is asked for again."""
+        try:
+            self._seed_of(job)
+        except SeedLostError as error:
+            self._apply(job.id, rounds.fail(job, f"{error} {error.advice}"))
+            return
         for digest in [*([job.model.digest] if job.model else []), *job.memory]:
             if not await asyncio.to_thread(self._intact, digest):
                 what = "model" if job.model and digest == job.model.digest else "memory of the outer step"
@@ -383,6 +393,7 @@ class Coordinator:
         self.speeds.forget(job_id)
         if self.jobs[job_id].spec.secure.enabled:
             self._sums.forget(job_id)
+        self._seeds.remove(job_id)
         self._uploads.drop_job(job_id)
         for key in [key for key in self._spans if key[0].startswith(f"{job_id}.")]:
             del self._spans[key]
@@ -398,8 +409,22 @@ class Coordinator:
 
     # ------------------------------------------------------------ jobs
 
-    def submit(self, request: JobRequest) -> Job:
-        """Take a job. The same key again gives the job that was made for it."""
+    async def plan(self, request: JobRequest) -> Planned | None:
+        """What a private job will cost; None: it is no such job, or was taken before.
+
+        Raises:
+            BadJobError: it cannot be accounted for here, or its budget is below one round.
+            AccountantError: its cost could not be found.
+        """
+        return None if request.key in self._by_key else await self.accounting.plan(request.spec)
+
+    def submit(self, request: JobRequest, planned: Planned | None = None) -> Job:
+        """Take a job. The same key again gives the job that was made for it.
+
+        Args:
+            request: the job.
+            planned: what `plan` said of it.
+        """
         if (known := self._by_key.get(request.key)) is not None:
             job = self.jobs[known]
             asked = request.spec
@@ -422,7 +447,15 @@ class Coordinator:
                 f"there is no built-in task {spec.task!r}: {names}", advice="Send your own with --task FILE.py."
             )
         job_id = new_id(spec.name or spec.task)
-        taken = Submitted(spec=spec, task_digest=digest, key=request.key)
+        if spec.privacy.level == "worker":
+            self._seeds.create(job_id)  # before there is a job: one without its seed could not go on
+        taken = Submitted(
+            spec=spec,
+            task_digest=digest,
+            key=request.key,
+            affordable=planned.affordable if planned else None,
+            planned_epsilon=planned.epsilon if planned else None,
+        )
         for stored in self._keep_facts(job_id, Step((taken,), "submitted")):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
@@ -470,6 +503,21 @@ class Coordinator:
             if isinstance(job.phase, rounds.Queued):
                 self._apply(job.id, rounds.begin(job, self.fleet.serving(job, now), self.fleet.spare(job, older, now)))
             older.append(self.jobs[job.id])
+
+    # ------------------------------------------------------------ privacy
+
+    def _seed_of(self, job: Job) -> bytes | None:
+        """The secret seed of a job with worker-level privacy; None: it is no such job.
+
+        Raises:
+            SeedLostError: it is gone.
+        """
+        return self._seeds.read(job.id) if job.spec.privacy.level == "worker" else None
+
+    def _sampled(self, job: Job) -> Sampled | None:
+        """Who is in a round, where that is drawn at random for privacy."""
+        seed = self._seed_of(job)
+        return None if seed is None else partial(privacy.sampled, seed, job.spec.privacy.sample)
 
     # ------------------------------------------------------------ speeds
 
@@ -779,6 +827,7 @@ class Coordinator:
             task=TaskRef(name=job.spec.task, digest=job.task_digest),
             spec=job.spec,
             base=base,
+            private_before=job.private_before if task.kind == "train" else (),
             optimizer_of=state.round if state is not None else 0,
             state_shard=state.shard if state is not None and state.shard != task.shard else None,
             ttl_s=self.settings.ttl_s,
@@ -1092,8 +1141,15 @@ class Coordinator:
                 facts=submission.facts,
                 update=self._encoding(job, (assignment_id(job_id, task), submission.attempt), found.size),
             )
-            step = rounds.take_init(job, made, self.places(job), now)
+            unfit = privacy.unfit(read_layout(self.blobs.path(digest)).notes) if self._seed_of(job) else None
+            if unfit is not None:
+                self._dropped.add(digest)
+                step = rounds.fail(job, unfit)
+            else:
+                step = rounds.take_init(job, made, self.places(job), now, self._sampled(job))
         else:
+            if job.spec.privacy.level == "example" and submission.private is None:
+                raise BadUpdateError(f"{task} came without what its privacy cost", code="bad_update")
             lease = self.fleet.lease_of(worker_id, job_id, task, submission.attempt)
             update = Accepted(
                 round=task.round,
@@ -1109,6 +1165,7 @@ class Coordinator:
                 bytes_down=submission.bytes_down,
                 bytes_up=found.size,
                 resumed_at=submission.resumed_at,
+                private=submission.private,
                 took_s=now - lease.since if lease is not None and lease.whole else None,
                 norm=found.norm,
             )
@@ -1229,10 +1286,16 @@ class Coordinator:
 
     async def _average(self, job_id: str, phase: Aggregating | Batch) -> None:
         """Fold the frozen updates into the next model, make it durable, and close the round."""
-        job = self.jobs[job_id]
+        job, spent = self.jobs[job_id], None
         try:
             seal = self._sums.of(job) if is_secure(job) else None
-            made = await asyncio.to_thread(versions.make, job, phase, self.blobs, lambda: self._stopping, seal)
+            seed, sampled = self._seed_of(job), self._sampled(job)
+            if seed is not None:  # first: nothing is made whose cost is not known
+                spent = await self.accounting.spent(job.spec, phase.round)
+            made = await asyncio.to_thread(versions.make, job, phase, self.blobs, lambda: self._stopping, seal, seed)
+        except (SeedLostError, AccountantError) as error:
+            self._hold_private(job_id, phase, error)
+            return
         except folding.Stopped:
             log.info("%s: round %d is averaged by the next coordinator", job_id, phase.round)
             return
@@ -1264,6 +1327,8 @@ class Coordinator:
                 seconds=now - phase.opened_at,
                 places=self.places(job),
                 now=now,
+                privacy=example_level(job, phase) if spent is None else worker_level(job, spent, made.next_clip),
+                sampled=sampled,
             )
             for fact in step.facts:
                 if isinstance(fact, RoundClosed) and fact.warning:
@@ -1273,6 +1338,16 @@ class Coordinator:
             reach("closed-after")
         self._discard()
         self._run_queue()
+
+    def _hold_private(self, job_id: str, phase: Aggregating | Batch, error: LydianError) -> None:
+        """A private round that cannot be closed now: without its seed it never can, without its cost it waits."""
+        self._averaging.pop(job_id, None)
+        job = self.jobs[job_id]
+        if isinstance(error, SeedLostError):
+            self._apply(job_id, rounds.fail(job, f"{error} {error.advice}"))
+        elif not job.over:
+            why = f"the coordinator: round {phase.round} is not averaged while its privacy is not known: {error}"
+            self._apply(job_id, rounds.pause(job, why))
 
     def _averaged(self, job_id: str, done: asyncio.Task[None]) -> None:
         """A fault of our own while averaging must not leave the job waiting without a word."""

@@ -6,7 +6,7 @@ is an evaluator, until that changes. Other cuts are made once, when the model is
 with `shards = auto`, the larger shards go to the faster workers.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, pairwise
 
@@ -22,6 +22,10 @@ FEW = 0.1  # share of the largest shard under which LEAST_BATCHES counts
 MOVED = 0.15  # a share that moved by more is reason to cut anew
 RETURNS = 1.15  # how far above the least an evaluator's share must be before it trains again
 TRY_AGAIN = 10  # rounds after which an evaluator trains once, to be measured
+
+
+Sampled = Callable[[int, str], bool]
+"""(round, member) -> whether it is in that round. A member is `shard 3`, or a worker's id."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def open_round(
     round_index: int,
     places: Sequence[Place],
     before: Sequence[Shard] = (),
+    sampled: Sampled | None = None,
 ) -> Opened:
     """Decide which shards the round has.
 
@@ -63,8 +68,11 @@ def open_round(
         round_index: the round to open, from 1.
         places: the workers that serve this job: live, or gone for so short a time that they are expected back.
         before: the shards of the round before.
+        sampled: of a job with worker-level privacy: draws each member for itself, and maybe none.
     """
     data = spec.data
+    if sampled is not None:
+        return _sample(spec, facts, base, round_index, places, sampled)
     if data.partition == "local":
         owners = sorted(place.worker for place in places)
         chosen = cohort(len(owners), data.fraction, seed=spec.seed, round_index=round_index) if owners else ()
@@ -88,6 +96,21 @@ def open_round(
     if evaluators:
         reason += f"; {'; '.join(f'{one.worker_name} {one.why}' for one in evaluators)}"
     return Opened(round=round_index, base=base, shards=drawn, reason=reason, evaluators=evaluators)
+
+
+def _sample(
+    spec: JobSpec, facts: ModelFacts, base: str, round_index: int, places: Sequence[Place], sampled: Sampled
+) -> Opened:
+    """A round of whoever is drawn: every shard, or with private data every worker that is there, may be in it."""
+    if spec.data.partition == "local":
+        owners = sorted(place.worker for place in places)
+        members = [(owner, Shard(shard=number, worker=owner)) for number, owner in enumerate(owners)]
+    else:
+        members = [(f"shard {shard.shard}", shard) for shard in _as_built(spec, facts.bounds, places)]
+    drawn = tuple(shard for member, shard in members if sampled(round_index, member))
+    what = "workers" if spec.data.partition == "local" else "shards"
+    reason = f"round {round_index}: {len(drawn)} of {len(members)} {what}, sampled at random"
+    return Opened(round=round_index, base=base, shards=drawn, reason=reason, drawn_from=len(members))
 
 
 def check_bounds(spec: JobSpec, facts: ModelFacts) -> None:

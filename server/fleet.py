@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.messages import Link, Order, Progress, Registration
+from common.messages import Link, Order, Progress, Registration, TorchBuild
 from server.buffering import Buffering
 from server.deadlines import Due
 from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
@@ -313,7 +313,7 @@ def may_work(worker: Worker) -> bool:
 def workers_needed(job: Job, serving: int) -> int:
     """How many of its serving workers a running job can keep busy."""
     match job.inner:
-        case Aggregating() if job.inner.round >= job.spec.rounds:
+        case Aggregating() if job.inner.round >= job.rounds:
             return 1
         case Buffering() if job.inner.round > job.spec.rounds:
             return 1
@@ -337,10 +337,19 @@ def why_not(worker: Worker, job: Job) -> str | None:
         return f"{worker.name} speaks protocol {registration.protocol}, which has no {missing}: upgrade it"
     if job.spec.secure.enabled and registration.no_masks:
         return f"{worker.name} cannot mask its updates: {registration.no_masks}"
+    if job.spec.privacy.level == "example" and (lacks := _lacks_for_examples(registration.hardware.torch)):
+        return f"{worker.name} {lacks}"
     wanted = job.spec.data.name or job.spec.task
     if job.spec.data.partition == "local" and wanted not in registration.data:
         return f"{worker.name} offers no data named {wanted} (--data {wanted}=PATH)"
     return None
+
+
+def _lacks_for_examples(build: TorchBuild) -> str:
+    """What a worker lacks for example-level privacy; empty: nothing."""
+    if not build.opacus:
+        return "has no opacus, which example-level privacy needs (there: pip install 'opacus>=1.6.0')"
+    return f"trains on {build.ranks} devices together, and example-level privacy on one" if build.ranks > 1 else ""
 
 
 @dataclass(frozen=True)

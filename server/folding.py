@@ -33,6 +33,7 @@ from server.amplification import amplification
 from server.averaging import Float64Block, Rule, cast, majority, maximum, pooled_variance, rule_of, weighted_mean
 from server.inspection import BLOCK_ELEMENTS, model_layout
 from server.optimizers import OuterStep
+from server.privacy import Noisy
 from server.robust import check_layout, norm_of, not_finite_at, squared_distance
 from server.robust_rules import Plan, Weighted, combination, decide, middle, spans, trimmed_mean
 from server.robust_rules import Rule as RobustRule
@@ -67,6 +68,7 @@ class Rules:
     update: Codec | None = None  # what updates are encoded with; None: they are whole models
     down: Codec | None = None  # what the step to the next model is encoded with; None: workers fetch whole models
     robust: RobustRule | None = None  # instead of the mean
+    noisy: Noisy | None = None  # how updates become a private mean; None: the mean that their samples weigh
 
     @property
     def states(self) -> int:
@@ -137,14 +139,14 @@ def average(
         threads: that compute; nor does their number.
 
     Raises:
-        ValueError: no update, one with less than one sample, too few for the robust rule, late ones that are no
-            changes, not a base for each, or late ones with a robust rule.
+        ValueError: no update (of a private round that is one more: only noise), one with less than one sample, too few
+            for the robust rule, late ones that are no changes, not a base for each, or late ones with a robust rule.
         Stopped: `stopped` said so.
         BadUpdateError: an update no longer fits the base, a new value is beyond its dtype (server.averaging.cast), or
             what the outer step remembers beyond float32.
         OSError: reading or writing failed, or the base or the memory is damaged.
     """
-    if not updates or min(samples for _, samples in updates) < 1:
+    if not (updates or rules.noisy) or min((samples for _, samples in updates), default=1) < 1:
         raise ValueError(f"{len(updates)} updates, each of at least one sample, were to be averaged")
     if late and rules.update is None:
         raise ValueError("late updates that are whole models cannot be averaged")
@@ -291,6 +293,8 @@ class _Fold:
             return self._trained(index, first, count)
         if self.plan is not None:
             return _Block(index, first, self._middle(self.plan, index, first, count), None)
+        if self._rules.noisy is not None:  # whatever is not trained would leave the workers without noise: it stays
+            return _Block(index, first, read_block(self._model, tensor, tensor.start, first, count, self._raw), None)
         blocks, in_time = self._blocks(index, first, count, self._raw), self._samples[: self._in_time]
         rule = rule_of(tensor, notes)
         if rule is Rule.MAJORITY:
@@ -306,7 +310,7 @@ class _Fold:
 
     def _trained(self, index: int, first: int, count: int) -> _Block:
         tensor, rules = self._layout.tensors[index], self._rules
-        changes = rules.update is not None or rules.robust is not None or self._in.bases is not None
+        changes = any(one is not None for one in (rules.update, rules.robust, rules.noisy, self._in.bases))
         wants_base = changes or rules.down is not None or rules.step.wants_base
         base, origin = None, self._origin[:count]
         if wants_base:
@@ -316,8 +320,7 @@ class _Fold:
         if self.plan is not None:
             mean = self._joined(self.plan, index, first, count, centre)
         else:
-            blocks = self._members(index, first, count)
-            mean = weighted_mean(blocks, self._in.weights, out=self._total[:count], scratch=self._scratch[:count])
+            mean = self._mean(tensor, index, first, count, origin)
         if changes:
             np.add(mean, origin, out=mean)
         values, kept, squares = self._stepped(index, first, base, origin, mean)
@@ -340,6 +343,14 @@ class _Fold:
             if measured is not None:
                 squares = squared_distance(values, measured, scratch=scratch), changed
         return values, _narrowed(states, tensor, first), squares
+
+    def _mean(self, tensor: TensorInfo, index: int, first: int, count: int, origin: Float64Block) -> Float64Block:
+        """The mean of the members of these elements: by their samples, or private."""
+        members, out, scratch = self._members(index, first, count), self._total[:count], self._scratch[:count]
+        if self._rules.noisy is None:
+            return weighted_mean(members, self._in.weights, out=out, scratch=scratch)
+        changes = members if self._rules.update is not None else _changes(members, origin)
+        return self._rules.noisy.mean_change(changes, tensor.name, first, out=out, scratch=scratch)
 
     def _members(self, index: int, first: int, count: int) -> Iterator[Array]:
         """What the mean is taken of: each update's change where it is one or is made one, else what it came to."""
@@ -465,6 +476,13 @@ def _narrowed(states: Sequence[Float64Block], tensor: TensorInfo, first: int) ->
             advice = "Lower train.lr: the workers' changes are too large."
             raise BadUpdateError(sentence, code="not_finite", advice=advice)
     return kept
+
+
+def _changes(blocks: Iterator[Array], origin: Float64Block) -> Iterator[Float64Block]:
+    """What whole models changed, each over the one before."""
+    change = np.empty_like(origin)
+    for block in blocks:
+        yield np.subtract(block, origin, out=change, dtype=np.float64)
 
 
 def _in_order(

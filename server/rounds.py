@@ -45,10 +45,20 @@ from common.facts import (
     StateChanged,
     Submitted,
 )
-from common.messages import JobSpec, Kind, ModelFacts, ModelRef, State, StepRef, Submission
+from common.messages import (
+    JobSpec,
+    Kind,
+    ModelFacts,
+    ModelRef,
+    PrivacySpent,
+    PrivateSteps,
+    State,
+    StepRef,
+    Submission,
+)
 from server import amplification, buffering, nova, outliers
 from server.buffering import Batch
-from server.cutting import Place, check_bounds, open_round
+from server.cutting import Place, Sampled, check_bounds, open_round
 from server.deadlines import Due
 from server.evaluation import (
     NO_NUMBER,
@@ -71,7 +81,7 @@ ENCODINGS = {"fp32": 1.0, "bf16": 0.5, "int8": 0.25, "int4": 0.133}  # share of 
 QUICK_S = 2.0  # seconds for an update that need not be made smaller
 LONGEST_WAY = 50  # steps from one model to another, before the whole model is fetched instead
 NOT_THE_TASKS_FAULT = frozenset({"released", "expired", "lost", "disk_full"})
-NOT_FOR_THIS_WORKER = frozenset({"no_data", "not_trusted", "unknown_task"})
+NOT_FOR_THIS_WORKER = frozenset({"no_data", "not_trusted", "unknown_task", "missing_package"})
 
 
 # ---------------------------------------------------------------- what there is
@@ -150,6 +160,7 @@ class Training:
     lost: frozenset[int] = frozenset()  # shards whose accepted update has no bytes here
     evaluators: tuple[Absent, ...] = ()  # workers that are too slow for a shard
     seal: int = 0  # how often the round was begun anew, since a secure sum could not come about
+    drawn_from: int | None = None  # members that its shards are a random sample of
     state: State = field(default="training", init=False)
 
 
@@ -252,6 +263,15 @@ class Job:
         default_factory=dict
     )  # keep_optimizer, personal: shard, or worker where data is local -> where its newest state is
     amplified: tuple[float | None, ...] = ()  # how far the outer steps of the last rounds went (server.amplification)
+    affordable: int | None = None  # rounds within the privacy budget
+    planned_epsilon: float | None = None  # of all rounds
+    spent: PrivacySpent | None = None  # by the newest round
+    private_before: tuple[PrivateSteps, ...] = ()  # example-level privacy: what the worst-off sample has been through
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that will be trained: those planned, as far as the privacy budget goes."""
+        return self.spec.rounds if self.affordable is None else min(self.spec.rounds, self.affordable)
 
     @property
     def over(self) -> bool:
@@ -330,7 +350,7 @@ def cancel(job: Job, who: str) -> Step:
     if isinstance(job.phase, Cancelled):
         return Step(reason=job.reason)
     _refuse_if_over(job)
-    reason = f"cancelled by {who} after {job.closed} of {job.spec.rounds} rounds"
+    reason = f"cancelled by {who} after {job.closed} of {job.rounds} rounds"
     return Step((_changed("cancelled", reason),), reason)
 
 
@@ -531,7 +551,7 @@ def is_late(job: Job, task: Task) -> bool:
         case Training(round=coming):
             return coming - task.round <= MOST
         case Aggregating(round=under_way):  # it would join the next round, if there is one
-            return under_way < job.spec.rounds and under_way + 1 - task.round <= MOST
+            return under_way < job.rounds and under_way + 1 - task.round <= MOST
         case _:
             return False
 
@@ -602,7 +622,7 @@ def with_update(spec: JobSpec, update: str) -> JobSpec:
     return spec.model_copy(update={"aggregation": spec.aggregation.model_copy(update={"update": update})})
 
 
-def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float) -> Step:
+def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float, sampled: Sampled | None = None) -> Step:
     """The model was built. Opens the first round."""
     _refuse_if_over(job)
     if not isinstance(job.inner, Initialising):
@@ -610,19 +630,26 @@ def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float) 
     _refuse_if_never_given(job, Task("init", 0), made.attempt, made.worker)
     check_bounds(job.spec, made.facts)
     begun = evolve(job, made, now)
-    if job.spec.evaluation.patience is not None and not evaluates(begun, job.spec.rounds):
+    if job.spec.evaluation.patience is not None and not evaluates(begun, job.rounds):
         reason = "evaluation.patience counts evaluations, and there are none: dataset(config, 'test') has no samples"
         return Step((made, _changed("failed", reason)), reason)
-    return Step((made, _open(begun, 1, places)), f"model of {made.facts.parameters:,} parameters built")
+    opened = _open(begun, 1, places, sampled=sampled)
+    return Step((made, opened), f"model of {made.facts.parameters:,} parameters built")
 
 
-def _open(job: Job, round_index: int, places: Sequence[Place], before: Sequence[Shard] = ()) -> Opened:
+def _open(
+    job: Job,
+    round_index: int,
+    places: Sequence[Place],
+    before: Sequence[Shard] = (),
+    sampled: Sampled | None = None,
+) -> Opened:
     assert job.facts is not None  # noqa: S101 - Initialised came before
     assert job.model is not None  # noqa: S101
     if job.spec.round.mode == "async":
         phase = job.inner if isinstance(job.inner, buffering.Buffering) else None
         return buffering.open_version(job.spec, job.facts, job.model.digest, round_index, places, phase)
-    return open_round(job.spec, job.facts, job.model.digest, round_index, places, before)
+    return open_round(job.spec, job.facts, job.model.digest, round_index, places, before, sampled)
 
 
 def open_anew(job: Job, places: Sequence[Place], why: str) -> Step:
@@ -805,6 +832,9 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
     tally = f"{held} of {total} updates after {waited:.1f} s"
     if phase.lost:
         return Step(reason=_awaits_lost(job, phase.round))
+    if not phase.shards and phase.drawn_from:
+        reason = f"round {phase.round}: none of {phase.drawn_from} was sampled: its update is noise alone"
+        return _freeze(job, phase, reason, ())
     if not phase.shards:
         return Step(reason=f"round {phase.round}: no live worker offers data for it")
     if not awaited and held < job.spec.aggregation.needs:
@@ -935,6 +965,8 @@ def close(
     seconds: float,
     places: Sequence[Place],
     now: float,
+    privacy: PrivacySpent | None = None,
+    sampled: Sampled | None = None,
 ) -> Step:
     """The frozen round was averaged, and what that gave is durable. Opens the next round, or ends the job."""
     phase = frozen_of(job)
@@ -960,19 +992,20 @@ def close(
         amplification=amplified,
         warning=_warning(job, phase, amplified),
         measured_by=_measured_by(job, phase.round, places),
+        privacy=privacy,
     )
     after = evolve(job, closed, now)
     facts: tuple[Fact, ...] = (closed, *_measured_by_nobody(after, phase.round))
-    if phase.round < job.spec.rounds:
+    if phase.round < job.rounds:
         before = tuple(phase.before.shards.values()) if isinstance(phase, Aggregating) else ()
-        opened = _open(after, phase.round + 1, places, before)
+        opened = _open(after, phase.round + 1, places, before, sampled)
         if closed.warning:
             opened = opened.model_copy(update={"reason": f"{opened.reason}; in round {phase.round} {closed.warning}"})
         return Step((*facts, opened), opened.reason)
+    reason = _done(job)
     if after.evaluations:
-        reason = f"{phase.round} rounds done; the last evaluation is awaited"
+        reason += "; the last evaluation is awaited"
         return Step((*facts, _changed("evaluating", reason)), reason)
-    reason = f"{phase.round} rounds done"
     return Step((*facts, _changed("finished", reason)), reason)
 
 
@@ -995,8 +1028,16 @@ def _warning(job: Job, phase: Aggregating | Batch, amplified: float | None) -> s
     """What about a round that closes needs a person."""
     grows = amplification.growth(amplification.keep(job.amplified, amplified))
     first = phase.round == 1 and job.spec.train.local_steps is None  # else it was said when the job began
-    few = too_few_steps(job.spec, max(update.steps for update in phase.accepted)) if first else ""
+    few = too_few_steps(job.spec, max(update.steps for update in phase.accepted)) if first and phase.accepted else ""
     return "; ".join(filter(None, [grows, few]))
+
+
+def _done(job: Job) -> str:
+    """How a job comes to its end by itself, in words."""
+    if job.rounds == job.spec.rounds:
+        return f"{job.rounds} rounds done"
+    budget = f"the privacy budget of ε {job.spec.privacy.budget:g}"
+    return f"{job.rounds} of {job.spec.rounds} rounds done: one more would pass {budget}"
 
 
 def way_to(round_index: int, size: int, steps: Mapping[int, StepRef]) -> tuple[StepRef, ...]:
@@ -1116,7 +1157,7 @@ def _evaluated(job: Job, fact: Evaluated) -> Step:
     best = round_index if fact.best else job.best_round
     if reason := why_stop(job.spec, round_index, fact.stale, job.reference, best, fact.metrics):
         return Step((fact, _changed("finished", reason)), reason)
-    reason = f"{job.spec.rounds} rounds done; {shown} at round {round_index}"
+    reason = f"{_done(job)}; {shown} at round {round_index}"
     return Step((fact, *_finish_if_last(job, round_index, reason)), f"round {round_index}: {shown}")
 
 
@@ -1130,7 +1171,7 @@ def evaluates(job: Job, round_index: int) -> bool:
     every = job.spec.round.evaluate_every
     by_workers = job.spec.evaluation.scope == "workers"  # of whose data nobody else knows
     measurable = job.facts is not None and (job.facts.test_samples > 0 or by_workers)
-    return measurable and (round_index == job.spec.rounds or (every > 0 and round_index % every == 0))
+    return measurable and (round_index == job.rounds or (every > 0 and round_index % every == 0))
 
 
 def means(metrics: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
@@ -1148,7 +1189,8 @@ def means(metrics: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, flo
 
 def new_job(job_id: str, fact: Submitted) -> Job:
     """A job, from its first fact."""
-    return Job(job_id, fact.spec, fact.task_digest, Queued(), "in the queue")
+    job = Job(job_id, fact.spec, fact.task_digest, Queued(), "in the queue")
+    return replace(job, affordable=fact.affordable, planned_epsilon=fact.planned_epsilon)
 
 
 def evolve(job: Job, fact: Fact, now: float) -> Job:
@@ -1279,7 +1321,9 @@ def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
         before = job.inner if isinstance(job.inner, buffering.Buffering) else None
         return _with_inner(replace(job, reason=fact.reason), buffering.opened(before, fact, job.model, job.spec, now))
     shards = {shard.shard: shard for shard in fact.shards}
-    phase = Training(fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators)
+    phase = Training(
+        fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators, drawn_from=fact.drawn_from
+    )
     return _with_inner(replace(job, reason=fact.reason), phase)
 
 
@@ -1355,7 +1399,23 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
     job = replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
     if isinstance(job.inner, buffering.Buffering):
         job = _with_inner(job, buffering.closed(job.inner))
+    job = replace(job, spent=fact.privacy, private_before=private_before(job))
     return replace(job, past=past, amplified=amplification.keep(job.amplified, fact.amplification))
+
+
+def private_before(job: Job) -> tuple[PrivateSteps, ...]:
+    """Example-level privacy: what the worst-off sample has been through, with the round that closes now.
+
+    In a round a sample is in one shard, and the shards' data have nothing to do with each other. So the round cost a
+    sample at most what it cost in the worst of them; a greater rate and more steps are worse.
+    """
+    runs = [run for update in accepted_of(job) if (run := update.private) is not None]
+    if not runs:
+        return job.private_before
+    rate, noise, steps = max(r.sample_rate for r in runs), min(r.noise for r in runs), max(r.steps for r in runs)
+    so_far = {(before.sample_rate, before.noise): before.steps for before in job.private_before}
+    so_far[rate, noise] = so_far.get((rate, noise), 0) + steps
+    return tuple(PrivateSteps(sample_rate=r, noise=z, steps=n) for (r, z), n in so_far.items())
 
 
 def _left_behind(job: Job) -> dict[int, Past[Tries]]:

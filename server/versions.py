@@ -8,11 +8,13 @@ from common.codecs import codec
 from common.errors import BadUpdateError
 from common.fixed import Fixed
 from common.messages import AggregationSection, ModelRef, StepRef
+from common.privacy import first_clip
 from common.secure import masks_left
-from server import folding, nova
+from server import folding, nova, privacy
 from server.blobs import Blobs
 from server.buffering import Batch
 from server.failpoints import reach
+from server.inspection import measure
 from server.optimizers import FedNova, outer_step
 from server.robust_rules import rule_of
 from server.rounds import Aggregating, Job
@@ -28,6 +30,7 @@ class Version:
     step: StepRef | None  # how workers come here from the model before, where steps are sent
     memory: tuple[str, ...]  # digests of what the next average needs: outer states, a robust rule's, then the residual
     amplification: float | None = None  # server.amplification
+    next_clip: float | None = None  # worker-level privacy: the bound of the next round
 
     @property
     def digests(self) -> set[str]:
@@ -58,6 +61,7 @@ def make(
     blobs: Blobs,
     stopped: Callable[[], bool],
     seal: Seal | None = None,
+    seed: bytes | None = None,
 ) -> Version:
     """Average the frozen updates of a round, or of a version.
 
@@ -67,6 +71,7 @@ def make(
         blobs: where the files are.
         stopped: asked now and then whether to give up.
         seal: the round's secure sum, where its updates are masked.
+        seed: of the noise, where the job is private by worker.
 
     Raises:
         Stopped: `stopped` said so (server.folding).
@@ -78,6 +83,9 @@ def make(
     if isinstance(rules.step, FedNova):
         weighing = nova.weigh(job.spec.train, [(one.samples, one.steps) for one in (*phase.accepted, *phase.late)])
         rules, weights = replace(rules, step=FedNova(weighing.scale)), weighing.weights
+    next_clip = None
+    if seed is not None:
+        rules, next_clip = _private(job, phase, blobs, rules, stopped, seed)
     targets = _targets(job.id, phase.round, rules, blobs)
     blobs.check_room(room_for(job, phase.base.size))
     updates = [(blobs.path(update.digest), update.samples) for update in phase.accepted]
@@ -114,7 +122,32 @@ def make(
         blobs.adopt(path, digest, durable=True)
     blobs.adopt(targets.model, model.digest, durable=True)
     reach("model-named")
-    return Version(model, step, tuple(digest for _, digest in kept), made.amplification)
+    return Version(model, step, tuple(digest for _, digest in kept), made.amplification, next_clip)
+
+
+def clip_of(job: Job) -> float:
+    """Worker-level privacy: the bound of the round under way."""
+    moved = job.spent.next_clip if job.spent is not None else None
+    return first_clip(job.spec.privacy) if moved is None else moved
+
+
+def _private(
+    job: Job,
+    phase: Aggregating | Batch,
+    blobs: Blobs,
+    rules: folding.Rules,
+    stopped: Callable[[], bool],
+    seed: bytes,
+) -> tuple[folding.Rules, float]:
+    """The rules with clip and noise of this round, and the next round's clip."""
+    base, norms = blobs.path(phase.base.digest), list[float]()
+    for update in phase.accepted:
+        if stopped():
+            raise folding.Stopped(f"averaging was broken off before the norm of shard {update.shard}")
+        norms.append(measure(blobs.path(update.digest), base, rules.update))
+    clip = clip_of(job)
+    noisy = privacy.noisy(job.spec, clip, norms, seed, phase.round)
+    return replace(rules, noisy=noisy), privacy.next_clip(job.spec, clip, norms, seed, phase.round)
 
 
 def _since(batch: Batch, blobs: Blobs) -> list[folding.Since]:

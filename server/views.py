@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from common import privacy
 from common.facts import HandedBack, Now, WorkerNow
 from common.messages import NEW_KEYS, NEW_SECTIONS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
 from server import paths, rounds
@@ -28,7 +29,14 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "unmask": True,
             "prepare": True,
             "order": True,
-            "assignment": {"steps": True, "optimizer_of": True, "state_shard": True, "together": True, "spec": spec},
+            "assignment": {
+                "steps": True,
+                "optimizer_of": True,
+                "state_shard": True,
+                "together": True,
+                "private_before": True,
+                "spec": spec,
+            },
         }
     )
 
@@ -43,15 +51,24 @@ def job_view(coordinator: Coordinator, job: Job) -> JobView:
         reason=why(coordinator, job),
         submitted_at=coordinator.submitted_at[job.id],
         round=job.closed,
-        rounds=job.spec.rounds,
+        rounds=job.rounds,
         model=job.model,
         metrics=dict(job.metrics),
         metrics_round=job.metrics_round,
         best_round=job.best_round,
         best_value=job.best_value,
         parameters=job.facts.parameters if job.facts else None,
+        privacy=job.spent,
+        warnings=_warnings(job),
         spec=job.spec,
     )
+
+
+def _warnings(job: Job) -> tuple[str, ...]:
+    parameters = job.facts.parameters if job.facts else None
+    clip = job.spent.next_clip if job.spent else None
+    planned = privacy.budget_words(job.spec, job.affordable, job.planned_epsilon)
+    return (*privacy.warnings(job.spec, parameters, clip), *planned)
 
 
 def why(coordinator: Coordinator, job: Job) -> str:
@@ -95,8 +112,8 @@ def now_of(coordinator: Coordinator, job: Job) -> Now:
     return Now(
         state=job.phase.state,
         reason=why(coordinator, job),
-        round=min(training.round, job.spec.rounds) if training else job.closed,
-        rounds=job.spec.rounds,
+        round=min(training.round, job.rounds) if training else job.closed,
+        rounds=job.rounds,
         received=_received(training) if training else 0,
         shards=(training.size if isinstance(training, Buffering) else len(training.shards)) if training else 0,
         workers=tuple(sorted(workers, key=lambda w: w.worker)),

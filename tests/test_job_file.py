@@ -2,12 +2,14 @@
 
 import json
 import string
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from client.job_file import build_spec, builtin_layer, file_layer, flag_layer, merge, parse_value, read_job, set_layer
 from client.job_keys import RESERVED, Key, job_keys, key_at, nearest
@@ -123,7 +125,8 @@ def specs(draw: st.DrawFn) -> JobSpec:
         document.get("round", {}).pop("late", None)
     aggregation = document.get("aggregation", {})
     if aggregation.get("algorithm") == "fednova":
-        for name in ("optimizer", "batch_size", "keep_optimizer", "proximal"):
+        schedule = ("schedule", "warmup_steps", "milestones", "gamma")
+        for name in ("optimizer", "batch_size", "keep_optimizer", "proximal", *schedule):
             document.get("train", {}).pop(name, None)
     for name in {name for keys in OUTER_KEYS.values() for name in keys} - set(
         OUTER_KEYS[aggregation.get("algorithm", "fedavg")]
@@ -131,7 +134,12 @@ def specs(draw: st.DrawFn) -> JobSpec:
         aggregation.pop(name, None)
     _let_a_robust_rule_fit(document)
     _suit_the_mode(document)
-    return JobSpec.model_validate(document)
+    private = document.pop("privacy", None)
+    spec = JobSpec.model_validate(document)
+    if private is not None:
+        with suppress(ValidationError):  # most of what is drawn is no promise that can be kept
+            spec = JobSpec.model_validate({**document, "privacy": private})
+    return spec
 
 
 def _let_a_robust_rule_fit(document: dict[str, Any]) -> None:
@@ -146,6 +154,7 @@ def _let_a_robust_rule_fit(document: dict[str, Any]) -> None:
     rule["algorithm"] = {"fednova": "fedavg"}.get(rule.get("algorithm", "fedavg"), rule.get("algorithm", "fedavg"))
     rule["update"] = {"topk": "int4"}.get(rule.get("update", "fp32"), rule.get("update", "fp32"))
     document["data"] = {**document.get("data", {}), "shards": 100, "fraction": 1.0, "partition": "iid"}
+    document["data"].pop("by", None)
     for name in ("late", "quorum"):
         document.get("round", {}).pop(name, None)
 

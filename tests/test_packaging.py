@@ -123,7 +123,12 @@ def imported(folder: Path) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("package", "extras"),
-    [("client", ("plot",)), ("server", ("server",)), ("worker", ("new-gpu",)), ("common", ("secure",))],
+    [
+        ("client", ("plot",)),
+        ("server", ("server", "privacy")),
+        ("worker", ("new-gpu", "privacy-worker")),
+        ("common", ("secure",)),
+    ],
 )
 def test_a_package_imports_only_what_its_requirements_bring(package: str, extras: tuple[str, ...]) -> None:
     base = names(parsed(PROJECT["dependencies"]) + [r for name in extras for r in extra(name)])

@@ -392,3 +392,55 @@ def test_plain_tables_are_aligned(rows: list[tuple[str, str]]) -> None:
     assert len(lines) == len(rows) + 1
     ends = {len(line) for line, row in zip(lines[1:], rows, strict=True) if row[1]}
     assert ends <= {len(lines[0])}
+
+
+# ---------------------------------------------------------------- private jobs
+
+
+PRIVATE = {"level": "worker", "clip": 1.0, "noise": 4.0, "delta": 1e-5, "budget": 2.0}
+SPENT = {"level": "worker", "epsilon": 1.2345, "epsilon_rdp": 1.5, "delta": 1e-5, "clip": 1.0}
+
+
+def private_board() -> Board:
+    spec = JobSpec.model_validate({"task": "digits", "rounds": 9, "data": {"shards": 4}, "privacy": PRIVATE})
+    board = Board(JOB.model_copy(update={"spec": spec, "warnings": ("what the coordinator said",)}))
+    submitted = {"type": "submitted", "spec": spec.model_dump(), "key": "k", "affordable": 4, "planned_epsilon": 3.0}
+    facts = {"parameters": 10_000, "train_samples": 8, "test_samples": 0}
+    built = {"type": "initialised", "attempt": 1, "worker": "w", "digest": DIGEST, "size": 9, "facts": facts}
+    assert "what the coordinator said" in picture_of(board)
+    for event in (submitted, built, closed(1, privacy=SPENT)):
+        fact = read_event(event)
+        assert fact is not None
+        board.take(fact)
+    return board
+
+
+def picture_of(board: Board) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(board))
+    return " ".join(str(console.file.getvalue()).split())  # type: ignore[attr-defined]
+
+
+def test_epsilon_has_a_column_and_the_price_stands_above_the_table() -> None:
+    board = private_board()
+    header, cells = round_table(board.last(3), None)
+    assert header[-1] == "ε"
+    assert cells[0][-1] == "1.24"
+    picture = picture_of(board)
+    assert "over 10,000 parameters a norm of 100, beside a change of at most 1." in picture
+    assert "the budget of ε 2 is spent after 4 of 9 rounds" in picture
+
+
+def test_plain_lines_tell_epsilon_and_what_it_costs() -> None:
+    board = private_board()
+    fact = read_event(closed(2, privacy=SPENT))
+    assert fact is not None
+    assert "ε 1.24 at δ 1e-05" in (plain_line(fact, board) or "")
+
+
+def test_a_job_without_privacy_has_no_such_column() -> None:
+    board = Board(JOB)
+    fact = read_event(closed(1))
+    assert fact is not None
+    board.take(fact)
+    assert "ε" not in round_table(board.last(1), None)[0]

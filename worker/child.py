@@ -53,6 +53,7 @@ ADVICE = {
     "task_stalled": "`lydian logs` has the stacks of all its threads; a loader or a download may hang.",
     "out_of_memory": "Lower train.batch_size, or use a smaller model or a larger machine.",
     "no_data": "Put the data on this machine and name its folder: `lydian work --data NAME=PATH`.",
+    "missing_package": "Install it in the environment that `lydian work` runs in, and start the worker again.",
     "worker_error": "Look into the worker's log; `lydian doctor` checks this machine.",
 }
 

@@ -157,6 +157,7 @@ def train_command(
     personal_from: str = "",
     found: int = 0,
     fits: int = 0,
+    noise_seed: str = "",
 ) -> dict[str, Any]:
     """What the child is asked to train.
 
@@ -176,6 +177,7 @@ def train_command(
         personal_from: path of those that the newest round of this shard that counted here left.
         found: samples a step that a probe found, where the job leaves that to each machine.
         fits: samples that this machine's memory takes at once; 0: as far as is known, any.
+        noise_seed: the secret that example-level privacy draws from here.
     """
     train = assignment.spec.train
     sizes: dict[str, Any] = {"fits": fits} if fits else {}
@@ -209,7 +211,18 @@ def train_command(
         "total_steps": None if train.local_steps is None else assignment.spec.rounds * train.local_steps,
         **keeping,
         **sizes,
+        **_private(assignment, noise_seed),
     }
+
+
+def _private(assignment: Assignment, seed: str) -> dict[str, Any]:
+    """What the child needs for example-level privacy; nothing where the job has none."""
+    section = assignment.spec.privacy
+    if section.level != "example":
+        return {}
+    before = [[run.sample_rate, run.noise, run.steps] for run in assignment.private_before]
+    wanted = {"clip": section.clip, "noise": section.noise, "delta": section.delta}
+    return {"private": {**wanted, "seed": seed, "before": before}}
 
 
 def probe_command(assignment: Assignment, *, base: str, indices: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ asked where this torch has it, and the module of the device's kind where not (2.
 """
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -147,9 +148,18 @@ def build_of(device: torch.device, rules: ModuleType) -> dict[str, Any]:
         "dtypes": tuple(facts.works),
         "precision": precision,
         "precision_reason": reason,
+        "opacus": installed_version("opacus"),
         "compiles": compiles,
         "compiles_reason": why,
     }
+
+
+def installed_version(package: str) -> str:
+    """The version of a package, which is not imported; empty: it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def facts_of(device: torch.device, rules: ModuleType) -> Any:  # noqa: ANN401 - a task_precision.Device

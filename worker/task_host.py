@@ -73,6 +73,7 @@ task_schedule = beside("task_schedule")
 task_stacked = beside("task_stacked")
 task_parts = beside("task_parts")
 task_terms = beside("task_terms")
+task_private = beside("task_private")
 
 is_out_of_memory = task_device.is_out_of_memory
 
@@ -822,6 +823,7 @@ class Context:
     _fresh: bool | None = None  # whether the optimiser began without the state of an earlier round; None: nobody asked
     _fresh_personal: bool | None = None  # likewise, the personal tensors
     _rates: list[Any] = field(default_factory=list)  # learning rate of each group of the optimiser, before any step
+    _silent: bool = False  # example-level privacy: the loss is told to nobody
     _keep: Callable[["Context"], None] | None = None  # keeps a checkpoint if one is due; holds no context: no cycle
     _ranks: Any = field(default_factory=lambda: task_ranks.Alone(threading.Event()))  # those who train this together
     _terms: tuple[Callable[[], None], ...] = ()  # each adds one of the job's terms to the gradients
@@ -909,8 +911,9 @@ class Context:
             raise TaskError("bad_task", f"{sentence}: call context.add_terms() before each step of the optimiser")
         self._terms_added = False
         count = self._batch_samples if samples is None else samples
-        value = torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach().reshape(())
-        self._unread.append((value, count))
+        if not self._silent:
+            value = torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach().reshape(())
+            self._unread.append((value, count))
         self._taken += 1
         self._samples += count
         self._settled = True
@@ -951,7 +954,7 @@ class Context:
         self.read_losses()
         seconds = time.monotonic() - self._began
         loss: Metrics = {"train_loss": [self._loss_sum, self._samples]}
-        has_loss = self._samples > 0 and math.isfinite(self._loss_sum)
+        has_loss = self._samples > 0 and not self._silent and math.isfinite(self._loss_sum)
         metrics = loss if has_loss else {}
         if self._fresh is not None:
             metrics["fresh_optimizer"] = [float(self._fresh), 1.0]
@@ -1288,6 +1291,7 @@ class Host:
         base_digest: str = "",
         batch_size: int | None = None,
         fits: int | None = None,
+        private: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Train the base model on a shard and write what came out. Without a length: one epoch.
 
@@ -1315,12 +1319,15 @@ class Host:
             base_digest: what the base is known by; without one, the file is hashed.
             batch_size: samples a step, as `probe` found them; None: as the configuration says.
             fits: samples that fit into memory at once, as an earlier `train` found; None: all of a batch, so far.
+            private: DP-SGD, as task_private.train takes it; None: no such thing.
         """
         self._events.progress("loading")
         task, ranks = self._sized(batch_size), self._ranks
         dataset = ranks.first_rank_0(partial(self._split, "train"))
         shard = read_shard(indices, len(dataset))
         model = self._loaded(base, seed)
+        if private is not None:
+            task_private.check(sys.modules[__name__], task, model.train(), ranks)
         ranks.begin(model)
         terms = self._terms(model)
         batch, join = int(task.config.get("batch_size", 32)), has_batch_norm(model)
@@ -1350,6 +1357,7 @@ class Host:
             total_steps=total_steps,
             _ranks=ranks,
             _terms=terms,
+            _silent=private is not None,
         )
         if batch_size is not None:
             adaptive = not isinstance(optimizer_made, torch.optim.SGD)
@@ -1365,6 +1373,7 @@ class Host:
             facts = [base_digest, seed, round, context.epochs, steps, seconds, total_steps, optimizer_of, batch_size]
             facts += [personal_of] if self._parts.personal else []
             facts += [ranks.world] if ranks.joint else []  # other ranks draw other numbers
+            facts += [private] if private is not None else []
             command = identity(task, self._device, facts, shard)
             kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
             began = self._go_on(kept, model, Path(base), context)
@@ -1376,9 +1385,11 @@ class Host:
         fresh = context._fresh, context._fresh_personal
         ranks.agree("where to begin", context.place(), context._taken, *fresh, len(dataset))
         context.report()
-        loader = ShardLoader(dataset, shard, ends, context)
+        loader, cost = ShardLoader(dataset, shard, ends, context), None
         with task.watched("train"):
-            if task.has("train"):
+            if private is not None:
+                cost = task_private.train(sys.modules[__name__], task, model, dataset, shard, context, private)
+            elif task.has("train"):
                 task.call("train", model, loader, context)
             else:
                 default_train(task, model, loader, context)
@@ -1402,7 +1413,7 @@ class Host:
         if stepper.used != stepper.precision:
             reason = f"its own train() does not ask for {stepper.precision}, by `with context.autocast():`"
         used = {"precision": stepper.used, "precision_reason": reason}
-        return {"samples": len(shard), **result, **used, "fits": stepper.fits}
+        return {"samples": len(shard), **result, **used, "fits": stepper.fits, "private": cost}
 
     def probe(self, base: str, indices: str | None, seed: int) -> dict[str, Any]:
         """Find the batch for this device: the largest that its memory has room for, within what a shard is good for.

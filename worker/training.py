@@ -26,6 +26,7 @@ from worker.child import Child, TaskFailure, TaskStopped
 from worker.heart import Heart, Watch
 from worker.options import Options
 from worker.sealing import Sealing, mask
+from worker.secret import noise_seed
 from worker.spool import Durability, Sizes, Spool, Trained, Untrained
 
 log = logging.getLogger("lydian.worker")
@@ -41,6 +42,11 @@ BY_COLUMN = (*BY_LABEL, "natural")  # that need a number a sample: its class, or
 def encodes(assignment: Assignment) -> bool:
     """Whether the update travels encoded, and not as the whole model that the child writes."""
     return assignment.spec.aggregation.update != "fp32" or assignment.spec.secure.enabled
+
+
+def is_private(assignment: Assignment) -> bool:
+    """Whether noise is drawn here."""
+    return assignment.spec.privacy.level == "example"
 
 
 def written_to(begun: Untrained) -> Path:
@@ -236,6 +242,7 @@ class Trainer:
             metrics=done["metrics"],
             bytes_down=received,
             resumed_at=done.get("resumed_at", 0),
+            private=done.get("private"),
         )
         trained = self._spool.finish(begun, submission)
         if assignment.kind == "train":
@@ -350,6 +357,7 @@ class Trainer:
             personal_from=str(self._spool.personal(place, *before)),
             found=sizes.batch_size,
             fits=sizes.fits,
+            noise_seed=noise_seed(self._spool.folder, assignment) if is_private(assignment) else "",
         )
 
     # ------------------------------------------------------------ what this machine's memory takes

@@ -19,7 +19,8 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 @router.post("", status_code=201)
 async def submit_job(request: JobRequest, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
     """Take a job. Idempotent by the request's key, so that a lost answer costs nothing."""
-    return views.job_view(coordinator, coordinator.submit(request))
+    planned = await coordinator.plan(request)
+    return views.job_view(coordinator, coordinator.submit(request, planned))
 
 
 @router.get("")

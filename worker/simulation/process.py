@@ -243,7 +243,8 @@ class Simulator:
 
     def _carry_out(self, begun: list[Untrained], heart: Heart) -> list[Trained | TaskFailure]:
         first = begun[0].assignment
-        if first.kind == "train" and not first.spec.train.new_keys:  # what a stack of models can do
+        # What a stack of models can do.
+        if first.kind == "train" and not first.spec.train.new_keys and first.spec.privacy.level != "example":
             return self._trainer.carry_out_many(begun, heart)
         return [self._carry_out_one(one, heart) for one in begun]
 
