@@ -72,6 +72,10 @@ class TrainSection(Message):
         False, description="a shard's optimiser state stays on its worker from round to round; false: fresh in each"
     )
 
+    proximal: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="FedProx: mu of (mu/2)·‖w − w_global‖² in each local loss; 0: none"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_adamw(cls, given: Any) -> Any:  # noqa: ANN401 - whatever is to be validated
@@ -106,7 +110,11 @@ class TrainSection(Message):
         return (*new, *(["batch_size"] if self.batch_size == "auto" else []))
 
 
-NEW_IN_TRAIN = ("precision", "optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer")
+CLIENT_TERMS = ("proximal",)
+"""Keys of [train] that a worker's child is told beside a task's configuration, and no task has to know of."""
+NEW_IN_TRAIN = (
+    "precision", "optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "keep_optimizer", *CLIENT_TERMS,
+)  # fmt: skip
 """Keys of [train] that protocol 2 brought."""
 NEW_KEYS = {
     "round": ("fsync", "deadline", "late"),

@@ -38,6 +38,7 @@ from common.errors import (
     VersionSkewError,
 )
 from common.messages import (
+    CLIENT_TERMS,
     Assignment,
     HeartbeatAnswer,
     Holding,
@@ -94,8 +95,15 @@ def child_config(spec: JobSpec, builtin: Mapping[str, Any], data: Mapping[str, s
     folders = dict(data)
     if spec.data.name is not None and spec.data.name in data:  # the owner's name for what the task calls by its own
         folders[spec.task] = data[spec.data.name]
-    train = {**spec.train.model_dump(exclude_none=True), "batch_size": batch_size(spec, found=0)}
+    known = spec.train.model_dump(exclude_none=True, exclude=set(CLIENT_TERMS))
+    train = {**known, "batch_size": batch_size(spec, found=0)}
     return {**train, **builtin, **spec.config, "data": folders}
+
+
+def client_terms(spec: JobSpec) -> dict[str, Any]:
+    """What of [train] the child is told beside `config`, where a task's own keys cannot be taken for it."""
+    given = spec.train.model_dump(mode="json", include=set(CLIENT_TERMS))
+    return {name: value for name, value in given.items() if value}
 
 
 def batch_size(spec: JobSpec, *, found: int) -> int:

@@ -68,6 +68,7 @@ task_ranks = beside("task_ranks")
 task_device = beside("task_device")
 task_precision = beside("task_precision")
 task_stacked = beside("task_stacked")
+task_terms = beside("task_terms")
 
 is_out_of_memory = task_device.is_out_of_memory
 
@@ -311,7 +312,8 @@ class Task:
     file: Path
     module: ModuleType
     config: dict[str, Any]
-    digest: str  # SHA-256 over the file and the configuration, as they were before the task's code ran
+    digest: str  # SHA-256 over the file, configuration and terms, as they were before the task's code ran
+    terms: dict[str, Any] = field(default_factory=dict)  # what [train] says that no task has to know of
 
     def has(self, hook: str) -> bool:
         """Whether the file defines this optional function."""
@@ -332,8 +334,13 @@ class Task:
             raise explain(error, hook, self.has(hook), self.file, self.config) from error
 
 
-def import_task(file: Path, config: dict[str, Any]) -> Task:
+def import_task(file: Path, config: dict[str, Any], terms: dict[str, Any] | None = None) -> Task:
     """Import a task file by its path. Files beside it can be imported by it.
+
+    Args:
+        file: the task file.
+        config: what its functions get.
+        terms: see Task.
 
     Raises:
         TaskError: it cannot be imported, or lacks model() or dataset(); code bad_task.
@@ -345,7 +352,10 @@ def import_task(file: Path, config: dict[str, Any]) -> Task:
     if spec is None or spec.loader is None:
         raise TaskError("bad_task", f"{file.name} is not a Python file: its name must end in .py")
     seen = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    task = Task(file=file, module=importlib.util.module_from_spec(spec), config=config, digest="")
+    if terms:
+        seen.update(json.dumps(terms, sort_keys=True).encode())
+    module = importlib.util.module_from_spec(spec)
+    task = Task(file=file, module=module, config=config, digest="", terms=terms or {})
     sys.modules[spec.name] = task.module  # dataclasses and typing look their module up while it is imported
     with task.watched(""):
         seen.update(file.read_bytes())
@@ -698,6 +708,10 @@ class Context:
     Call `step` once an optimiser step. The loader ends by itself when the round is over, and a loop never has to ask
     which of epochs, steps and seconds the job gave. One of those three is set; the other two are None.
 
+    Where a job has terms (`train.proximal`), they are added to the gradients between backward() and step(), and before
+    the loop clips: `context.add_terms()`, once a step, after `context.scaler.unscale_(context.optimizer)` where that is
+    used. A loop that does not is stopped at its first step, in words: the job's setting would have no effect.
+
     A killed worker trains such a loop from the start, unless the file says `RESUMABLE = True`: all that the loop
     remembers from one batch to the next is in the model's state_dict, in context.optimizer, and in what the loader and
     this context count; a batch is done with before the next one is asked for. Then it goes on from a checkpoint:
@@ -740,6 +754,8 @@ class Context:
     _rates: list[Any] = field(default_factory=list)  # learning rate of each group of the optimiser, before any step
     _keep: Callable[["Context"], None] | None = None  # keeps a checkpoint if one is due; holds no context: no cycle
     _ranks: Any = field(default_factory=lambda: task_ranks.Alone(threading.Event()))  # those who train this together
+    _terms: tuple[Callable[[], None], ...] = ()  # each adds one of the job's terms to the gradients
+    _terms_added: bool = False  # since the last step
 
     @property
     def global_step(self) -> int | None:
@@ -780,6 +796,12 @@ class Context:
         scaler: torch.amp.GradScaler = self._stepper.scaler
         return scaler
 
+    def add_terms(self) -> None:
+        """Add the job's terms to the gradients, which are unscaled and not clipped yet. Without terms, do nothing."""
+        for term in self._terms:
+            term()
+        self._terms_added = True
+
     @property
     def done(self) -> bool:
         """Whether this round's training is as long as the job wants it."""
@@ -805,6 +827,10 @@ class Context:
         """
         if self._stopping.is_set():
             raise Stopped
+        if self._terms and not self._terms_added:
+            sentence = "train() took a step without the job's terms (train.proximal and the like)"
+            raise TaskError("bad_task", f"{sentence}: call context.add_terms() before each step of the optimiser")
+        self._terms_added = False
         count = self._batch_samples if samples is None else samples
         value = torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach().reshape(())
         self._unread.append((value, count))
@@ -969,6 +995,7 @@ def default_train(task: Task, model: nn.Module, loader: ShardLoader, context: Co
     stepper, clip = context._stepper, context.config.get("clip")
 
     def before_step() -> None:
+        context.add_terms()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         context.follow_schedule()
@@ -1094,12 +1121,12 @@ class Host:
         except Exception as error:  # noqa: BLE001 - a full disk, a torn file, a bug of ours: told to the agent, not lost
             return failure(unexpected(error, name))
 
-    def open(self, task: str, config: dict[str, Any]) -> dict[str, Any]:
+    def open(self, task: str, config: dict[str, Any], terms: dict[str, Any] | None = None) -> dict[str, Any]:
         """Import the task file; forget the one before, its model and its data."""
         self._events.progress("loading")
         self._task, self._model, self._splits, self._said, self._computes = None, None, {}, None, None
         self._many = task_stacked.Many(self, sys.modules[__name__])
-        self._task = import_task(Path(task).resolve(), config)
+        self._task = import_task(Path(task).resolve(), config, terms)
         return {}
 
     def close(self) -> dict[str, Any]:
@@ -1177,6 +1204,7 @@ class Host:
         shard = read_shard(indices, len(dataset))
         model = self._loaded(base, seed)
         ranks.begin(model)
+        terms = self._terms(model)
         ends = batch_ends(len(shard), int(task.config.get("batch_size", 32)), join_last_one=has_batch_norm(model))
         optimizer_made = fresh_optimizer(task, model, seed)
         stepper = self._stepper(model, optimizer_made)
@@ -1198,6 +1226,7 @@ class Host:
             _batches=len(ends),
             total_steps=total_steps,
             _ranks=ranks,
+            _terms=terms,
         )
         if batch_size is not None:
             adaptive = not isinstance(optimizer_made, torch.optim.SGD)
@@ -1264,7 +1293,7 @@ class Host:
             why = "the task has its own train(): what a step of it takes cannot be tried"
             return {"batch_size": min(task_batches.REFERENCE, len(shard)), "why": why, "samples_per_s": None}
         model = self._loaded(base, seed)
-        optimizer = fresh_optimizer(task, model, seed)
+        terms, optimizer = self._terms(model), fresh_optimizer(task, model, seed)
         stepper, order, began = self._stepper(model, optimizer), pass_order(shard, seed, 0), time.monotonic()
         done = 0
 
@@ -1276,7 +1305,7 @@ class Host:
             (batch,) = read_batches(dataset, [rows], self._device, workers=0, seed=seed)
             optimizer.zero_grad(set_to_none=True)
             stepper.once(partial(loss_of, task, model), batch)
-            stepper.step(optimizer, lambda: None)
+            stepper.step(optimizer, lambda: [term() for term in terms])
             done += size
             self._events.progress("measuring", samples=done, samples_per_s=done / (time.monotonic() - began))
 
@@ -1287,6 +1316,11 @@ class Host:
         model.zero_grad(set_to_none=True)
         task_batches.say(f"{found.batch_size} samples a step ({rate:,.0f} samples/s): {found.why}", about="batch")
         return {"batch_size": found.batch_size, "why": found.why, "samples_per_s": rate}
+
+    def _terms(self, model: nn.Module) -> tuple[Callable[[], None], ...]:
+        """What adds the job's terms to the gradients of this model, in which the round's base is now."""
+        config = self._opened().terms
+        return tuple(partial(term, model) for term in task_terms.terms_of(config, task_terms.base_of(config, model)))
 
     def _sized(self, batch_size: int | None) -> Task:
         """The task that is open, its configuration with the batch that was found for it."""

@@ -411,6 +411,8 @@ class Work:
             return f"{task.file.name} has its own {own[0]}()"
         if task.config.get("precision", "fp32") != "fp32":
             return "a stack is trained in fp32"
+        if task.terms:
+            return f"a stack has no {', '.join(sorted(task.terms))}"
         if self._common["seconds"] is not None:
             return "a round of seconds has no fixed number of steps"
         if self._house.row_reader(self._host._split("train")) is None:

@@ -170,7 +170,8 @@ class Trainer:
         if work.task.digest is not None:
             self._ran.add(work.task.digest)
         config = plan.child_config(work.spec, defaults, self._options.data)
-        self._ask(child, {"do": "open", "task": str(path), "config": config}, watch)
+        terms = plan.client_terms(work.spec)
+        self._ask(child, {"do": "open", "task": str(path), "config": config, "terms": terms}, watch)
         self._opened = work.job
         return child
 
