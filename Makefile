@@ -15,7 +15,7 @@ READY := $(VENV)/installed-$(TORCH)
 
 # The modules without network, disk or clock: no branch of theirs may go untested.
 PURE := server/rounds.py server/fleet.py server/averaging.py server/optimizers.py server/robust.py
-PURE += server/cutting.py server/speeds.py server/deadlines.py server/lateness.py
+PURE += server/cutting.py server/speeds.py server/deadlines.py server/lateness.py server/drift.py common/drift.py
 PURE += worker/plan.py worker/simulation/claims.py common/sharding.py common/ranges.py common/streams.py
 PURE += common/codecs.py common/forecast.py common/pace.py common/link.py common/fitness.py server/paths.py worker/manners.py worker/task_precision.py
 PURE += server/nova.py server/amplification.py common/cautions.py

@@ -135,6 +135,7 @@ class Accepted(Message):
     took_s: float | None = Field(
         None, ge=0, description="seconds from hand-out to hand-in on the coordinator's clock; None: it did not see both"
     )
+    rate_sum: float | None = Field(None, description="train.drift: sum of the learning rates of its steps")
 
 
 class Lost(Message):
@@ -202,6 +203,13 @@ class Frozen(Message):
     late: tuple[LateMember, ...] = Field((), description="updates of earlier rounds that are in it")
 
 
+class Slot(Message):
+    """What a shard carries to the next round that it is trained in (common.drift)."""
+
+    key: str = Field(description="the shard's number; where the data is a worker's own, that worker's id")
+    digest: Digest
+
+
 class RoundClosed(Message):
     """A round was averaged; its model is durable."""
 
@@ -227,6 +235,9 @@ class RoundClosed(Message):
         None, description="how far the outer step moved the model, in lengths of the mean change; None: nothing changed"
     )
     warning: str = Field("", description="what about this round needs a person; empty: nothing")
+    slots: tuple[Slot, ...] = Field((), description="train.drift: what the shards of this round carry from now on")
+    slot_total: tuple[Digest, ...] = Field((), description="the sum of all slots, and what of it float32 leaves out")
+    fresh: Count = Field(0, description="shards of this round that carried nothing before: their slots were zeros")
 
 
 class Evaluated(Message):

@@ -54,6 +54,7 @@ class Memory:
 
     states: tuple[Path | None, ...] = ()  # of the outer step
     residual: Path | None = None  # what the steps that were sent left out
+    reads: tuple[Path, ...] = ()  # only read: the outer step gets them after its states
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ def average(
     moved, changed = array("d"), array("d")  # squares, of each block
     with ExitStack() as stack:
         outputs = _Outputs(layout, rules, targets, memory.residual, stack)
-        inputs = _Inputs(layout, base, updates, factors, weighed, starts, rules, _trained_before(layout), memory.states)
+        unknown = [None] * (rules.step.states - len(memory.states))
+        states = (*memory.states, *unknown, *memory.reads)
+        inputs = _Inputs(layout, base, updates, factors, weighed, starts, rules, _trained_before(layout), states)
         folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
         for block in _in_order(folds, threads, layout, block_elements, stopped):
             outputs.write(block)
@@ -197,7 +200,7 @@ class _Inputs:
     starts: Sequence["array[int]"]  # of each update's tensors
     rules: Rules
     before: Sequence[int]  # trained elements before each tensor
-    states: Sequence[Path | None]
+    states: Sequence[Path | None]  # of the outer step, then what it only reads
 
 
 class _Fold:
@@ -220,7 +223,7 @@ class _Fold:
         self._index_of = {tensor.name: index for index, tensor in enumerate(self._layout.tensors)}
         longest = min(block_elements, max((tensor.elements for tensor in self._layout.tensors), default=0))
         self._total, self._scratch, self._origin = (np.empty(longest) for _ in range(3))
-        self._wide_states = [np.empty(longest) for _ in range(self._rules.step.states)]
+        self._wide_states = [np.empty(longest) for _ in inputs.states]
         self._raw, self._raw_mean, self._raw_result, self._raw_base = (
             np.empty(longest * _WIDEST, np.uint8) for _ in range(4)
         )
@@ -268,13 +271,13 @@ class _Fold:
     ) -> tuple[Float64Block, list[Array], tuple[float, float] | None]:
         """The outer step on a block: its new values, what it remembers, the squares of its way and of the mean's."""
         step, count, tensor = self._rules.step, mean.size, self._layout.tensors[index]
-        states, squares = [self._state(number, index, first, count) for number in range(step.states)], None
+        states, squares = [self._state(at, index, first, count) for at in range(len(self._wide_states))], None
         measured = base if step.wants_base else None
         scratch = self._scratch[:count]
         changed = squared_distance(mean, measured, scratch=scratch) if measured is not None else 0.0
         with np.errstate(over="ignore", invalid="ignore"):  # what is no number is refused, by name
             values = step.apply(origin, mean, states)
-            kept = [state.astype(np.float32) for state in states]
+            kept = [state.astype(np.float32) for state in states[: step.states]]
             if measured is not None:
                 squares = squared_distance(values, measured, scratch=scratch), changed
         for state in kept:

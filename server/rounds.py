@@ -39,6 +39,7 @@ from common.facts import (
     Restored,
     RoundClosed,
     Shard,
+    Slot,
     StateChanged,
     Submitted,
 )
@@ -236,6 +237,9 @@ class Job:
     )  # (round, shard) -> one that waits for a round
     states: Mapping[int, "StateOf"] = field(default_factory=dict)  # keep_optimizer: shard -> where its newest state is
     amplified: tuple[float | None, ...] = ()  # how far the outer steps of the last rounds went (server.amplification)
+    slots: Mapping[str, str] = field(default_factory=dict)  # drift: shard (server.drift.key_of) -> digest of its slot
+    slot_total: tuple[str, ...] = ()  # drift: digests of both numbers of the sum of all slots
+    owners: frozenset[str] = frozenset()  # drift, own data: workers that have had a shard
 
     @property
     def over(self) -> bool:
@@ -778,6 +782,9 @@ def close(
     step: StepRef | None = None,
     memory: tuple[str, ...] = (),
     amplified: float | None = None,
+    slots: tuple[Slot, ...] = (),
+    slot_total: tuple[str, ...] = (),
+    fresh: int = 0,
     seconds: float,
     places: Sequence[Place],
     now: float,
@@ -805,6 +812,9 @@ def close(
         memory=memory,
         amplification=amplified,
         warning=_warning(job, phase, amplified),
+        slots=slots,
+        slot_total=slot_total,
+        fresh=fresh,
     )
     after = evolve(job, closed, now)
     if phase.round < job.spec.rounds:
@@ -1010,6 +1020,8 @@ def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
     assert job.model is not None  # noqa: S101 - a round opens on a model
     shards = {shard.shard: shard for shard in fact.shards}
     phase = Training(fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators)
+    if job.spec.train.drift != "none":
+        job = replace(job, owners=job.owners | {shard.worker for shard in fact.shards if shard.worker is not None})
     return _with_inner(replace(job, reason=fact.reason), phase)
 
 
@@ -1062,10 +1074,13 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
     if evaluates(job, fact.round):
         pending = {**pending, fact.round: Evaluation(model)}
     states = job.states
-    if job.spec.train.keep_optimizer and isinstance(job.inner, Aggregating):
+    keeps = job.spec.train.keep_optimizer or bool(fact.slots)
+    if keeps and isinstance(job.inner, Aggregating):
         states = {**states, **{u.shard: StateOf(u.round, u.worker) for u in job.inner.accepted}}
     past = still_useful(_left_behind(job) if job.spec.round.late == "use" else {}, fact.round)
     job = replace(job, model=model, memory=fact.memory, closed=fact.round, evaluations=pending, states=states)
+    slots = {**job.slots, **{slot.key: slot.digest for slot in fact.slots}}
+    job = replace(job, slots=slots, slot_total=fact.slot_total)
     return replace(job, past=past, amplified=amplification.keep(job.amplified, fact.amplification))
 
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from common.facts import HandedBack, Now, WorkerNow
 from common.messages import NEW_KEYS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
-from server import paths, rounds
+from server import drift, paths, rounds
 from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody
 from server.paths import Verdict
@@ -24,7 +24,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "wanted": True,
             "prepare": True,
             "order": True,
-            "assignment": {"steps": True, "optimizer_of": True, "together": True, "spec": spec},
+            "assignment": {"steps": True, "optimizer_of": True, "together": True, "slots": True, "spec": spec},
         }
     )
 
@@ -46,6 +46,7 @@ def job_view(coordinator: Coordinator, job: Job) -> JobView:
         best_round=job.best_round,
         best_value=job.best_value,
         parameters=job.facts.parameters if job.facts else None,
+        slots=len(job.slots) if job.spec.train.drift != "none" else None,
         spec=job.spec,
     )
 
@@ -64,6 +65,8 @@ def why(coordinator: Coordinator, job: Job) -> str:
     reason = job.reason
     if isinstance(job.inner, Training):
         reason = close_if_due(job, live, now, coordinator.dues(job)).reason
+        fresh = drift.fresh_words(job)
+        reason += f"; {fresh}" if fresh else ""
     if not coordinator.fleet.held(job.id) and not coordinator.fleet.serving(job, now):
         reason += f"; no live worker serves it ({why_nobody(coordinator.fleet, job, now) or 'none is live'})"
     return reason

@@ -85,6 +85,8 @@ def specs(draw: st.DrawFn) -> JobSpec:
     if "local_steps" not in (train := document.get("train", {})):
         for name in ("schedule", "warmup_steps"):
             train.pop(name, None)
+    for name in ("drift", "dyn_alpha"):  # go with few other keys: tests/test_drift.py
+        train.pop(name, None)
     if document.get("aggregation", {}).get("update", "fp32") in ("fp32", "auto"):
         document.get("round", {}).pop("late", None)
     aggregation = document.get("aggregation", {})

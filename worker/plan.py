@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from common.drift import alpha_of
 from common.errors import (
     BadRequestError,
     BadUpdateError,
@@ -102,8 +103,11 @@ def child_config(spec: JobSpec, builtin: Mapping[str, Any], data: Mapping[str, s
 
 def client_terms(spec: JobSpec) -> dict[str, Any]:
     """What of [train] the child is told beside `config`, where a task's own keys cannot be taken for it."""
-    given = spec.train.model_dump(mode="json", include=set(CLIENT_TERMS))
-    return {name: value for name, value in given.items() if value}
+    given = {"proximal": spec.train.proximal}
+    if spec.train.drift == "feddyn":  # its pull to the round's model is that term
+        given["proximal"] = alpha_of(spec.train)
+    drift = {} if spec.train.drift == "none" else {"drift": spec.train.drift}
+    return {**{name: value for name, value in given.items() if value}, **drift}
 
 
 def batch_size(spec: JobSpec, *, found: int) -> int:
@@ -130,6 +134,7 @@ def train_command(
     optimizer_from: str = "",
     found: int = 0,
     fits: int = 0,
+    correction: str = "",
 ) -> dict[str, Any]:
     """What the child is asked to train.
 
@@ -147,6 +152,7 @@ def train_command(
         optimizer_from: path of the state that the newest round of this shard that counted here left.
         found: samples a step that a probe found, where the job leaves that to each machine.
         fits: samples that this machine's memory takes at once; 0: as far as is known, any.
+        correction: path of what is added to each gradient, where the job has `train.drift`; empty: nothing.
     """
     train = assignment.spec.train
     sizes: dict[str, Any] = {"fits": fits} if fits else {}
@@ -175,6 +181,7 @@ def train_command(
         "total_steps": None if train.local_steps is None else assignment.spec.rounds * train.local_steps,
         **keeping,
         **sizes,
+        **({"correction": correction} if correction else {}),
     }
 
 
@@ -363,7 +370,9 @@ def room_needed(assignment: Assignment, *, fetched: int) -> int:
     """Bytes that must be free before an assignment is begun: for what is left to download, and for what comes out.
 
     A job that keeps optimisers leaves two numbers a parameter beside the update, as AdamW has; an encoded update is
-    made of a whole one, takes half of that at most, and may leave as much as that out.
+    made of a whole one, takes half of that at most, and may leave as much as that out. With `train.drift` come the
+    shard's slot, the sum of all, the correction made of them and the slot after: float32 each, of two bytes an element
+    or more.
 
     Args:
         assignment: with the size of the base, which an update has as well; that of a first model is not known.
@@ -379,4 +388,6 @@ def room_needed(assignment: Assignment, *, fetched: int) -> int:
         made += 2 * size
     if assignment.spec.aggregation.update != "fp32":
         made += size // 2 + size
+    if assignment.slots is not None:
+        made += 4 * 2 * size
     return max(size - fetched, 0) + made

@@ -11,10 +11,13 @@
         trained.safetensors              what the child made, where the update is still to be encoded
         update.safetensors               what came out, and is sent
         pending                          what the encoded update leaves out
+        correction.safetensors           what the child adds to each gradient (train.drift)
+        slot                             what the shard carries, should this update count
         optimizer                        the optimiser's state then: takes the place of the last one when accepted
         submission.json                  written last: the update is whole, and this is how it is handed in
         accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
     FOLDER/errors/COORDINATOR/JOB.SHARD  what accepted updates have left out, added to the next one
+    FOLDER/slots/COORDINATOR/JOB.SHARD   what a shard carries, JOB.total the sum of all; used where its digest is right
     FOLDER/sizes/COORDINATOR/JOB.json    how much of a job this machine's memory takes at once
 
         ──begin──▶ Untrained ──finish──▶ Trained ──keep──▶ Kept ──settled──▶ (gone)
@@ -56,6 +59,7 @@ PROBE_BYTES = 4096  # what a disk must take to count as well again
 _PLACE = re.compile(r"([A-Za-z0-9._-]{1,63})\.([1-9][0-9]{0,8})")
 _SIZES = re.compile(r"[A-Za-z0-9._-]{1,63}\.json")
 _ERROR = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}")
+_SLOT = re.compile(r"[A-Za-z0-9._-]{1,63}\.([0-9]{1,16}|total)")
 _STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}\.[0-9]{1,16}")
 
 ASKED, TRAINED, ACCEPTED, UPDATE = "assignment.json", "submission.json", "accepted.json", "update.safetensors"
@@ -124,6 +128,16 @@ class Place:
     def pending(self) -> Path:
         """What the update leaves out, until it was accepted."""
         return self.folder / PENDING
+
+    @property
+    def correction(self) -> Path:
+        """What the child adds to each gradient."""
+        return self.folder / "correction.safetensors"
+
+    @property
+    def slot(self) -> Path:
+        """What the shard carries to its next round, should the update count."""
+        return self.folder / "slot"
 
     @property
     def indices(self) -> Path:
@@ -219,7 +233,7 @@ class Spool:
             LydianError: it cannot be written (code folder_unusable).
         """
         with usable(folder):
-            for name in ("models", "optimizers", "tasks", "work", "errors", "sizes"):
+            for name in ("models", "optimizers", "tasks", "work", "errors", "sizes", "slots"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             self = cls(folder)
             self._probe()
@@ -338,7 +352,11 @@ class Spool:
         return kept
 
     def commit(self, held: Trained) -> None:
-        """The result was accepted: what it left out is added to the next one. Twice is once."""
+        """The result was accepted: what it left out is added to the next one, and its slot counts. Twice is once."""
+        if held.place.slot.exists():
+            slot = self.slot(held.place)
+            slot.parent.mkdir(exist_ok=True)
+            held.place.slot.replace(slot)
         if held.place.pending.exists():
             error = self.error(held.place)
             error.parent.mkdir(exist_ok=True)
@@ -394,6 +412,14 @@ class Spool:
         """What the accepted updates of this shard have left out: it is added to the next one."""
         return self._of_coordinator("errors", place.coordinator) / f"{place.job}.{place.shard}"
 
+    def slot(self, place: Place) -> Path:
+        """Where what this shard carries is, or would be; of whichever round."""
+        return self._of_coordinator("slots", place.coordinator) / f"{place.job}.{place.shard}"
+
+    def slot_total(self, place: Place) -> Path:
+        """Where the sum of all that the job's shards carry is, or would be; of whichever round."""
+        return self._of_coordinator("slots", place.coordinator) / f"{place.job}.total"
+
     def optimizer(self, place: Place, round_index: int) -> Path:
         """Where the optimiser's state after an accepted update of this shard is, or would be."""
         return self._of_coordinator("optimizers", place.coordinator) / f"{place.job}.{place.shard}.{round_index}"
@@ -417,11 +443,13 @@ class Spool:
         """Everything that is kept from round to round, and the job that it is of."""
         folder = self._of_coordinator("errors", coordinator)
         errors = [path for path in folder.iterdir() if _ERROR.fullmatch(path.name)] if folder.is_dir() else []
+        folder = self._of_coordinator("slots", coordinator)
+        slots = [path for path in folder.iterdir() if _SLOT.fullmatch(path.name)] if folder.is_dir() else []
         folder = self._of_coordinator("sizes", coordinator)
         sizes = [path for path in folder.iterdir() if _SIZES.fullmatch(path.name)] if folder.is_dir() else []
         return [
             *((path, path.stem) for path in sizes),
-            *((path, path.name.rsplit(".", 1)[0]) for path in errors),
+            *((path, path.name.rsplit(".", 1)[0]) for path in (*errors, *slots)),
             *((path, path.name.rsplit(".", 2)[0]) for path in self._optimizers(coordinator)),
         ]
 
