@@ -18,6 +18,7 @@ PURE := server/rounds.py server/fleet.py server/averaging.py server/optimizers.p
 PURE += server/robust_rules.py server/outliers.py common/robustness.py
 PURE += server/cutting.py server/speeds.py server/deadlines.py server/lateness.py server/buffering.py
 PURE += server/privacy.py common/privacy.py common/derivation.py
+PURE += server/drift.py common/drift.py
 PURE += worker/plan.py worker/simulation/claims.py common/sharding.py common/ranges.py common/streams.py
 PURE += common/shamir.py common/fixed.py common/secure.py server/securing.py
 PURE += common/codecs.py common/forecast.py common/pace.py common/link.py common/fitness.py server/paths.py worker/manners.py worker/task_precision.py

@@ -234,6 +234,7 @@ def _round_line(fact: RoundClosed, rounds: int) -> str:
         *(f"{name.replace('_', ' ')} {shown.measure(value)}" for name, value in fact.metrics.items()),
         *([privacy.spent_words(fact.privacy.epsilon, fact.privacy.delta)] if fact.privacy else []),
         *([f"{shown.several(fact.left_out, 'shard')} left out"] if fact.left_out else []),
+        *([f"{shown.several(fact.fresh, 'shard')} began fresh"] if fact.fresh else []),
     ]
     warning = [f"caution: {fact.warning}"] if fact.warning else []
     late = [f"with {one.worker_name}'s late update of round {one.round} (x {one.factor:.2f})" for one in fact.late]

@@ -170,6 +170,7 @@ class Accepted(Message):
     norm: float | None = Field(
         None, ge=0, description="L2 norm of its change over the trained tensors; None: the job does not ask for it"
     )
+    rate_sum: float | None = Field(None, description="train.drift: sum of the learning rates of its steps")
 
 
 class Lost(Message):
@@ -240,6 +241,13 @@ class Frozen(Message):
     )
 
 
+class Slot(Message):
+    """What a shard carries to the next round that it is trained in (common.drift)."""
+
+    key: str = Field(description="the shard's number; where the data is a worker's own, that worker's id")
+    digest: Digest
+
+
 class RoundClosed(Message):
     """A round was averaged; its model is durable."""
 
@@ -271,6 +279,9 @@ class RoundClosed(Message):
     )
     warning: str = Field("", description="what about this round needs a person; empty: nothing")
     privacy: PrivacySpent | None = Field(None, description="what a private job has spent so far; None: it is not one")
+    slots: tuple[Slot, ...] = Field((), description="train.drift: what the shards of this round carry from now on")
+    slot_total: tuple[Digest, ...] = Field((), description="the sum of all slots, and what of it float32 leaves out")
+    fresh: Count = Field(0, description="shards of this round that carried nothing before: their slots were zeros")
 
 
 class Measured(Message):

@@ -99,6 +99,14 @@ class TrainSection(Message):
     keep_optimizer: bool = Field(
         False, description="a shard's optimiser state stays on its worker from round to round; false: fresh in each"
     )
+    drift: Literal["none", "scaffold", "feddyn"] = Field(
+        "none",
+        description="against what unlike shards pull apart: none, scaffold or feddyn (plain sgd; a number of shards; "
+        "each shard counts alike)",
+    )
+    dyn_alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="feddyn: weight of the pull to the round's model (default 0.01)"
+    )
 
     proximal: float = Field(
         0.0, ge=0, allow_inf_nan=False, description="FedProx: mu of (mu/2)·‖w − w_global‖² in each local loss; 0: none"
@@ -158,10 +166,19 @@ class TrainSection(Message):
             raise ValueError(f"{sentence}; take more steps, or leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _plain_sgd(self) -> Self:
+        if self.dyn_alpha is not None and self.drift != "feddyn":
+            raise ValueError(f"dyn_alpha is a key of feddyn, and train.drift is {self.drift}: leave one of them out")
+        if self.drift == "none" or (self.optimizer == "sgd" and self.momentum == 0):
+            return self
+        other = f"optimizer = {self.optimizer}" if self.optimizer != "sgd" else f"momentum = {self.momentum:g}"
+        raise ValueError(f"drift = {self.drift} needs plain SGD, and {other} is set: set sgd, and momentum = 0")
+
     @property
     def leaves_state(self) -> bool:
         """Whether a shard leaves something on its worker that its next round goes on from."""
-        return self.keep_optimizer or bool(self.personal)
+        return self.keep_optimizer or bool(self.personal) or self.drift != "none"
 
     @property
     def scheduled(self) -> str:
@@ -180,7 +197,7 @@ class TrainSection(Message):
         return (*new, *(["batch_size"] if self.batch_size == "auto" else []))
 
 
-CLIENT_TERMS = ("proximal", "frozen", "personal", "trainable_only")
+CLIENT_TERMS = ("proximal", "frozen", "personal", "trainable_only", "drift", "dyn_alpha")
 """Keys of [train] that a worker's child is told beside a task's configuration, and no task has to know of."""
 NEW_IN_TRAIN = (
     "precision", "optimizer", "beta1", "beta2", "clip", "schedule", "warmup_steps", "milestones", "gamma",
@@ -637,6 +654,13 @@ class JobSpec(Message):
             raise ValueError(why)
         return self
 
+    @model_validator(mode="after")
+    def _drift(self) -> Self:
+        unfit = "" if self.train.drift == "none" else _unfit_for_drift(self)
+        if unfit:
+            raise ValueError(f"train.drift = {self.train.drift} {unfit}")
+        return self
+
     @property
     def beyond_protocol_1(self) -> str:
         """What of this job a worker of protocol 1 cannot do, or not even read; empty: nothing."""
@@ -653,6 +677,38 @@ class JobSpec(Message):
         beyond += ["secure.enabled"] if self.secure.enabled else []
         beyond += ["privacy.level = example"] if self.privacy.level == "example" else []
         return beyond[0] if beyond else ""
+
+
+def _unfit_for_drift(spec: JobSpec) -> str:
+    """What of a job does not go with `train.drift`, and what to set instead; empty: all of it does."""
+    data, aggregation, method = spec.data, spec.aggregation, spec.train.drift
+    if data.shards == "auto" and data.partition != "local":
+        return "keeps something of each shard, and data.shards = auto may cut others in each round: set a number"
+    if spec.train.proximal:
+        what = "has its own pull to the round's model" if method == "feddyn" else "would take the pull for a gradient"
+        return f"{what}, and train.proximal is {spec.train.proximal:g}: set it to 0"
+    if spec.train.personal:
+        return "keeps a slot of all that is trained, and train.personal stays on the worker: leave one of them out"
+    if spec.round.mode == "async":
+        return "sums over the rounds of all shards, and round.mode = async has none: set sync"
+    if aggregation.robust != "none" or aggregation.norm_outlier is not None:
+        return "takes each shard's update into its slot, and a robust rule or norm_outlier does not: leave those out"
+    if spec.secure.enabled:
+        return "needs the change of each shard, which secure.enabled hides: leave one of them out"
+    if spec.round.late == "use":
+        return "needs every update to begin with the round's own model: set round.late = refuse"
+    scaled = method == "scaffold" and aggregation.algorithm == "fedavgm" and aggregation.outer_momentum == 0
+    if aggregation.algorithm != "fedavg" and not scaled:
+        advice = "set fedavg" + (
+            ", or fedavgm with outer_momentum = 0, for an outer_lr" if method == "scaffold" else ""
+        )
+        return f"has its own outer step, and aggregation.algorithm is {aggregation.algorithm}: {advice}"
+    if aggregation.update not in ("fp32", "bf16", "int8"):
+        said = f"{aggregation.update} may say too little"
+        return f"takes gradients from what an update says, and {said}: choose fp32, bf16 or int8"
+    if aggregation.feedback:
+        return "takes gradients from what an update says, and feedback adds those of earlier rounds: set it to false"
+    return ""
 
 
 class JobRequest(Message):
@@ -829,6 +885,18 @@ class PrivateRun(PrivateSteps):
     delta: float = Field(gt=0, lt=1)
 
 
+class Slots(Message):
+    """What a shard of a job with `train.drift` begins with, beside the model: two files, fetched like models.
+
+    Each is bare float32: the trained tensors in the order of the model (common.slots). One that is not named is zeros.
+    """
+
+    own: Digest | None = Field(None, description="the shard's own slot; None: it begins fresh")
+    total: Digest | None = Field(None, description="the sum of all slots; None: zeros, or the method has no use for it")
+    size: Count = Field(0, description="bytes of each of them; 0: there is none")
+    shards: int = Field(ge=1, description="of the job, not of the round: the mean of all slots is total / shards")
+
+
 class Range(Message):
     """A shard as samples [start, stop) of the job's seeded order of the training set (common.sharding)."""
 
@@ -867,6 +935,9 @@ class Assignment(Message):
     steps: tuple[StepRef, ...] = Field((), description="the last steps to `base`, oldest first, as far as they pay")
     private_before: tuple[PrivateSteps, ...] = Field(
         (), description="example-level privacy: what the worst-off sample has been through in the rounds before"
+    )
+    slots: Slots | None = Field(
+        None, description="train.drift: what the shard begins with; None: there is no such thing"
     )
 
 
@@ -957,6 +1028,9 @@ class Submission(Message):
     private: PrivateRun | None = Field(None, description="what a training with example-level privacy ran")
     facts: ModelFacts | None = Field(None, description="init only")
     resumed_at: Count = Field(0, description="the step of the checkpoint it went on from; 0: none was needed")
+    rate_sum: float | None = Field(
+        None, allow_inf_nan=False, description="train.drift: sum of the learning rates of the steps that were taken"
+    )
 
 
 class Receipt(Message):
@@ -1083,6 +1157,7 @@ class JobView(Message):
     parameters: int | None = None
     privacy: PrivacySpent | None = Field(None, description="of the newest round")
     warnings: tuple[str, ...] = Field((), description="what a person should know before trusting the result")
+    slots: Count | None = Field(None, description="train.drift: shards that carry something; the others begin fresh")
     spec: JobSpec
 
 

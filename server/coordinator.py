@@ -9,6 +9,7 @@ import asyncio
 import errno
 import hashlib
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ from typing import NoReturn, Self, TypeVar
 
 from common import PROTOCOL, __version__
 from common.cautions import cautions
+from common.drift import check_rate_sum, farthest
 from common.errors import (
     BadJobError,
     BadTaskError,
@@ -42,6 +44,7 @@ from common.facts import (
     Initialised,
     OpenedAnew,
     RoundClosed,
+    Shard,
     Submitted,
 )
 from common.messages import (
@@ -65,6 +68,7 @@ from common.messages import (
     Roster,
     SecureKeys,
     SecureShares,
+    Slots,
     StepRef,
     Submission,
     TaskRef,
@@ -72,7 +76,7 @@ from common.messages import (
 )
 from common.tasks import BUILTIN
 from common.weights import file_digest, read_layout
-from server import folding, nova, privacy, rounds, securing, versions
+from server import drift, folding, nova, privacy, rounds, securing, versions
 from server.accounting import AccountantError, Accounting, Planned, example_level, worker_level
 from server.auth import Tokens
 from server.blobs import Blobs
@@ -250,9 +254,8 @@ class Coordinator:
         except SeedLostError as error:
             self._apply(job.id, rounds.fail(job, f"{error} {error.advice}"))
             return
-        for digest in [*([job.model.digest] if job.model else []), *job.memory]:
+        for digest, what in [*([(job.model.digest, "model")] if job.model else []), *drift.carried(job).items()]:
             if not await asyncio.to_thread(self._intact, digest):
-                what = "model" if job.model and digest == job.model.digest else "memory of the outer step"
                 self._apply(job.id, rounds.fail(job, f"the {what} {digest[:12]}… is damaged on the disk"))
                 return
         known = rounds.lost_of(job)
@@ -342,10 +345,12 @@ class Coordinator:
             self._dropped.add(steps.pop(old).digest)
 
     def keeps(self, digest: str) -> bool:
-        """Whether this is a model that is kept, or that work which goes on begins with, or a step to one."""
+        """Whether this is a model that is kept, or that work which goes on begins with, a step to one, or a slot."""
         models = (model.digest for models in self.models.values() for model in models.values())
         steps = (step.digest for steps in self.steps.values() for step in steps.values())
-        return digest in models or digest in steps or any(digest in rounds.bases_of(job) for job in self._active())
+        if digest in models or digest in steps or any(digest in rounds.bases_of(job) for job in self._active()):
+            return True
+        return any(digest in drift.carried(job) for job in self._active() if job.spec.train.drift != "none")
 
     def _settle(self, job_id: str) -> None:
         """Do what the job's phase calls for. Safe to call at any time, any number of times."""
@@ -398,7 +403,7 @@ class Coordinator:
         for key in [key for key in self._spans if key[0].startswith(f"{job_id}.")]:
             del self._spans[key]
         steps = self.steps.pop(job_id, {})
-        self._dropped |= {step.digest for step in steps.values()} | set(self.jobs[job_id].memory)
+        self._dropped |= {step.digest for step in steps.values()} | set(drift.carried(self.jobs[job_id]))
         self._discard()
         self.hub.touch(job_id)
 
@@ -803,7 +808,7 @@ class Coordinator:
 
     def _assignment(self, lease: Lease) -> Assignment:
         job, task = self.jobs[lease.job], lease.task
-        base, samples = job.model, None
+        base, samples, slots = job.model, None, None
         shards = len(job.facts.bounds) - 1 if job.facts and job.facts.bounds else 1
         match task.kind, job.inner:
             case "init", _:
@@ -811,6 +816,7 @@ class Coordinator:
             case "train", _:
                 base, shard = rounds.subject_of(job, task)
                 samples = None if shard.worker else Range(start=shard.start, stop=shard.stop)
+                slots = self._slots(job, shard)
             case _:
                 base = job.evaluations[task.round].model
         state = rounds.state_to_go_on_from(job, task.shard, lease.worker) if task.kind == "train" else None
@@ -834,7 +840,13 @@ class Coordinator:
             max_bytes=self._largest(job, base.size) if base else self.settings.max_model_bytes,
             together=TOGETHER,
             steps=self._way_to(job.id, base),
+            slots=slots,
         )
+
+    def _slots(self, job: Job, shard: Shard) -> Slots | None:
+        """What of earlier rounds the shard begins with; None: the job has nothing of the kind."""
+        size = self.blobs.size(job.slot_total[0]) if job.slot_total else 0
+        return drift.slots_for(job, shard, size)
 
     def _way_to(self, job_id: str, base: ModelRef | None) -> tuple[StepRef, ...]:
         """The steps that lead to a model, for workers that have an earlier one."""
@@ -1044,7 +1056,7 @@ class Coordinator:
         if submission.digest != lost.digest:
             raise SupersededError(f"{name} was accepted as {lost.digest[:12]}…, and only those bytes are wanted again")
         with self._arrival(lost.digest):
-            await self._look(job, Task("train", lost.round, lost.shard), name, lost.attempt, lost.digest)
+            await self._look(job, Task("train", lost.round, lost.shard), name, submission)
             if lost in rounds.lost_of(self.jobs[job.id]):
                 self._apply(job.id, rounds.restored(lost))
             else:  # the job ended meanwhile
@@ -1079,7 +1091,7 @@ class Coordinator:
         if digest is None:
             raise BadUpdateError(f"{name} was submitted without the digest of its bytes", code=DAMAGED)
         with self._arrival(digest):
-            found = await self._look(job, task, name, submission.attempt, digest)
+            found = await self._look(job, task, name, submission)
             return self._count(job.id, task, submission, worker_id, digest, found)
 
     @contextmanager
@@ -1098,12 +1110,16 @@ class Coordinator:
             if digest in self._dropped:
                 self._discard()
 
-    async def _look(self, job: Job, task: Task, name: str, attempt: int, digest: str) -> Inspection:
+    async def _look(self, job: Job, task: Task, name: str, submission: Submission) -> Inspection:
         """Check the uploaded bytes and give them their name. Returns what is known of them."""
+        attempt, digest = submission.attempt, submission.digest or ""
         staging = self._uploads.finish((name, attempt))
         model = rounds.base_of(job, task) if task.kind == "train" else None
         base = self.blobs.path(model.digest) if model else None
         bound, measured = job.spec.aggregation.norm_bound, job.spec.aggregation.norm_outlier is not None
+        if base is not None and job.spec.train.drift != "none":
+            check_rate_sum(job.spec, submission.rate_sum, submission.steps)
+            bound = min(bound or math.inf, farthest(job.spec.train, submission.rate_sum))
         durable = task.kind == "init" or job.spec.round.fsync
         try:
             codec = versions.rules_of(job.spec.aggregation).update if task.kind == "train" else None
@@ -1166,6 +1182,7 @@ class Coordinator:
                 bytes_up=found.size,
                 resumed_at=submission.resumed_at,
                 private=submission.private,
+                rate_sum=submission.rate_sum,
                 took_s=now - lease.since if lease is not None and lease.whole else None,
                 norm=found.norm,
             )
@@ -1313,7 +1330,7 @@ class Coordinator:
             return
         self._averaging.pop(job_id, None)
         job, now = self.jobs[job_id], self.clock()
-        self._dropped |= {update.digest for update in (*phase.accepted, *phase.late)} | set(job.memory)
+        self._dropped |= {update.digest for update in (*phase.accepted, *phase.late)} | set(drift.carried(job))
         self._dropped |= rounds.bases_of(job)
         if rounds.frozen_of(job) != phase:  # it was ended meanwhile
             self._dropped |= made.digests
@@ -1324,6 +1341,9 @@ class Coordinator:
                 step=made.step,
                 memory=made.memory,
                 amplified=made.amplification,
+                slots=made.slots,
+                slot_total=made.slot_total,
+                fresh=made.fresh,
                 seconds=now - phase.opened_at,
                 places=self.places(job),
                 now=now,
@@ -1372,7 +1392,7 @@ class Coordinator:
             needed |= {job.task_digest} if job.task_digest else set()
             if job.over:
                 continue
-            needed |= {evaluation.model.digest for evaluation in job.evaluations.values()} | set(job.memory)
+            needed |= {evaluation.model.digest for evaluation in job.evaluations.values()} | set(drift.carried(job))
             needed |= {update.digest for update in rounds.waiting_late(job)}
             needed |= rounds.bases_of(job) | {update.digest for update in rounds.accepted_of(job)}
         return needed

@@ -58,6 +58,7 @@ class Memory:
 
     states: tuple[Path | None, ...] = ()  # of the outer step, then of the robust rule
     residual: Path | None = None  # what the steps that were sent left out
+    reads: tuple[Path, ...] = ()  # only read: the outer step gets them after its states
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,9 @@ def average(
         outputs = _Outputs(layout, rules, targets, memory.residual, stack)
         bases = [one.base for one in since] if since is not None and rules.update is None else None
         before = _trained_before(layout)
-        inputs = _Inputs(
-            layout, base, updates, factors, weighed, starts, rules, before, memory.states, len(late), bases
-        )
+        unknown = [None] * (rules.states - len(memory.states))
+        states = (*memory.states, *unknown, *memory.reads)
+        inputs = _Inputs(layout, base, updates, factors, weighed, starts, rules, before, states, len(late), bases)
         folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
         if rules.robust is not None:
             plan = _plan(rules.robust, folds, inputs, threads, stopped)
@@ -249,7 +250,7 @@ class _Inputs:
     starts: Sequence["array[int]"]  # of each update's tensors
     rules: Rules
     before: Sequence[int]  # trained elements before each tensor
-    states: Sequence[Path | None]
+    states: Sequence[Path | None]  # of the outer step, of the robust rule, then what the step only reads
     late: int = 0  # how many of the updates, the last ones, are late: only their change counts
     bases: Sequence[Path] | None = None  # whole updates of asynchronous rounds: that each began with
 
@@ -280,7 +281,7 @@ class _Fold:
         measured = 0 if self._rules.robust is None else longest
         self._away, self._raw_origin = np.empty(measured), np.empty(measured * _WIDEST, np.uint8)
         self._change = np.empty(longest if inputs.bases is not None else 0)
-        self._wide_states = [np.empty(longest) for _ in range(self._rules.states)]
+        self._wide_states = [np.empty(longest) for _ in inputs.states]
         self.plan: Plan | None = None  # of a robust rule, once it is decided
         self._raw, self._raw_mean, self._raw_result, self._raw_base = (
             np.empty(longest * _WIDEST, np.uint8) for _ in range(4)
@@ -334,7 +335,8 @@ class _Fold:
     ) -> tuple[Float64Block, list[Array], tuple[float, float] | None]:
         """The outer step on a block: its new values, what it remembers, the squares of its way and of the mean's."""
         step, count, tensor = self._rules.step, mean.size, self._layout.tensors[index]
-        states, squares = [self._state(number, index, first, count) for number in range(step.states)], None
+        seen = (*range(step.states), *range(self._rules.states, len(self._wide_states)))
+        states, squares = [self._state(at, index, first, count) for at in seen], None
         measured = base if step.wants_base else None
         scratch = self._scratch[:count]
         changed = squared_distance(mean, measured, scratch=scratch) if measured is not None else 0.0
@@ -342,7 +344,7 @@ class _Fold:
             values = step.apply(origin, mean, states)
             if measured is not None:
                 squares = squared_distance(values, measured, scratch=scratch), changed
-        return values, _narrowed(states, tensor, first), squares
+        return values, _narrowed(states[: step.states], tensor, first), squares
 
     def _mean(self, tensor: TensorInfo, index: int, first: int, count: int, origin: Float64Block) -> Float64Block:
         """The mean of the members of these elements: by their samples, or private."""

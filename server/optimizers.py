@@ -43,7 +43,8 @@ class OuterStep(Protocol):
         Args:
             base: shape (n,), the model that the round began with.
             mean: shape (n,), the weighted mean of the updates.
-            states: as many blocks of shape (n,) as `states` says; overwritten with what is to be remembered.
+            states: as many blocks of shape (n,) as `states` says; overwritten with what is to be remembered. After
+                them those that are only read (server.folding.Memory).
 
         Returns:
             shape (n,); may be `mean` itself, and may have overwritten either.

@@ -42,6 +42,7 @@ from common.facts import (
     Restored,
     RoundClosed,
     Shard,
+    Slot,
     StateChanged,
     Submitted,
 )
@@ -263,6 +264,9 @@ class Job:
         default_factory=dict
     )  # keep_optimizer, personal: shard, or worker where data is local -> where its newest state is
     amplified: tuple[float | None, ...] = ()  # how far the outer steps of the last rounds went (server.amplification)
+    slots: Mapping[str, str] = field(default_factory=dict)  # drift: shard (server.drift.key_of) -> digest of its slot
+    slot_total: tuple[str, ...] = ()  # drift: digests of both numbers of the sum of all slots
+    owners: frozenset[str] = frozenset()  # drift, own data: workers that have had a shard
     affordable: int | None = None  # rounds within the privacy budget
     planned_epsilon: float | None = None  # of all rounds
     spent: PrivacySpent | None = None  # by the newest round
@@ -962,6 +966,9 @@ def close(
     step: StepRef | None = None,
     memory: tuple[str, ...] = (),
     amplified: float | None = None,
+    slots: tuple[Slot, ...] = (),
+    slot_total: tuple[str, ...] = (),
+    fresh: int = 0,
     seconds: float,
     places: Sequence[Place],
     now: float,
@@ -993,6 +1000,9 @@ def close(
         warning=_warning(job, phase, amplified),
         measured_by=_measured_by(job, phase.round, places),
         privacy=privacy,
+        slots=slots,
+        slot_total=slot_total,
+        fresh=fresh,
     )
     after = evolve(job, closed, now)
     facts: tuple[Fact, ...] = (closed, *_measured_by_nobody(after, phase.round))
@@ -1324,6 +1334,8 @@ def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
     phase = Training(
         fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators, drawn_from=fact.drawn_from
     )
+    if job.spec.train.drift != "none":
+        job = replace(job, owners=job.owners | {shard.worker for shard in fact.shards if shard.worker is not None})
     return _with_inner(replace(job, reason=fact.reason), phase)
 
 
@@ -1400,6 +1412,8 @@ def _evolve_closed(job: Job, fact: RoundClosed) -> Job:
     if isinstance(job.inner, buffering.Buffering):
         job = _with_inner(job, buffering.closed(job.inner))
     job = replace(job, spent=fact.privacy, private_before=private_before(job))
+    slots = {**job.slots, **{slot.key: slot.digest for slot in fact.slots}}
+    job = replace(job, slots=slots, slot_total=fact.slot_total)
     return replace(job, past=past, amplified=amplification.keep(job.amplified, fact.amplification))
 
 

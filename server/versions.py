@@ -1,16 +1,17 @@
 """The next version of a model: the files of one average, each made durable and named by its digest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.codecs import codec
 from common.errors import BadUpdateError
+from common.facts import Slot
 from common.fixed import Fixed
 from common.messages import AggregationSection, ModelRef, StepRef
 from common.privacy import first_clip
 from common.secure import masks_left
-from server import folding, nova, privacy
+from server import drift, folding, nova, privacy, rounds, slots
 from server.blobs import Blobs
 from server.buffering import Batch
 from server.failpoints import reach
@@ -31,11 +32,15 @@ class Version:
     memory: tuple[str, ...]  # digests of what the next average needs: outer states, a robust rule's, then the residual
     amplification: float | None = None  # server.amplification
     next_clip: float | None = None  # worker-level privacy: the bound of the next round
+    slots: tuple[Slot, ...] = ()  # what the shards of the round carry from now on
+    slot_total: tuple[str, ...] = ()  # digests of the sum of all slots
+    fresh: int = 0  # shards that carried nothing before
 
     @property
     def digests(self) -> set[str]:
         """Of every file."""
-        return {self.model.digest, *self.memory} | ({self.step.digest} if self.step is not None else set())
+        found = {self.model.digest, *self.memory, *(slot.digest for slot in self.slots), *self.slot_total}
+        return found | ({self.step.digest} if self.step is not None else set())
 
 
 def rules_of(section: AggregationSection) -> folding.Rules:
@@ -51,8 +56,9 @@ def rules_of(section: AggregationSection) -> folding.Rules:
 
 def room_for(job: Job, size: int) -> int:
     """Bytes that the files of one average take, of a model of `size` bytes."""
-    rules = rules_of(job.spec.aggregation)
-    return size * (1 + rules.states + 2 * (rules.down is not None) + job.spec.secure.enabled)
+    rules, updates = rules_of(job.spec.aggregation), len(rounds.accepted_of(job))
+    carried = drift.room_for(job.spec, size, updates)
+    return size * (1 + rules.states + 2 * (rules.down is not None) + job.spec.secure.enabled) + carried
 
 
 def make(
@@ -86,11 +92,57 @@ def make(
     next_clip = None
     if seed is not None:
         rules, next_clip = _private(job, phase, blobs, rules, stopped, seed)
-    targets = _targets(job.id, phase.round, rules, blobs)
     blobs.check_room(room_for(job, phase.base.size))
-    updates = [(blobs.path(update.digest), update.samples) for update in phase.accepted]
+    if isinstance(phase, Aggregating):
+        with slots.made(job, phase, blobs, rules.update, stopped) as carried:
+            if carried is not None:
+                return _with_slots(job, phase, blobs, rules, carried, stopped)
     if seal is not None and isinstance(phase, Aggregating):
         updates = [_unmasked(job, phase, seal, blobs, stopped)]
+    else:
+        updates = [(blobs.path(update.digest), update.samples) for update in phase.accepted]
+    made = _fold(job, phase, updates, blobs, rules, stopped, weights=weights)
+    if seal is not None:
+        updates[0][0].unlink()
+    return replace(made, next_clip=next_clip)
+
+
+def _with_slots(
+    job: Job, phase: Aggregating, blobs: Blobs, rules: folding.Rules, carried: slots.Made, stopped: Callable[[], bool]
+) -> Version:
+    """The next version of a job with `train.drift`: each of its shards counts alike, as in the sum of their slots."""
+    updates = [(blobs.path(update.digest), 1) for update in phase.accepted]
+    step = drift.outer_step(job)
+    if step is None:
+        made = _fold(job, phase, updates, blobs, rules, stopped)
+    else:
+        made = _fold(
+            job,
+            phase,
+            updates,
+            blobs,
+            replace(rules, step=step),
+            stopped,
+            reads=tuple(path for path, _ in carried.total),
+        )
+    for path, digest in carried.files:
+        blobs.adopt(path, digest, durable=True)
+    slot_total = tuple(digest for _, digest in carried.total)
+    return replace(made, slots=carried.facts, slot_total=slot_total, fresh=carried.fresh)
+
+
+def _fold(
+    job: Job,
+    phase: Aggregating | Batch,
+    updates: Sequence[tuple[Path, int]],
+    blobs: Blobs,
+    rules: folding.Rules,
+    stopped: Callable[[], bool],
+    *,
+    weights: Sequence[float] | None = None,
+    reads: tuple[Path, ...] = (),
+) -> Version:
+    targets = _targets(job.id, phase.round, rules, blobs)
     states, memory = rules.states, [blobs.path(digest) for digest in job.memory]
     made = folding.average(
         blobs.path(phase.base.digest),
@@ -105,11 +157,9 @@ def make(
         else (),
         since=None if isinstance(phase, Aggregating) else _since(phase, blobs),
         weights=weights,
-        memory=folding.Memory(tuple(memory[:states]), memory[states] if len(memory) > states else None),
+        memory=folding.Memory(tuple(memory[:states]), memory[states] if len(memory) > states else None, reads),
         stopped=stopped,
     )
-    if seal is not None:
-        updates[0][0].unlink()
     model = ModelRef(digest=made.model, size=targets.model.stat().st_size)
     reach("model-written")
     kept, step = list(zip(targets.states, made.states, strict=True)), None
@@ -122,7 +172,7 @@ def make(
         blobs.adopt(path, digest, durable=True)
     blobs.adopt(targets.model, model.digest, durable=True)
     reach("model-named")
-    return Version(model, step, tuple(digest for _, digest in kept), made.amplification, next_clip)
+    return Version(model, step, tuple(digest for _, digest in kept), made.amplification)
 
 
 def clip_of(job: Job) -> float:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from common import privacy
 from common.facts import HandedBack, Now, WorkerNow
 from common.messages import NEW_KEYS, NEW_SECTIONS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
-from server import paths, rounds
+from server import drift, paths, rounds
 from server.buffering import Buffering
 from server.coordinator import Coordinator
 from server.fleet import Lease, Worker, standing, why_nobody, why_not
@@ -35,6 +35,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
                 "state_shard": True,
                 "together": True,
                 "private_before": True,
+                "slots": True,
                 "spec": spec,
             },
         }
@@ -60,6 +61,7 @@ def job_view(coordinator: Coordinator, job: Job) -> JobView:
         parameters=job.facts.parameters if job.facts else None,
         privacy=job.spent,
         warnings=_warnings(job),
+        slots=len(job.slots) if job.spec.train.drift != "none" else None,
         spec=job.spec,
     )
 
@@ -87,6 +89,8 @@ def why(coordinator: Coordinator, job: Job) -> str:
     reason = job.reason
     if isinstance(job.inner, Training | Buffering):
         reason = close_if_due(job, live, now, coordinator.dues(job)).reason
+        fresh = drift.fresh_words(job)
+        reason += f"; {fresh}" if fresh else ""
     if is_secure(job):
         reason = coordinator.sum_now(job, now).reason
     if not coordinator.fleet.held(job.id) and not coordinator.fleet.serving(job, now):

@@ -119,6 +119,8 @@ def specs(draw: st.DrawFn) -> JobSpec:
             continue
         section = document if len(path) == 1 else document.setdefault(path[0], {})
         section[path[-1]] = draw(values_of(key))
+    for name in ("drift", "dyn_alpha"):  # go with few other keys: tests/test_drift.py
+        document.get("train", {}).pop(name, None)
     make_possible(document)
     document.get("secure", {}).pop("enabled", None)  # most of the others exclude it
     if document.get("aggregation", {}).get("update", "fp32") in ("fp32", "auto"):

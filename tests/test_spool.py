@@ -401,6 +401,26 @@ def test_what_an_update_leaves_out_counts_once_it_does_and_goes_with_its_job(tmp
         assert not found.error(held.place).exists()
 
 
+def test_what_a_shard_carries_counts_once_its_update_does_and_goes_with_its_job(tmp_path: Path, spool: Spool) -> None:
+    held = train(spool, assignment())
+    held.place.slot.write_bytes(b"after")
+    held.place.correction.write_bytes(b"of this round alone")
+    spool.keep(spool.keep(held))
+    assert spool.slot(held.place).read_bytes() == b"after"
+    assert not held.place.correction.exists()
+    spool.slot_total(held.place).write_bytes(b"sum")
+    refused = train(spool, assignment(2))
+    refused.place.slot.write_bytes(b"never")
+    spool.drop(refused)
+    with next_life(tmp_path) as found:
+        assert found.slot(held.place).read_bytes() == b"after"
+        assert found.jobs_with_state(URL) == ["job-1"]
+        found.drop_job("job-1", URL)
+        assert found.jobs_with_state(URL) == []
+        assert not found.slot(held.place).exists()
+        assert not found.slot_total(held.place).exists()
+
+
 def test_what_is_in_the_way_of_a_state_costs_the_state_alone(spool: Spool) -> None:
     held = with_state(spool)
     (spool.optimizer(held.place, 1) / "in the way").mkdir(parents=True)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from common.drift import alpha_of
 from common.errors import (
     BadRequestError,
     BadUpdateError,
@@ -102,8 +103,10 @@ def child_config(spec: JobSpec, builtin: Mapping[str, Any], data: Mapping[str, s
 
 def client_terms(spec: JobSpec) -> dict[str, Any]:
     """What of [train] the child is told beside `config`, where a task's own keys cannot be taken for it."""
-    given = spec.train.model_dump(mode="json", include=set(CLIENT_TERMS))
-    terms = {name: value for name, value in given.items() if value}
+    given = spec.train.model_dump(mode="json", include=set(CLIENT_TERMS) - {"dyn_alpha"})
+    terms = {name: value for name, value in given.items() if value and value != "none"}
+    if spec.train.drift == "feddyn":  # its pull to the round's model is that term
+        terms["proximal"] = alpha_of(spec.train)
     if terms.keys() & {"personal", "trainable_only"}:  # what does not travel is built, and alike in every round
         terms["seed"] = init_seed(spec)
     return terms
@@ -158,6 +161,7 @@ def train_command(
     found: int = 0,
     fits: int = 0,
     noise_seed: str = "",
+    correction: str = "",
 ) -> dict[str, Any]:
     """What the child is asked to train.
 
@@ -178,6 +182,7 @@ def train_command(
         found: samples a step that a probe found, where the job leaves that to each machine.
         fits: samples that this machine's memory takes at once; 0: as far as is known, any.
         noise_seed: the secret that example-level privacy draws from here.
+        correction: path of what is added to each gradient, where the job has `train.drift`; empty: nothing.
     """
     train = assignment.spec.train
     sizes: dict[str, Any] = {"fits": fits} if fits else {}
@@ -212,6 +217,7 @@ def train_command(
         **keeping,
         **sizes,
         **_private(assignment, noise_seed),
+        **({"correction": correction} if correction else {}),
     }
 
 
@@ -411,7 +417,8 @@ def room_needed(assignment: Assignment, *, fetched: int) -> int:
 
     A job that keeps optimisers leaves two numbers a parameter beside the update, as AdamW has; an encoded update is
     made of a whole one, takes half of that at most, and may leave as much as that out. A masked one has eight bytes a
-    number, and the numbers of a model at least two.
+    number, and the numbers of a model at least two. With `train.drift` come the shard's slot, the sum of all, the
+    correction made of them and the slot after: float32 each.
 
     Args:
         assignment: with the size of the base, which an update has as well; that of a first model is not known.
@@ -429,4 +436,6 @@ def room_needed(assignment: Assignment, *, fetched: int) -> int:
         made += size // 2 + size
     if assignment.spec.secure.enabled:  # eight bytes a number, beside what was trained
         made += 4 * size
+    if assignment.slots is not None:
+        made += 4 * 2 * size
     return max(size - fetched, 0) + made

@@ -14,9 +14,12 @@
         pending                          what the encoded update leaves out
         optimizer, personal              what the training leaves: takes the place of the last one when accepted
         secret.json                      of a masked update: what it is unmasked with (worker.sealing)
+        correction.safetensors           what the child adds to each gradient (train.drift)
+        slot                             what the shard carries, should this update count
         submission.json                  written last: the update is whole, and this is how it is handed in
         accepted.json                    the same, renamed: handed in, and kept until the coordinator says settled
     FOLDER/errors/COORDINATOR/JOB.SHARD  what accepted updates have left out, added to the next one
+    FOLDER/slots/COORDINATOR/JOB.SHARD   what a shard carries, JOB.total the sum of all; used where its digest is right
     FOLDER/sizes/COORDINATOR/JOB.json    how much of a job this machine's memory takes at once
 
         ──begin──▶ Untrained ──finish──▶ Trained ──keep──▶ Kept ──settled──▶ (gone)
@@ -58,6 +61,7 @@ PROBE_BYTES = 4096  # what a disk must take to count as well again
 _PLACE = re.compile(r"([A-Za-z0-9._-]{1,63})\.([1-9][0-9]{0,8})")
 _SIZES = re.compile(r"[A-Za-z0-9._-]{1,63}\.json")
 _ERROR = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}")
+_SLOT = re.compile(r"[A-Za-z0-9._-]{1,63}\.([0-9]{1,16}|total)")
 _STATE = re.compile(r"[A-Za-z0-9._-]{1,63}\.[0-9]{1,16}\.[0-9]{1,16}")
 
 ASKED, TRAINED, ACCEPTED, UPDATE = "assignment.json", "submission.json", "accepted.json", "update.safetensors"
@@ -142,6 +146,16 @@ class Place:
     def secret(self) -> Path:
         """What a masked update is unmasked with."""
         return self.folder / SECRET
+
+    @property
+    def correction(self) -> Path:
+        """What the child adds to each gradient."""
+        return self.folder / "correction.safetensors"
+
+    @property
+    def slot(self) -> Path:
+        """What the shard carries to its next round, should the update count."""
+        return self.folder / "slot"
 
     @property
     def indices(self) -> Path:
@@ -242,7 +256,7 @@ class Spool:
             LydianError: it cannot be written (code folder_unusable).
         """
         with usable(folder):
-            for name in ("models", *STATES.values(), "tasks", "work", "errors", "sizes"):
+            for name in ("models", *STATES.values(), "tasks", "work", "errors", "sizes", "slots"):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             self = cls(folder)
             self._probe()
@@ -378,7 +392,11 @@ class Spool:
             _put_onto_disk(place.folder)
 
     def commit(self, held: Trained) -> None:
-        """The result was accepted: what it left out is added to the next one. Twice is once."""
+        """The result was accepted: what it left out is added to the next one, and its slot counts. Twice is once."""
+        if held.place.slot.exists():
+            slot = self.slot(held.place)
+            slot.parent.mkdir(exist_ok=True)
+            held.place.slot.replace(slot)
         if held.place.pending.exists():
             error = self.error(held.place)
             error.parent.mkdir(exist_ok=True)
@@ -434,6 +452,14 @@ class Spool:
         """What the accepted updates of this shard have left out: it is added to the next one."""
         return self._of_coordinator("errors", place.coordinator) / f"{place.job}.{place.shard}"
 
+    def slot(self, place: Place) -> Path:
+        """Where what this shard carries is, or would be; of whichever round."""
+        return self._of_coordinator("slots", place.coordinator) / f"{place.job}.{place.shard}"
+
+    def slot_total(self, place: Place) -> Path:
+        """Where the sum of all that the job's shards carry is, or would be; of whichever round."""
+        return self._of_coordinator("slots", place.coordinator) / f"{place.job}.total"
+
     def optimizer(self, place: Place, round_index: int, shard: int | None = None) -> Path:
         """Where the optimiser's state after an accepted update of this shard is, or would be."""
         return self._state(OPTIMIZER, place, round_index, shard)
@@ -470,11 +496,13 @@ class Spool:
         """Everything that is kept from round to round, and the job that it is of."""
         folder = self._of_coordinator("errors", coordinator)
         errors = [path for path in folder.iterdir() if _ERROR.fullmatch(path.name)] if folder.is_dir() else []
+        folder = self._of_coordinator("slots", coordinator)
+        slots = [path for path in folder.iterdir() if _SLOT.fullmatch(path.name)] if folder.is_dir() else []
         folder = self._of_coordinator("sizes", coordinator)
         sizes = [path for path in folder.iterdir() if _SIZES.fullmatch(path.name)] if folder.is_dir() else []
         return [
             *((path, path.stem) for path in sizes),
-            *((path, path.name.rsplit(".", 1)[0]) for path in errors),
+            *((path, path.name.rsplit(".", 1)[0]) for path in (*errors, *slots)),
             *((path, _job_of(path)) for kind in STATES for path in self._kept_states(kind, coordinator)),
         ]
 

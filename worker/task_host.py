@@ -73,6 +73,7 @@ task_schedule = beside("task_schedule")
 task_stacked = beside("task_stacked")
 task_parts = beside("task_parts")
 task_terms = beside("task_terms")
+task_drift = beside("task_drift")
 task_private = beside("task_private")
 
 is_out_of_memory = task_device.is_out_of_memory
@@ -828,6 +829,8 @@ class Context:
     _ranks: Any = field(default_factory=lambda: task_ranks.Alone(threading.Event()))  # those who train this together
     _terms: tuple[Callable[[], None], ...] = ()  # each adds one of the job's terms to the gradients
     _terms_added: bool = False  # since the last step
+    _rate_sum: float | None = None  # of the learning rates of the steps that were taken; None: nobody asked
+    _scale: float = 1.0  # of the loss in float16, in the step under way
 
     @property
     def global_step(self) -> int | None:
@@ -880,6 +883,8 @@ class Context:
         for term in self._terms:
             term()
         self._terms_added = True
+        if self._rate_sum is not None and self.scaler.is_enabled():
+            self._scale = self.scaler.get_scale()
 
     @property
     def done(self) -> bool:
@@ -910,6 +915,7 @@ class Context:
             sentence = "train() took a step without the job's terms (train.proximal and the like)"
             raise TaskError("bad_task", f"{sentence}: call context.add_terms() before each step of the optimiser")
         self._terms_added = False
+        self._count_rate()
         count = self._batch_samples if samples is None else samples
         if not self._silent:
             value = torch.as_tensor(loss, dtype=torch.float32, device=self.device).detach().reshape(())
@@ -920,6 +926,15 @@ class Context:
         if self._events.due("training"):
             self.report()
         return not self.done
+
+    def _count_rate(self) -> None:
+        """Add the learning rate of the step that was taken, if it was: in float16 the scale falls when one is skipped.
+
+        Which of the numbers of the schedule it was does not matter, nor who set it: the optimiser has it still.
+        """
+        if self._rate_sum is None or (self.scaler.is_enabled() and self.scaler.get_scale() < self._scale):
+            return
+        self._rate_sum += self.optimizer.param_groups[0]["lr"]
 
     def report(self) -> None:
         """Tell the agent how far the training is, with the mean loss since the last report."""
@@ -960,7 +975,8 @@ class Context:
             metrics["fresh_optimizer"] = [float(self._fresh), 1.0]
         if self._fresh_personal is not None:
             metrics["fresh_personal"] = [float(self._fresh_personal), 1.0]
-        return {"steps": self._taken, "seconds": seconds, "metrics": metrics, "resumed_at": self._resumed_at}
+        rates = {} if self._rate_sum is None else {"rate_sum": self._rate_sum}
+        return {"steps": self._taken, "seconds": seconds, "metrics": metrics, "resumed_at": self._resumed_at, **rates}
 
     # What follows is between the loader and the context; a task has no use for it.
 
@@ -1015,6 +1031,7 @@ class Context:
             "elapsed_s": time.monotonic() - self._began,
             "fresh": self._fresh,
             "fresh_personal": self._fresh_personal,
+            "rate_sum": self._rate_sum,
             "stepper": self._stepper.state(),
         }
 
@@ -1028,6 +1045,7 @@ class Context:
         self._resumed_at = self._taken
         self._fresh = position.get("fresh", self._fresh)
         self._fresh_personal = position.get("fresh_personal", self._fresh_personal)
+        self._rate_sum = position.get("rate_sum", self._rate_sum)
         if "stepper" in position:
             self._stepper.go_on_from(position["stepper"])
 
@@ -1217,6 +1235,8 @@ class Host:
         self._forget_model()
         self._many = task_stacked.Many(self, sys.modules[__name__])
         self._task = import_task(Path(task).resolve(), config, terms)
+        if "drift" in self._task.terms and self._task.has("optimizer"):
+            raise self._unfit(f"{self._task.file.name} has its own optimizer(): leave it out")
         return {}
 
     def close(self) -> dict[str, Any]:
@@ -1292,6 +1312,7 @@ class Host:
         batch_size: int | None = None,
         fits: int | None = None,
         private: dict[str, Any] | None = None,
+        correction: str = "",
     ) -> dict[str, Any]:
         """Train the base model on a shard and write what came out. Without a length: one epoch.
 
@@ -1320,6 +1341,7 @@ class Host:
             batch_size: samples a step, as `probe` found them; None: as the configuration says.
             fits: samples that fit into memory at once, as an earlier `train` found; None: all of a batch, so far.
             private: DP-SGD, as task_private.train takes it; None: no such thing.
+            correction: path of what is added to each gradient, where the job has `train.drift`; empty: nothing yet.
         """
         self._events.progress("loading")
         task, ranks = self._sized(batch_size), self._ranks
@@ -1329,13 +1351,15 @@ class Host:
         if private is not None:
             task_private.check(sys.modules[__name__], task, model.train(), ranks)
         ranks.begin(model)
-        terms = self._terms(model)
+        terms = (*self._drift(model, correction), *self._terms(model))
         batch, join = int(task.config.get("batch_size", 32)), has_batch_norm(model)
         ends, round_steps = batch_ends(len(shard), batch, join_last_one=join), steps
         if job_rounds is not None and largest_shard is not None:
             round_steps = (epochs or 1) * len(batch_ends(largest_shard, batch, join_last_one=join))
             total_steps = job_rounds * round_steps
         optimizer_made = fresh_optimizer(task, model, seed)
+        if "drift" in task.terms and (unfit := task_drift.why_not_plain(optimizer_made)) is not None:
+            raise self._unfit(f"[config] makes it {unfit}: leave its keys of [train] out")
         stepper = self._stepper(model, optimizer_made)
         stepper.fits = fits
         if not task.has("train"):
@@ -1358,6 +1382,7 @@ class Host:
             _ranks=ranks,
             _terms=terms,
             _silent=private is not None,
+            _rate_sum=0.0 if "drift" in task.terms else None,
         )
         if batch_size is not None:
             adaptive = not isinstance(optimizer_made, torch.optim.SGD)
@@ -1374,6 +1399,7 @@ class Host:
             facts += [personal_of] if self._parts.personal else []
             facts += [ranks.world] if ranks.joint else []  # other ranks draw other numbers
             facts += [private] if private is not None else []
+            facts += [digest_of_file(Path(correction))] if correction else []
             command = identity(task, self._device, facts, shard)
             kept = task_checkpoint.Checkpoint(Path(checkpoint), checkpoint_every_s, command, self._device)
             began = self._go_on(kept, model, Path(base), context)
@@ -1396,6 +1422,9 @@ class Host:
             result = context.result()
         if not result["steps"]:
             raise TaskError("task_failed", "train() returned and never called context.step(loss) after a step")
+        if result.get("rate_sum") == 0:
+            sentence = f"none of the {result['steps']} steps was taken: their gradients were not finite in fp16"
+            raise TaskError("task_failed", f"{sentence}; take more steps a round, or train.precision = fp32")
         model.zero_grad(set_to_none=True)
         self._check_built(model)
         if ranks.rank == 0:  # all have the same
@@ -1459,6 +1488,19 @@ class Host:
         model.zero_grad(set_to_none=True)
         task_batches.say(f"{found.batch_size} samples a step ({rate:,.0f} samples/s): {found.why}", about="batch")
         return {"batch_size": found.batch_size, "why": found.why, "samples_per_s": rate}
+
+    def _drift(self, model: nn.Module, path: str) -> tuple[Callable[[], None], ...]:
+        """What adds a shard's correction to the gradients; where there is none yet it is a term all the same."""
+        if "drift" not in self._opened().terms:
+            return ()
+        try:
+            given = task_drift.read(path, model, state_of(model)[1].aliases)
+        except task_drift.UnfitError as error:
+            raise self._unfit(str(error)) from error
+        return (partial(task_drift.add, given, model),)
+
+    def _unfit(self, why: str) -> TaskError:
+        return TaskError("bad_task", f"train.drift = {self._opened().terms['drift']} needs plain SGD: {why}")
 
     def _terms(self, model: nn.Module) -> tuple[Callable[[], None], ...]:
         """What adds the job's terms to the gradients of this model, in which the round's base is now."""

@@ -4,6 +4,7 @@ The child and the job that it has loaded are kept between two assignments. Nothi
 what the agent lends: fetching something, patiently.
 """
 
+import errno
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +17,11 @@ import numpy as np
 from common.api import CoordinatorApi
 from common.codecs import codec
 from common.deltas import apply_step, encode_update, kept_size
+from common.drift import weight_of
 from common.errors import BadJobError, BadUpdateError
 from common.messages import Assignment, ModelFacts, Preparation, Progress, Submission, TaskRef
 from common.sharding import Partition, order_of
+from common.slots import Carried, write_correction, write_slot
 from common.tasks import BUILTIN
 from common.weights import file_digest, read_layout
 from worker import plan
@@ -27,7 +30,7 @@ from worker.heart import Heart, Watch
 from worker.options import Options
 from worker.sealing import Sealing, mask
 from worker.secret import noise_seed
-from worker.spool import Durability, Sizes, Spool, Trained, Untrained
+from worker.spool import Durability, Place, Sizes, Spool, Trained, Untrained
 
 log = logging.getLogger("lydian.worker")
 
@@ -222,9 +225,12 @@ class Trainer:
         self._make_sure_of_room(assignment)
         sealing = self._sealing(begun, heart)
         base, received = self._base(assignment, heart)
+        carried, more = self._carried(begun, heart)
         child = self._child_for(assignment, heart)
         if assignment.kind == "init":
             return self._spool.finish(begun, self._init(child, begun, heart))
+        if carried is not None and (carried.slot or carried.total):
+            write_correction(Path(base), carried, begun.place.correction)
         done = self._ask(child, self._command(child, begun, base, heart), heart)
         digest = None
         if assignment.kind == "train":
@@ -233,6 +239,8 @@ class Trainer:
             digest = (
                 self._digest(begun, base) if sealing is None else mask(begun, base, done["samples"], sealing.result())
             )
+        if carried is not None:
+            self._leave_slot(begun, base, carried, done.get("rate_sum"))
         submission = Submission(
             attempt=assignment.attempt,
             digest=digest,
@@ -240,9 +248,10 @@ class Trainer:
             steps=done.get("steps", 0),
             seconds=done["seconds"],
             metrics=done["metrics"],
-            bytes_down=received,
+            bytes_down=received + more,
             resumed_at=done.get("resumed_at", 0),
             private=done.get("private"),
+            rate_sum=done.get("rate_sum"),
         )
         trained = self._spool.finish(begun, submission)
         if assignment.kind == "train":
@@ -316,6 +325,48 @@ class Trainer:
             self._spool.took_model(step.model)
         return received
 
+    # ------------------------------------------------------------ train.drift
+
+    def _carried(self, begun: Untrained, heart: Heart) -> tuple[Carried | None, int]:
+        """What the shard begins with, as local files, and the bytes that were downloaded for it; None: nothing, ever.
+
+        The coordinator's files are the truth: one that is here is used only if its digest is the one that is wanted.
+        """
+        slots, train, place = begun.assignment.slots, begun.assignment.spec.train, begun.place
+        if slots is None or train.drift == "none":
+            return None, 0
+        wanted = ((slots.own, self._spool.slot(place)), (slots.total, self._spool.slot_total(place)))
+        received = sum(self._fetch_slot(place, digest, path, slots.size, heart) for digest, path in wanted if digest)
+        own, total = (path if digest else None for digest, path in wanted)
+        return Carried(train.drift, slots.shards, own, total), received
+
+    def _fetch_slot(self, place: Place, digest: str, path: Path, size: int, heart: Heart) -> int:
+        """Have the file of this digest at a path. Returns the bytes downloaded."""
+        if path.exists() and file_digest(path) == digest:
+            return 0
+        path.parent.mkdir(exist_ok=True)
+        heart.progress = Progress(doing="downloading")
+        # In the attempt's own folder, since what a broken call leaves there can be of no other digest.
+        here = place.folder / f"{digest}.slot"
+        received = self._fetch(lambda: self._api.download_model(digest, here, size=size, stop=heart.ordered), heart)
+        here.replace(path)
+        return received
+
+    def _leave_slot(self, begun: Untrained, base: str, carried: Carried, rate_sum: float | None) -> None:
+        """Make what the shard carries should the update count, as the coordinator will: it need not be downloaded then.
+
+        Nothing but a download hangs on it.
+        """
+        train, aggregation, place = begun.assignment.spec.train, begun.assignment.spec.aggregation, begun.place
+        chosen = codec(aggregation.update) if encodes(begun.assignment) else None
+        try:
+            weight = weight_of(train, rate_sum)
+            write_slot(Path(base), place.update, chosen, carried, weight, place.slot, durable=False)
+        except (OSError, BadUpdateError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EIO:
+                raise
+            log.warning("%s: its slot is downloaded when it is needed: %s", place.assignment, error)
+
     def _digest(self, begun: Untrained, base: str) -> str:
         """Encode what was trained, where the job wants that. Returns the digest of the update."""
         aggregation, place = begun.assignment.spec.aggregation, begun.place
@@ -358,6 +409,7 @@ class Trainer:
             found=sizes.batch_size,
             fits=sizes.fits,
             noise_seed=noise_seed(self._spool.folder, assignment) if is_private(assignment) else "",
+            correction=str(place.correction) if place.correction.exists() else "",
         )
 
     # ------------------------------------------------------------ what this machine's memory takes
