@@ -35,7 +35,8 @@ Order = Literal["work", "drain", "pause"]
 class Message(BaseModel):
     """Frozen, and refuses what it does not know. NaN and infinity travel as strings, since JSON has neither."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    # A bound on every text: with one, pydantic also refuses half a surrogate pair, which could not be written again.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings", str_max_length=1 << 24)
 
 
 # ---------------------------------------------------------------- the job

@@ -8,7 +8,9 @@ from common.errors import NotFoundError
 from common.messages import Kind
 from server.rounds import Task
 
-_ASSIGNMENT = re.compile(r"([a-z0-9-]{1,40})\.(init|train|evaluate)\.(\d{1,9})\.(\d{1,9})")
+# One spelling a number, as each spelling would be an upload of its own: 01 is not 1, nor is a digit of another script.
+_NUMBER = r"(0|[1-9][0-9]{0,8})"
+_ASSIGNMENT = re.compile(rf"([a-z0-9-]{{1,40}})\.(init|train|evaluate)\.{_NUMBER}\.{_NUMBER}")
 
 
 def new_id(name: str) -> str:

@@ -10,10 +10,10 @@ from common.messages import JobRequest, JobView, LogEntry
 from server import rounds, views
 from server.events import follow
 from server.rounds import Job, Step
-from server.routes.access import AdminDep, CoordinatorDep
+from server.routes.access import AdminDep, CoordinatorDep, TokenFirst
 from server.routes.models import weights_response
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=TokenFirst)
 
 
 @router.post("", status_code=201)
@@ -76,7 +76,7 @@ async def get_events(
     job: str,
     coordinator: CoordinatorDep,
     _: AdminDep,
-    last_event_id: Annotated[int, Header(ge=0)] = 0,
+    last_event_id: Annotated[int, Header(ge=0, lt=2**63)] = 0,
 ) -> StreamingResponse:
     """Server-sent events: every fact after Last-Event-ID, then new ones as they happen, with `now` between them."""
     known = coordinator.job(job).id

@@ -16,9 +16,9 @@ from common.errors import NotFoundError
 from common.ranges import content_range
 from server.blobs import Blobs
 from server.coordinator import Coordinator
-from server.routes.access import AnyoneDep, CoordinatorDep
+from server.routes.access import AnyoneDep, CoordinatorDep, TokenFirst
 
-router = APIRouter(tags=["models"])
+router = APIRouter(tags=["models"], route_class=TokenFirst)
 
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{1,18})?")
 

@@ -10,9 +10,9 @@ from common.errors import TooSlowError
 from common.link import LARGEST
 from common.messages import Probed
 from server.probe import TAKES_S, ProbeResponse
-from server.routes.access import CoordinatorDep, PrincipalDep
+from server.routes.access import CoordinatorDep, PrincipalDep, TokenFirst
 
-router = APIRouter(prefix="/v1/probe", tags=["probe"])
+router = APIRouter(prefix="/v1/probe", tags=["probe"], route_class=TokenFirst)
 
 
 @router.get("")

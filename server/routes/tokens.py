@@ -3,9 +3,9 @@
 from fastapi import APIRouter
 
 from common.messages import TokenAnswer, TokenRequest
-from server.routes.access import AdminDep, CoordinatorDep
+from server.routes.access import AdminDep, CoordinatorDep, TokenFirst
 
-router = APIRouter(prefix="/v1/tokens", tags=["tokens"])
+router = APIRouter(prefix="/v1/tokens", tags=["tokens"], route_class=TokenFirst)
 
 
 @router.post("", status_code=201)

@@ -12,9 +12,9 @@ from common.messages import Abandon, Group, Receipt, Reveal, Roster, SecureKeys,
 from common.ranges import format_ranges
 from common.together import HEADER_CHARACTERS, SUBMISSION, read_submission
 from server.blobs import parse_content_range
-from server.routes.access import CoordinatorDep, WorkerDep
+from server.routes.access import CoordinatorDep, TokenFirst, WorkerDep
 
-router = APIRouter(prefix="/v1/updates", tags=["updates"])
+router = APIRouter(prefix="/v1/updates", tags=["updates"], route_class=TokenFirst)
 
 log = logging.getLogger("lydian.updates")
 

@@ -15,9 +15,9 @@ from common.messages import (
 )
 from common.together import WITH_MODEL
 from server import views
-from server.routes.access import AdminDep, CoordinatorDep, NewcomerDep, ThisWorkerDep, address_of
+from server.routes.access import AdminDep, CoordinatorDep, NewcomerDep, ThisWorkerDep, TokenFirst, address_of
 
-router = APIRouter(prefix="/v1/workers", tags=["workers"])
+router = APIRouter(prefix="/v1/workers", tags=["workers"], route_class=TokenFirst)
 
 
 @router.post("")
