@@ -69,9 +69,11 @@ def brought_by(*extras: str) -> set[str]:
             needs = [Requirement(line) for line in requires(name) or ()]
         except PackageNotFoundError:  # needed elsewhere only
             continue
-        for need in needs:
-            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *wanted)):
-                ends.append((need.name, need.extras))
+        ends += [
+            (need.name, need.extras)
+            for need in needs
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in ("", *wanted))
+        ]
     return known
 
 

@@ -121,14 +121,13 @@ class Names:
                 return self._within(owner, name)
             case ast.Call(func=ast.Name(id="getattr"), args=[owner, name, *_]) if text := text_of(name):
                 return self._within(owner, text)
-            case ast.Subscript(value=ast.Attribute(value=owner, attr="__dict__"), slice=name) if text := text_of(name):
+            case ast.Subscript(
+                value=ast.Attribute(value=owner, attr="__dict__") | ast.Call(func=ast.Name(id="vars"), args=[owner]),
+                slice=name,
+            ) if text := text_of(name):
                 return self._within(owner, text)
-            case ast.Subscript(value=ast.Call(func=ast.Name(id="vars"), args=[owner]), slice=name) if text := text_of(
-                name
-            ):
-                return self._within(owner, text)
-            case ast.Subscript(value=ast.Attribute() | ast.Name() as owner, slice=name) if text := text_of(name):
-                return {f"{module}[{text}]" for module in self.of(owner)} | self._module(owner, text)
+            case ast.Subscript(value=owner, slice=name) if text := text_of(name):
+                return {text} if self.of(owner) & {"sys.modules", "__builtins__"} else set()
             case ast.Call(func=called, args=[name, *_]) if text := text_of(name):
                 by_name = {"importlib.import_module", "import_module", "__import__", "builtins.__import__"}
                 return {text} if self.of(called) & by_name else set()
