@@ -35,8 +35,9 @@ def main() -> None:
         for case in product(given.partitions, given.epochs):
             settings = settings_of(case, given.lr, given.target)
             run = simulate(
-                words(case), settings, clients=CLIENTS, fraction=FRACTION, rounds=rounds, seed=seed, given=given
-            )
+                words(case), settings, clients=CLIENTS, fraction=FRACTION, rounds=rounds, seed=seed, given=given,
+                options=("--processes", "1") if given.quick else (),
+            )  # fmt: skip
             found.setdefault(case, []).append(run)
     print(f"Rounds to a test accuracy of {given.target:g}, at most {rounds}; lr {given.lr:g}; seeds {seeds}.\n")
     print(table_of(found, given.target, rounds))
