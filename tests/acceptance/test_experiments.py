@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.acceptance
+pytestmark = [pytest.mark.acceptance, pytest.mark.timeout(900)]  # seconds: several simulations each
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = ROOT / "examples" / "experiments"
