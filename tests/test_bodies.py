@@ -454,8 +454,10 @@ def test_a_client_that_reads_slowly_is_not_cut(served: Running) -> None:
 
 
 def test_a_message_that_stands_still_is_answered_and_its_connection_ends(either: Running) -> None:
+    token = (either.folder / "admin.token").read_text().strip()
     with either.connect() as line:
-        line.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 100\r\n\r\n"
+        line.sendall(f"{head}{{".encode())
         answer = read_all(line)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"too_slow"' in answer

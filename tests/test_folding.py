@@ -493,9 +493,10 @@ def test_more_updates_than_open_files_are_averaged_all_the_same(
     expected = average(base, updates, tmp_path / "all-open", step=FEDAVG)
     monkeypatch.setattr(folding, "OPEN_FILES", 5)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)  # descriptors below it are taken
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 12, hard))
+    free = [os.dup(0) for _ in range(13)]  # the lowest that are free; between them others of this process may lie
+    for descriptor in free:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(free), hard))
     try:
         assert average(base, updates, tmp_path / "few-open", step=FEDAVG) == expected
     finally:
