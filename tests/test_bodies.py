@@ -492,8 +492,10 @@ def end_with_reset(line: socket.socket) -> None:
 
 
 def test_a_message_that_breaks_off_leaves_no_traceback(served: Running, caplog: pytest.LogCaptureFixture) -> None:
+    token = (served.folder / "admin.token").read_text().strip()
     with served.connect() as line:
-        line.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 100\r\n\r\n"
+        line.sendall(f"{head}{{".encode())
         wait_for("the request to begin", lambda: served.server.server_state.tasks)
         end_with_reset(line)
     wait_for("the request to end", lambda: not served.server.server_state.tasks)

@@ -23,7 +23,7 @@ from common.messages import Progress
 from worker import task_host
 from worker.child import Child, TaskFailure, TaskStopped
 
-STALL_S = 150.0  # a bound for a busy machine; nothing is asserted about it
+STALL_S = 280.0  # a bound for a busy machine; nothing is asserted about it
 
 SMALL_TASK = """
 import torch
