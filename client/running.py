@@ -10,8 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -117,7 +118,7 @@ class Children:
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> Child:
         """Start a process; what it says goes to NAME.out and NAME.log in the folder."""
         out, log = self.folder / f"{name}.out", self.folder / f"{name}.log"
-        with out.open("wb") as out_file, log.open("wb") as log_file, _no_end_between() as before:
+        with out.open("wb") as out_file, log.open("wb") as log_file, _no_end_between():
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -125,7 +126,7 @@ class Children:
                 stderr=log_file,
                 env=dict(environment),
                 start_new_session=True,  # Ctrl-C is for us; we end them in order
-                preexec_fn=_dies_with(os.getpid(), before),  # noqa: PLW1509 - no thread of ours runs at this point
+                preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509 - no thread of ours runs at this point
             )
             self.started.append(Child(name, process, out, log))
         return self.started[-1]
@@ -188,31 +189,36 @@ def _end(children: Sequence[Child]) -> None:
 
 
 @contextlib.contextmanager
-def _no_end_between() -> Iterator[Collection[int]]:
+def _no_end_between() -> Iterator[None]:
     """Signals that end this process wait: between its birth and its being counted, a child would be lost to us.
 
-    Yields:
-        the signals that were blocked before.
+    By handlers and not by a mask: any other thread would take the signal, and Python then runs the handler in the main
+    thread all the same, in the middle of whatever that does. In another thread nothing has to wait.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, lambda number, _: heard.append(number))
     try:
-        yield before
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for caught in heard:
+            signal.raise_signal(caught)
 
 
-def _dies_with(parent: int, blocked: Collection[int]) -> Callable[[], None]:
-    """What a child does before it starts: hears signals again, and has the kernel end it with its parent, if it can."""
-
-    def hear() -> None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
+def _dies_with(parent: int) -> Callable[[], None] | None:
+    """What a child does before it starts: has the kernel end it with its parent, if it can."""
     if sys.platform != "linux":
-        return hear
+        return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up here: a child that has forked should do little
 
     def ask_kernel() -> None:
-        hear()
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # SIGTERM would let a worker finish first, with nobody to report to
         if os.getppid() != parent:  # it died in between
             os._exit(1)

@@ -45,7 +45,6 @@ from common.weights import file_digest
 TASK = Path(__file__).with_name("task.txt")  # no .py: the client's packages reach no torch
 FAULTS = 20
 FAULT_S = 4.0  # that one takes, about
-QUIET_S = 2.0  # for which a folder must stay deleted
 LAST_WRITES_S = 30.0  # the longest that somebody may still write into a folder that is to be deleted
 MORE_ROUNDS = 4  # than faults, by default
 SHARDS_A_WORKER = 2
@@ -104,12 +103,8 @@ def remove(folder: Path) -> None:
     """Delete what a run left. What was killed last may still be writing: into a folder that was just emptied, and by
     renaming a file that was just listed. Both end with it, soon, and until then deleting begins again.
     """
-    until, gone_since = time.monotonic() + LAST_WRITES_S, time.monotonic()
-    while folder.exists() or time.monotonic() - gone_since < QUIET_S:  # it may be made again
-        if not folder.exists():
-            time.sleep(0.02)  # between two looks
-            continue
-        gone_since = time.monotonic()
+    until = time.monotonic() + LAST_WRITES_S
+    while folder.exists():
         try:
             shutil.rmtree(folder)
         except OSError as error:
