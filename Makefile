@@ -15,7 +15,7 @@ READY := $(VENV)/installed-$(TORCH)
 
 # The modules without network, disk or clock: no branch of theirs may go untested.
 PURE := server/rounds.py server/fleet.py server/averaging.py server/optimizers.py server/robust.py
-PURE += server/robust_rules.py server/outliers.py common/robustness.py
+PURE += server/robust_rules.py server/outliers.py common/robustness.py common/compatibility.py
 PURE += server/cutting.py server/speeds.py server/deadlines.py server/lateness.py server/buffering.py
 PURE += server/privacy.py common/privacy.py common/derivation.py
 PURE += server/drift.py common/drift.py

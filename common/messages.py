@@ -3,13 +3,11 @@
 Unknown fields are refused, bounds sit on the fields, and no torch is imported. docs/protocol.md tells the calls.
 """
 
-import math
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from common import privacy as private
+from common import compatibility
 from common.robustness import CUTTING, WEIGHING, Robust, least_updates
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
@@ -44,8 +42,6 @@ class Message(BaseModel):
 
 REFERENCE_BATCH = 32
 """Samples a step that a job's learning rate is meant for with `batch_size = "auto"` (worker/task_batches.py)."""
-SUMMABLE = frozenset({"fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco"})
-"""Outer steps that need no more of a round than the mean of its updates."""
 ADAMW = {"lr": 4e-4, "weight_decay": 0.1}
 """What `optimizer = "adamw"` begins with. Source: OpenDiLoCo, arXiv 2407.07852, with betas 0.9 and 0.95."""
 
@@ -62,7 +58,13 @@ Pattern = Annotated[str, Field(min_length=1, max_length=200)]
 Listed = BeforeValidator(_listed)
 
 
-class TrainSection(Message):
+class Section(Message):
+    """A part of a job. No number in it may be infinite, or none."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class TrainSection(Section):
     """`[train]`: what a worker does with its shard."""
 
     local_epochs: int | None = Field(None, ge=1, description="passes over the shard in a round (default 1)")
@@ -106,12 +108,10 @@ class TrainSection(Message):
         "each shard counts alike)",
     )
     dyn_alpha: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="feddyn: weight of the pull to the round's model (default 0.01)"
+        None, gt=0, description="feddyn: weight of the pull to the round's model (default 0.01)"
     )
 
-    proximal: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="FedProx: mu of (mu/2)·‖w − w_global‖² in each local loss; 0: none"
-    )
+    proximal: float = Field(0.0, ge=0, description="FedProx: mu of (mu/2)·‖w − w_global‖² in each local loss; 0: none")
 
     frozen: Annotated[tuple[Pattern, ...], Listed] = Field(
         (), max_length=1_000, description='parameters that are not trained, by their names, e.g. ["encoder.*"]'
@@ -226,7 +226,7 @@ NEW_SECTIONS = ("evaluation", "secure", "privacy")
 """Whole sections that it would refuse."""
 
 
-class DataSection(Message):
+class DataSection(Section):
     """`[data]`: how the training set is cut into shards."""
 
     partition: Literal["iid", "quantity", "dirichlet", "labels", "natural", "local"] = Field(
@@ -256,7 +256,7 @@ class DataSection(Message):
         return self
 
 
-class RoundSection(Message):
+class RoundSection(Section):
     """`[round]`: when a round starts and when it closes."""
 
     mode: Literal["sync", "async"] = Field(
@@ -300,7 +300,7 @@ OUTER_KEYS: dict[str, tuple[str, ...]] = {
 """Algorithm -> the keys of [aggregation] that its outer step has. The steps themselves: server/optimizers.py."""
 
 
-class AggregationSection(Message):
+class AggregationSection(Section):
     """`[aggregation]`: how updates become the next model."""
 
     algorithm: Literal["fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco", "fednova"] = Field(
@@ -330,12 +330,11 @@ class AggregationSection(Message):
     )
     faulty: int | None = Field(None, ge=1, description="robust: updates of a round that may be bad (default 1)")
     clip_norm: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="clip, centered_clip: cut a change to this norm (default: median)"
+        None, gt=0, description="clip, centered_clip: cut a change to this norm (default: median)"
     )
     norm_outlier: float | None = Field(
         None,
         gt=1,
-        allow_inf_nan=False,
         description="refuse an update whose change is so many times as long as the median of its round (e.g. 10)",
     )
     update: Literal["fp32", "bf16", "int8", "int4", "topk", "auto"] = Field(
@@ -394,7 +393,7 @@ class AggregationSection(Message):
         return f"robust = {self.robust}{against} needs {self.needs} updates"
 
 
-class EvaluationSection(Message):
+class EvaluationSection(Section):
     """`[evaluation]`: on what a model is measured, and when that ends the job. How often: round.evaluate_every."""
 
     scope: Literal["global", "workers"] = Field(
@@ -408,9 +407,7 @@ class EvaluationSection(Message):
         ge=1,
         description="evaluations in a row without a better target_metric that end the job (default: none do)",
     )
-    min_delta: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="what is better by no more is not, to patience"
-    )
+    min_delta: float = Field(0.0, ge=0, description="what is better by no more is not, to patience")
 
     @model_validator(mode="after")
     def _patience(self) -> Self:
@@ -419,7 +416,7 @@ class EvaluationSection(Message):
         return self
 
 
-class SecureSection(Message):
+class SecureSection(Section):
     """`[secure]`: secure aggregation. The coordinator learns the sum of the updates, and none of them."""
 
     enabled: bool = Field(False, description="workers mask their updates, so that only their sum can be read")
@@ -432,7 +429,7 @@ class SecureSection(Message):
     bits: int = Field(38, ge=8, le=48, description="of one number with its sign; fewer leave room for more samples")
 
 
-class PrivacySection(Message):
+class PrivacySection(Section):
     """`[privacy]`: whose data the model must not give away, and by how much noise (docs/privacy.md)."""
 
     level: Literal["none", "worker", "example"] = Field(
@@ -472,7 +469,7 @@ class JobSpec(Message):
     rounds: int = Field(5, ge=1, le=1_000_000, description="rounds of training")
     seed: int = Field(0, ge=0, lt=2**63, description="seeds initialisation, partition, order of samples, dropout")
     name: Name | None = Field(None, description="shown to people (default: the task)")
-    target: float | None = Field(None, description="stop when target_metric reaches this")
+    target: float | None = Field(None, allow_inf_nan=False, description="stop when target_metric reaches this")
     target_metric: str = Field("accuracy", description="higher is better, unless it is a loss, error or perplexity")
     train: TrainSection = TrainSection()
     data: DataSection = DataSection()
@@ -486,180 +483,9 @@ class JobSpec(Message):
     )
 
     @model_validator(mode="after")
-    def _asynchronous(self) -> Self:
-        """Refuse what asynchronous rounds have not, and what only they have."""
-        given = self.round
-        if given.mode == "sync":
-            for name in ("buffer", "max_staleness"):
-                if getattr(given, name) != RoundSection.model_fields[name].default:
-                    raise ValueError(
-                        f"round.{name} is for asynchronous rounds: set round.mode = async, or leave it out"
-                    )
-            return self
-        for key, without, why in self._not_asynchronous:
-            if not without:
-                raise ValueError(f"round.mode = async has no {key}: {why}")
-        shards = self.data.shards
-        if given.buffer is not None and self.data.partition != "local" and shards != "auto" and given.buffer > shards:
-            raise ValueError(
-                f"round.buffer = {given.buffer} updates never come together from data.shards = {shards}, each of which "
-                f"counts once from a version: set at least {given.buffer} shards, or a smaller buffer"
-            )
-        return self
-
-    @property
-    def _not_asynchronous(self) -> tuple[tuple[str, bool, str], ...]:
-        """(key, whether the job does without it, why asynchronous rounds have none)."""
-        given, nobody = self.round, "nobody waits for anybody there"
-        return (
-            ("round.quorum", given.quorum == "all", f"{nobody}, and round.buffer says how many updates make a version"),
-            ("round.deadline", not isinstance(given.deadline, float), f"{nobody}; leave it out"),
-            ("round.late = use", given.late == "refuse", "every update is used, up to round.max_staleness"),
-            ("data.fraction", self.data.fraction == 1, "every shard is trained, the one that counted least first"),
-            (
-                "aggregation.robust",
-                self.aggregation.robust == "none",
-                "its rules compare updates of one and the same model",
-            ),
-            (
-                "aggregation.norm_outlier",
-                self.aggregation.norm_outlier is None,
-                "it compares updates of one and the same model; norm_bound does not",
-            ),
-            ("train.keep_optimizer", not self.train.keep_optimizer, "a shard's state would come out of order"),
-            ("train.personal", not self.train.personal, "a shard's own tensors would come out of order"),
-        )
-
-    @model_validator(mode="after")
-    def _late_changes(self) -> Self:
-        if self.round.late == "use" and self.aggregation.update in ("fp32", "auto"):
-            sends = f"aggregation.update = {self.aggregation.update} sends whole models"
-            raise ValueError(
-                f"round.late = use needs updates that are changes, and {sends}: set bf16, int8, int4 or topk"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _steps_that_fednova_can_weigh(self) -> Self:
-        train, proximal = self.train, self.train.proximal
-        reasons = {
-            "train.optimizer = adamw divides them by what it has seen": train.optimizer != "sgd",
-            "train.batch_size = auto gives each worker a learning rate of its own": train.batch_size == "auto",
-            "train.keep_optimizer begins a round with the momentum of the one before": train.keep_optimizer
-            and train.momentum > 0,
-            f"train.{train.scheduled} changes what a step adds": bool(train.scheduled),
-            "for train.momentum together with train.proximal no such sum is known": train.momentum > 0 and proximal > 0,
-            f"train.proximal = {proximal:g} is so large that a step of train.lr goes beyond the model that the round "
-            "began with": train.lr * proximal >= 1,
-        }
-        why = next((reason for reason, holds in reasons.items() if holds), None)
-        if self.aggregation.algorithm == "fednova" and why is not None:
-            raise ValueError(
-                f"aggregation.algorithm = fednova weighs updates by what their gradients add up to, and {why}: "
-                "change that, or use fedavg"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _enough_for_the_rule(self) -> Self:
-        """What is known before the first round: whatever closes a round must be enough for its rule."""
-        rule, needs = self.aggregation, self.aggregation.needs
-        if rule.robust != "none" and self.round.late == "use":
-            raise ValueError(f"robust = {rule.robust} judges the updates of one round, and late = use mixes rounds")
-        for most, where, advice in self._closing_updates() if needs > 1 else ():
-            if most < needs:
-                raise ValueError(f"{rule.needs_words}, and {where}: {advice}, or lower aggregation.faulty")
-        return self
-
-    def _closing_updates(self) -> Iterator[tuple[int, str, str]]:
-        """(updates, why no more, what to do) of each number that a round may close with, as far as it is known."""
-        shards, quorum = self.data.shards, self.round.quorum
-        if isinstance(quorum, int):
-            yield quorum, f"round.quorum = {quorum} closes a round with fewer", "raise round.quorum"
-        if shards == "auto" or self.data.partition == "local":
-            started = self.round.min_workers
-            yield started, f"the job may start with round.min_workers = {started}", "raise round.min_workers"
-            return
-        from common.sharding import drawn_of  # numpy stays out of what only reads messages
-
-        drawn = drawn_of(shards, self.data.fraction)
-        yield drawn, f"a round trains {drawn} of data.shards = {shards}", "raise data.shards or data.fraction"
-        if isinstance(quorum, float):
-            share = math.ceil(quorum * drawn)
-            yield share, f"round.quorum = {quorum:g} closes a round with {share} of {drawn}", "raise round.quorum"
-
-    @model_validator(mode="after")
-    def _known_steps(self) -> Self:
-        train, data = self.train, self.data
-        if not train.scheduled or train.local_steps is not None:
-            return self
-        unknown = {
-            "train.local_seconds": train.local_seconds is not None,
-            f"data.partition = {data.partition}": data.partition != "iid",
-            "data.shards = auto": data.shards == "auto",
-            "train.batch_size = auto": train.batch_size == "auto",
-        }
-        why = " and ".join(what for what, is_so in unknown.items() if is_so)
-        if why:
-            raise ValueError(
-                f"train.{train.scheduled} counts the steps of the whole job, and with {why} they are not known: set "
-                "train.local_steps; or, with iid data and epochs, data.shards and train.batch_size to numbers"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _several_evaluations(self) -> Self:
-        if self.evaluation.patience is not None and self.round.evaluate_every == 0:
-            raise ValueError(
-                f"evaluation.patience = {self.evaluation.patience} counts evaluations, and with "
-                "round.evaluate_every = 0 there is one, after the last round: set it to 1 or more"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _secure_sums(self) -> Self:
-        """Refuse what would have to see one update, or a set of updates that is not decided beforehand."""
-        if not self.secure.enabled:
-            return self
-        data, rules, aggregation = self.data, self.round, self.aggregation
-        wrong = {
-            f"aggregation.robust = {aggregation.robust} compares updates": aggregation.robust != "none",
-            f"aggregation.update = {aggregation.update} is no whole number that can be masked; leave it at fp32":
-                aggregation.update != "fp32",
-            "round.mode = async makes a version of whatever came": rules.mode == "async",
-            "aggregation.norm_bound measures each update": aggregation.norm_bound is not None,
-            "aggregation.norm_outlier measures each update": aggregation.norm_outlier is not None,
-            "train.personal goes on from a round that may be begun anew": bool(self.train.personal),
-            f"aggregation.algorithm = {aggregation.algorithm} weighs each update by itself":
-                aggregation.algorithm not in SUMMABLE,
-            "round.late = use adds an update to another round's sum": rules.late == "use",
-            f"round.quorum = {rules.quorum} closes a round without whom it waits for; secure.threshold says how many "
-            "may be missing": rules.quorum != "all",
-            "round.deadline in seconds ends a round below its quorum; leave it at auto":
-                isinstance(rules.deadline, float),
-            f"data.shards = {data.shards} gives one worker several updates of a sum; leave it at auto":
-                data.shards != "auto",
-            f"data.fraction = {data.fraction:g} may draw fewer than 3 workers; leave it at 1": data.fraction < 1,
-            "train.local_seconds weighs an update by what was done": self.train.local_seconds is not None,
-            f"round.min_workers = {rules.min_workers}: a sum of fewer than 3 updates hides none; set 3 or more":
-                rules.min_workers < 3,
-        }  # fmt: skip
-        found = [sentence for sentence, is_so in wrong.items() if is_so]
-        if found:
-            raise ValueError(f"secure.enabled cannot work with this job: {'; '.join(found)}")
-        return self
-
-    @model_validator(mode="after")
-    def _privacy(self) -> Self:
-        if (why := private.refusal(self)) is not None:
+    def _compatible(self) -> Self:
+        if (why := compatibility.refusal(self)) is not None:
             raise ValueError(why)
-        return self
-
-    @model_validator(mode="after")
-    def _drift(self) -> Self:
-        unfit = "" if self.train.drift == "none" else _unfit_for_drift(self)
-        if unfit:
-            raise ValueError(f"train.drift = {self.train.drift} {unfit}")
         return self
 
     @property
@@ -678,38 +504,6 @@ class JobSpec(Message):
         beyond += ["secure.enabled"] if self.secure.enabled else []
         beyond += ["privacy.level = example"] if self.privacy.level == "example" else []
         return beyond[0] if beyond else ""
-
-
-def _unfit_for_drift(spec: JobSpec) -> str:
-    """What of a job does not go with `train.drift`, and what to set instead; empty: all of it does."""
-    data, aggregation, method = spec.data, spec.aggregation, spec.train.drift
-    if data.shards == "auto" and data.partition != "local":
-        return "keeps something of each shard, and data.shards = auto may cut others in each round: set a number"
-    if spec.train.proximal:
-        what = "has its own pull to the round's model" if method == "feddyn" else "would take the pull for a gradient"
-        return f"{what}, and train.proximal is {spec.train.proximal:g}: set it to 0"
-    if spec.train.personal:
-        return "keeps a slot of all that is trained, and train.personal stays on the worker: leave one of them out"
-    if spec.round.mode == "async":
-        return "sums over the rounds of all shards, and round.mode = async has none: set sync"
-    if aggregation.robust != "none" or aggregation.norm_outlier is not None:
-        return "takes each shard's update into its slot, and a robust rule or norm_outlier does not: leave those out"
-    if spec.secure.enabled:
-        return "needs the change of each shard, which secure.enabled hides: leave one of them out"
-    if spec.round.late == "use":
-        return "needs every update to begin with the round's own model: set round.late = refuse"
-    scaled = method == "scaffold" and aggregation.algorithm == "fedavgm" and aggregation.outer_momentum == 0
-    if aggregation.algorithm != "fedavg" and not scaled:
-        advice = "set fedavg" + (
-            ", or fedavgm with outer_momentum = 0, for an outer_lr" if method == "scaffold" else ""
-        )
-        return f"has its own outer step, and aggregation.algorithm is {aggregation.algorithm}: {advice}"
-    if aggregation.update not in ("fp32", "bf16", "int8"):
-        said = f"{aggregation.update} may say too little"
-        return f"takes gradients from what an update says, and {said}: choose fp32, bf16 or int8"
-    if aggregation.feedback:
-        return "takes gradients from what an update says, and feedback adds those of earlier rounds: set it to false"
-    return ""
 
 
 class JobRequest(Message):

@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from common.robustness import WEIGHING
+
 if TYPE_CHECKING:
     from common.messages import JobSpec, PrivacySection
 
@@ -114,7 +116,7 @@ def _worker_level(spec: "JobSpec") -> Iterator[str]:
             f"set it well below {1 / population(spec):g}"
         )
     yield from _adaptive(spec)
-    if aggregation.algorithm not in PLAIN_STEPS:
+    if aggregation.algorithm in WEIGHING:
         yield (
             f"privacy.level = worker weighs all updates alike, and aggregation.algorithm = {aggregation.algorithm} "
             "does not: use fedavg, fedavgm, fedadam, fedadagrad, fedyogi or diloco"
@@ -127,10 +129,6 @@ def _worker_level(spec: "JobSpec") -> Iterator[str]:
     if data.fraction != 1.0:
         yield "privacy.level = worker samples at random for itself: set privacy.sample instead of data.fraction"
     yield from _beside(spec, NOT_BESIDE_WORKER)
-
-
-PLAIN_STEPS = frozenset({"fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco"})
-"""Outer steps that see the mean change alone: after the noise they cost no privacy."""
 
 
 def _members(spec: "JobSpec") -> Iterator[str]:

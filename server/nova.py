@@ -15,7 +15,7 @@ Source: Wang, Liu, Liang, Joshi, Poor 2020, arXiv 2007.07481, equations 9 to 11,
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from common.errors import BadUpdateError
@@ -87,12 +87,13 @@ def check_steps(train: TrainSection, samples: int, steps: int) -> None:
         )
 
 
-def why_not(spec: JobSpec, source: str) -> str:
+def why_not(spec: JobSpec, source: Callable[[], str]) -> str:
     """Why a task cannot be trained with fednova, by its text: a loop or an optimiser of its own; empty: none is seen.
 
-    The text is searched and not parsed: no input can take the coordinator's memory or stack.
+    The text is asked for only with fednova; it is searched and not parsed: no input can take the coordinator's memory
+    or stack.
     """
-    found = _OWN.search(source) if spec.aggregation.algorithm == "fednova" else None
+    found = _OWN.search(source()) if spec.aggregation.algorithm == "fednova" else None
     if found is None:
         return ""
     name = found[1] or found[2]
