@@ -5,7 +5,7 @@ every time: one commit, one verdict) or `long` (run it with --timeout=0, on one 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,3 +48,14 @@ def needs_debian_package() -> Callable[[str | Path, str], Path]:
         return found
 
     return path_of
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread: nets as small as those of tests only lose by a second, above all on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ import json
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from common.messages import Progress
+from tests import loops
 from worker import task_device
 from worker.child import Child, TaskStopped
 from worker.task_batches import Stepper
@@ -66,30 +67,13 @@ CONFIGURED = {
     "scheduled": {"optimizer": "adamw", "lr": 0.01, "clip": 0.5, "schedule": "cosine", "warmup_steps": 5},
 }
 
-OWN_LOOP = """
-def train(model, loader, context):
-    while not context.done:
-        for x, y in loader:
-            context.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            context.optimizer.step()
-            context.step(loss)
-"""
-
 
 def with_optimizer(kind: str) -> str:
     made = OPTIMIZERS[kind]
     return TASK + (f"\ndef optimizer(model, config):\n    return {made}\n" if made else "")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from more, and threads that wait for each other are slow on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Killed(BaseException):
@@ -645,7 +629,7 @@ def test_the_period_counts_from_the_end_of_the_last_one(tmp_path: Path) -> None:
 def test_a_loop_of_the_tasks_own_is_kept_only_if_the_file_says_that_it_can_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench = Bench(tmp_path, TASK + OWN_LOOP)
+    bench = Bench(tmp_path, TASK + loops.PLAIN)
     host = bench.host()
     truth = bench.undisturbed()[1]
     for _ in range(2):
@@ -653,7 +637,7 @@ def test_a_loop_of_the_tasks_own_is_kept_only_if_the_file_says_that_it_can_be(
     assert capsys.readouterr().err.count("task.py does not say RESUMABLE = True") == 1, "said once a task"
     bench.killed(9)
     assert not bench.kept.exists()
-    bench.task.write_text(TASK + OWN_LOOP + "\nRESUMABLE = True\n")
+    bench.task.write_text(TASK + loops.PLAIN + "\nRESUMABLE = True\n")
     bench.killed(9)
     done, update = bench.train()
     assert (done["resumed_at"], update) == (9, truth)

@@ -2,7 +2,6 @@
 
 import io
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from common.drift import Method
 from common.messages import JobSpec
 from common.slots import Carried, write_correction
 from common.weights import Notes, load, read_layout
+from tests import loops
 from worker import plan, task_drift
 from worker.task_host import Context, Events, Host
 from worker.task_schedule import lr_factor
@@ -66,25 +66,7 @@ def train(model, loader, context):
             context.step(loss)
 """
 
-OWN_LOOP = """
-def train(model, loader, context):
-    while not context.done:
-        for x, y in loader:
-            context.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            context.add_terms()
-            context.optimizer.step()
-            context.step(loss)
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Killed(BaseException):
@@ -272,14 +254,14 @@ def test_a_loop_of_its_own_that_calls_for_the_terms_gives_the_same_bytes_and_sum
     bench = Bench(tmp_path)
     correction = bench.correct()
     ours = bench.train("ours", correction=correction)
-    own = bench.train("own", bench.host(TASK + OWN_LOOP), correction=correction)
+    own = bench.train("own", bench.host(TASK + loops.WITH_TERMS), correction=correction)
     assert bench.read("own") == bench.read("ours")
     assert own["rate_sum"] == ours["rate_sum"]
 
 
 def test_a_loop_of_its_own_that_does_not_is_refused_also_before_there_is_anything_to_correct(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    failed = bench.train("out", bench.host(TASK + OWN_LOOP.replace("context.add_terms()", "pass")))
+    failed = bench.train("out", bench.host(TASK + loops.WITH_TERMS.replace("context.add_terms()", "pass")))
     assert failed["code"] == "bad_task"
     assert "call context.add_terms()" in failed["sentence"]
 

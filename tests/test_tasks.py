@@ -7,7 +7,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,13 +30,7 @@ FILES = sorted({task.file for task in BUILTIN.values()} | {EXAMPLE})
 HOOKS = {"model": 1, "dataset": 2, "loss": 3, "metrics": 3, "optimizer": 2, "train": 3}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Nets as small as these only lose by a second thread, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load(file: Path) -> ModuleType:

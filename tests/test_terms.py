@@ -4,7 +4,6 @@ import io
 import math
 import runpy
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from common.messages import CLIENT_TERMS, TrainSection
+from tests import loops
 from tests.test_checkpoints import TASK as NOISY_TASK
 from tests.test_checkpoints import Bench
 from worker import task_host, task_terms
@@ -26,12 +26,7 @@ from worker.task_terms import add, base_of, proximal, terms_of
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Desk:
@@ -159,20 +154,9 @@ OWN_OPTIMIZER = """
 def optimizer(model, config):
     return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
 """
-OWN_LOOP = """
-def train(model, loader, context):
-    while not context.done:
-        for x, y in loader:
-            context.optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(x), y)
-            loss.backward()
-            context.add_terms()
-            context.optimizer.step()
-            context.step(loss)
-"""
 
 
-@pytest.mark.parametrize("more", ["", OWN_OPTIMIZER, OWN_LOOP], ids=["default", "own optimiser", "own loop"])
+@pytest.mark.parametrize("more", ["", OWN_OPTIMIZER, loops.WITH_TERMS], ids=["default", "own optimiser", "own loop"])
 def test_the_weights_are_those_of_a_loss_that_has_the_term_in_it(tmp_path: Path, more: str) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -247,7 +231,7 @@ def test_a_job_without_terms_keeps_no_copy_of_the_model() -> None:
 
 
 def test_a_loop_of_the_tasks_own_that_leaves_the_terms_out_is_stopped_at_its_first_step(tmp_path: Path) -> None:
-    source = NET + OWN_LOOP.replace("            context.add_terms()\n", "")
+    source = NET + loops.WITH_TERMS.replace("            context.add_terms()\n", "")
     answer = Desk(tmp_path, source, {"proximal": 0.3}).train(steps=3)
     assert (answer["event"], answer["code"]) == ("error", "bad_task")
     assert "call context.add_terms() before each step" in answer["sentence"]
