@@ -374,9 +374,7 @@ class Coordinator:
             self._apply(job_id, step)
             reach("frozen-after")
             for fact in step.facts:
-                if isinstance(
-                    fact, HandedBack
-                ):  # after the facts: a kill between them forgives, and never counts twice
+                if isinstance(fact, HandedBack):  # after the facts: a kill between them forgives, and counts none twice
                     self._strike(self.worker(fact.worker), fact.sentence)
             return
         if step.look_again_at is not None:
@@ -440,7 +438,7 @@ class Coordinator:
             return job
         check_can_sum(request.spec)
         spec, digest = request.spec, None
-        if unfit := nova.why_not(spec, _source_of(request)):
+        if unfit := nova.why_not(spec, partial(_source_of, request)):
             raise BadJobError(unfit, advice="Use fedavg, which needs to know nothing of the steps.")
         if request.task_source is not None:
             data = request.task_source.encode()
@@ -1116,7 +1114,8 @@ class Coordinator:
         staging = self._uploads.finish((name, attempt))
         model = rounds.base_of(job, task) if task.kind == "train" else None
         base = self.blobs.path(model.digest) if model else None
-        bound, measured = job.spec.aggregation.norm_bound, job.spec.aggregation.norm_outlier is not None
+        bound = job.spec.aggregation.norm_bound
+        measured = job.spec.aggregation.norm_outlier is not None or job.spec.privacy.level == "worker"
         if base is not None and job.spec.train.drift != "none":
             check_rate_sum(job.spec, submission.rate_sum, submission.steps)
             bound = min(bound or math.inf, farthest(job.spec.train, submission.rate_sum))

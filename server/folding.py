@@ -167,11 +167,14 @@ def average(
     moved, changed = array("d"), array("d")  # squares, of each block
     with ExitStack() as stack:
         outputs = _Outputs(layout, rules, targets, memory.residual, stack)
-        bases = [one.base for one in since] if since is not None and rules.update is None else None
+        bases = [base] * len(updates) if since is None else [one.base for one in since]
+        changes = since is not None or any((rules.update, rules.robust, rules.noisy))
         before = _trained_before(layout)
         unknown = [None] * (rules.states - len(memory.states))
         states = (*memory.states, *unknown, *memory.reads)
-        inputs = _Inputs(layout, base, updates, factors, weighed, starts, rules, before, states, len(late), bases)
+        inputs = _Inputs(
+            layout, base, updates, factors, weighed, starts, rules, before, states, len(late), bases, changes
+        )
         folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
         if rules.robust is not None:
             plan = _plan(rules.robust, folds, inputs, threads, stopped)
@@ -252,7 +255,8 @@ class _Inputs:
     before: Sequence[int]  # trained elements before each tensor
     states: Sequence[Path | None]  # of the outer step, of the robust rule, then what the step only reads
     late: int = 0  # how many of the updates, the last ones, are late: only their change counts
-    bases: Sequence[Path] | None = None  # whole updates of asynchronous rounds: that each began with
+    bases: Sequence[Path] = ()  # that each update began with
+    changes: bool = False  # whether what is joined are changes, and not the models that the updates came to
 
 
 class _Fold:
@@ -265,8 +269,9 @@ class _Fold:
         self._in_time = len(inputs.updates) - inputs.late
         self._model = stack.enter_context(inputs.base.open("rb", buffering=0))
         self._files = [stack.enter_context(path.open("rb", buffering=0)) for path, _ in inputs.updates[:open_files]]
-        known = list(dict.fromkeys(inputs.bases or ()))[:open_files]
-        self._bases = {path: stack.enter_context(path.open("rb", buffering=0)) for path in known}
+        others = [path for path in dict.fromkeys(inputs.bases) if path != inputs.base][:open_files]
+        opened = {path: stack.enter_context(path.open("rb", buffering=0)) for path in others}
+        self._bases = {inputs.base: self._model, **opened}
         self._states = [
             stack.enter_context(path.open("rb", buffering=0)) if path is not None and path.exists() else None
             for path in inputs.states
@@ -278,9 +283,7 @@ class _Fold:
         at_once = block_elements if self._rules.robust is None else max(block_elements, SPAN)
         longest = min(at_once, max((tensor.elements for tensor in self._layout.tensors), default=0))
         self._total, self._scratch, self._origin = (np.empty(longest) for _ in range(3))
-        measured = 0 if self._rules.robust is None else longest
-        self._away, self._raw_origin = np.empty(measured), np.empty(measured * _WIDEST, np.uint8)
-        self._change = np.empty(longest if inputs.bases is not None else 0)
+        self._change = np.empty(longest if inputs.changes and self._rules.update is None else 0)
         self._wide_states = [np.empty(longest) for _ in inputs.states]
         self.plan: Plan | None = None  # of a robust rule, once it is decided
         self._raw, self._raw_mean, self._raw_result, self._raw_base = (
@@ -311,8 +314,7 @@ class _Fold:
 
     def _trained(self, index: int, first: int, count: int) -> _Block:
         tensor, rules = self._layout.tensors[index], self._rules
-        changes = any(one is not None for one in (rules.update, rules.robust, rules.noisy, self._in.bases))
-        wants_base = changes or rules.down is not None or rules.step.wants_base
+        wants_base = self._in.changes or rules.down is not None or rules.step.wants_base
         base, origin = None, self._origin[:count]
         if wants_base:
             base = read_block(self._model, tensor, tensor.start, first, count, self._raw_base)
@@ -321,8 +323,8 @@ class _Fold:
         if self.plan is not None:
             mean = self._joined(self.plan, index, first, count, centre)
         else:
-            mean = self._mean(tensor, index, first, count, origin)
-        if changes:
+            mean = self._mean(index, first, count)
+        if self._in.changes:
             np.add(mean, origin, out=mean)
         values, kept, squares = self._stepped(index, first, base, origin, mean)
         kept += _narrowed(centre, tensor, first)
@@ -346,21 +348,14 @@ class _Fold:
                 squares = squared_distance(values, measured, scratch=scratch), changed
         return values, _narrowed(states[: step.states], tensor, first), squares
 
-    def _mean(self, tensor: TensorInfo, index: int, first: int, count: int, origin: Float64Block) -> Float64Block:
-        """The mean of the members of these elements: by their samples, or private."""
-        members, out, scratch = self._members(index, first, count), self._total[:count], self._scratch[:count]
-        if self._rules.noisy is None:
-            return weighted_mean(members, self._in.weights, out=out, scratch=scratch)
-        changes = members if self._rules.update is not None else _changes(members, origin)
-        return self._rules.noisy.mean_change(changes, tensor.name, first, out=out, scratch=scratch)
-
-    def _members(self, index: int, first: int, count: int) -> Iterator[Array]:
-        """What the mean is taken of: each update's change where it is one or is made one, else what it came to."""
-        if self._rules.update is not None:
-            return self._deltas(self._rules.update, index, first, count)
-        if self._in.bases is not None:
-            return self._differences(self._in.bases, index, first, count)
-        return self._blocks(index, first, count, self._raw)
+    def _mean(self, index: int, first: int, count: int) -> Float64Block:
+        """The mean of these elements of all updates, or of what they changed: by their samples, or private."""
+        of = self._changes(index, first, count) if self._in.changes else self._blocks(index, first, count, self._raw)
+        out, scratch = self._total[:count], self._scratch[:count]
+        if self._rules.noisy is not None:
+            name = self._layout.tensors[index].name
+            return self._rules.noisy.mean_change(of, name, first, out=out, scratch=scratch)
+        return weighted_mean(of, self._in.weights, out=out, scratch=scratch)
 
     # ------------------------------------------------------------ a robust rule
 
@@ -409,14 +404,24 @@ class _Fold:
         return self._state(self._rules.step.states, index, first, count)
 
     def _changes(self, index: int, first: int, count: int) -> Iterator[Array]:
-        """What each update changed in these elements in turn, each over the one before."""
+        """What each update changed in these elements in turn, times its factor, each over the one before."""
         if self._rules.update is not None:
             yield from self._deltas(self._rules.update, index, first, count)
             return
-        tensor, away = self._layout.tensors[index], self._away[:count]
-        base = read_block(self._model, tensor, tensor.start, first, count, self._raw_origin)
-        for block in self._blocks(index, first, count, self._raw):
-            yield np.subtract(block, base, out=away, dtype=np.float64)
+        tensor, change = self._layout.tensors[index], self._change[:count]
+        begun, base = None, change
+        for (file, start), path, factor in zip(self._of_each(index), self._in.bases, self._in.factors, strict=True):
+            np.copyto(change, read_block(file, tensor, start, first, count, self._raw))
+            if path != begun:
+                begun, base = path, self._base_block(path, tensor, first, count)
+            np.subtract(change, base, out=change)
+            yield change if factor == 1.0 else np.multiply(change, factor, out=change)
+
+    def _base_block(self, path: Path, tensor: TensorInfo, first: int, count: int) -> Array:
+        """The block of a version of the model. All have the header of the first: a tensor lies at one place in them."""
+        known = self._bases.get(path)
+        with path.open("rb", buffering=0) if known is None else nullcontext(known) as file:
+            return read_block(file, tensor, tensor.start, first, count, self._raw_mean)
 
     def _cast(self, values: Float64Block, tensor: TensorInfo, first: int, count: int) -> Array:
         return cast(values, tensor, first=first, out=typed(self._raw_result, tensor, count))
@@ -433,17 +438,6 @@ class _Fold:
         for (file, start), factor in zip(self._of_each(index), self._in.factors, strict=True):
             change = read_delta(file, codec, tensor, start, first, count, out=delta)
             yield change if factor == 1.0 else np.multiply(change, np.float32(factor), out=delta)
-
-    def _differences(self, bases: Sequence[Path], index: int, first: int, count: int) -> Iterator[Array]:
-        """The same block of every whole update in turn, less the base that it began with, times its factor."""
-        tensor, change = self._layout.tensors[index], self._change[:count]
-        for (file, start), path, factor in zip(self._of_each(index), bases, self._in.factors, strict=True):
-            np.copyto(change, read_block(file, tensor, start, first, count, self._raw))
-            known = self._bases.get(path)
-            with path.open("rb", buffering=0) if known is None else nullcontext(known) as base:
-                # every version of a model has the header of the one before, so a tensor lies at the same place in all
-                np.subtract(change, read_block(base, tensor, tensor.start, first, count, self._raw_mean), out=change)
-            yield np.multiply(change, factor, out=change)
 
     def _of_each(self, index: int) -> Iterator[tuple[FileIO, int]]:
         """Every update, open, and the byte at which it has this tensor."""
@@ -478,13 +472,6 @@ def _narrowed(states: Sequence[Float64Block], tensor: TensorInfo, first: int) ->
             advice = "Lower train.lr: the workers' changes are too large."
             raise BadUpdateError(sentence, code="not_finite", advice=advice)
     return kept
-
-
-def _changes(blocks: Iterator[Array], origin: Float64Block) -> Iterator[Float64Block]:
-    """What whole models changed, each over the one before."""
-    change = np.empty_like(origin)
-    for block in blocks:
-        yield np.subtract(block, origin, out=change, dtype=np.float64)
 
 
 def _in_order(

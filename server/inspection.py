@@ -75,21 +75,6 @@ def inspect(
     return inspection
 
 
-def measure(update: Path, base: Path, codec: Codec | None = None) -> float:
-    """The L2 distance of an update that was inspected to the base, over the trained tensors.
-
-    Read in blocks of one fixed size, so that equal files have equal norms however they are averaged.
-
-    Raises:
-        BadUpdateError: it no longer fits.
-        OSError: a file cannot be read, or the base is damaged.
-    """
-    with ExitStack() as stack:
-        _, found = _Look(update, base, codec, stack, measured=True, block_elements=BLOCK_ELEMENTS).run()
-    assert found.norm is not None  # noqa: S101 - it was asked for
-    return found.norm
-
-
 class _Look:
     """One look: the digest of a whole update, and what its blocks say."""
 

@@ -86,8 +86,7 @@ class FedAvgM:
         """One step."""
         (velocity,) = states
         change = np.subtract(mean, base, out=mean)
-        np.multiply(velocity, self.momentum, out=velocity)
-        np.add(velocity, change, out=velocity)
+        _gather(velocity, self.momentum, change)
         np.multiply(velocity, self.lr, out=change)
         return np.add(base, change, out=change)
 
@@ -189,8 +188,7 @@ class DiLoCo:
         """One step."""
         (velocity,) = states
         gradient = np.subtract(base, mean, out=mean)
-        np.multiply(velocity, self.momentum, out=velocity)
-        np.add(velocity, gradient, out=velocity)
+        _gather(velocity, self.momentum, gradient)
         np.add(gradient, self.momentum * velocity, out=gradient)
         np.multiply(gradient, self.lr, out=gradient)
         return np.subtract(base, gradient, out=gradient)
@@ -249,6 +247,12 @@ def outer_step(section: AggregationSection) -> OuterStep:
         raise BadJobError(f"there is no aggregation algorithm {section.algorithm!r}", advice=advice)
     given = {key.removeprefix("outer_"): getattr(section, key) for key in OUTER_KEYS[section.algorithm]}
     return kind(**{name: value for name, value in given.items() if value is not None})
+
+
+def _gather(velocity: Float64Block, momentum: float, change: Float64Block) -> None:
+    """Momentum without damping: b <- μ b + change."""
+    np.multiply(velocity, momentum, out=velocity)
+    np.add(velocity, change, out=velocity)
 
 
 def _follow(base: Float64Block, mean: Float64Block, first: Float64Block, beta1: float) -> Float64Block:

@@ -904,10 +904,8 @@ def _awaits_lost(job: Job, round_index: int) -> str:
 
 def _freeze(job: Job, phase: Training, reason: str, absent: tuple[Absent, ...]) -> Step:
     """Decide the set that is averaged: what is in, but for what the guard refuses."""
-    rule, counted = (
-        job.spec.aggregation,
-        {(u.round, u.shard): u for u in (*phase.accepted.values(), *job.late.values())},
-    )
+    rule = job.spec.aggregation
+    counted = {(u.round, u.shard): u for u in (*phase.accepted.values(), *job.late.values())}
     found = outliers.guard(tuple(phase.accepted.values()), job.late.values(), rule.norm_outlier, rule.needs)
     refused = [(counted[place], why) for place, why in sorted(found.refused.items())]
     shards = tuple(s for s in sorted(phase.accepted) if (phase.round, s) not in found.refused)

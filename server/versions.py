@@ -15,7 +15,6 @@ from server import drift, folding, nova, privacy, rounds, slots
 from server.blobs import Blobs
 from server.buffering import Batch
 from server.failpoints import reach
-from server.inspection import measure
 from server.optimizers import FedNova, outer_step
 from server.robust_rules import rule_of
 from server.rounds import Aggregating, Job
@@ -91,7 +90,7 @@ def make(
         rules, weights = replace(rules, step=FedNova(weighing.scale)), weighing.weights
     next_clip = None
     if seed is not None:
-        rules, next_clip = _private(job, phase, blobs, rules, stopped, seed)
+        rules, next_clip = _private(job, phase, rules, seed)
     blobs.check_room(room_for(job, phase.base.size))
     if isinstance(phase, Aggregating):
         with slots.made(job, phase, blobs, rules.update, stopped) as carried:
@@ -181,20 +180,9 @@ def clip_of(job: Job) -> float:
     return first_clip(job.spec.privacy) if moved is None else moved
 
 
-def _private(
-    job: Job,
-    phase: Aggregating | Batch,
-    blobs: Blobs,
-    rules: folding.Rules,
-    stopped: Callable[[], bool],
-    seed: bytes,
-) -> tuple[folding.Rules, float]:
+def _private(job: Job, phase: Aggregating | Batch, rules: folding.Rules, seed: bytes) -> tuple[folding.Rules, float]:
     """The rules with clip and noise of this round, and the next round's clip."""
-    base, norms = blobs.path(phase.base.digest), list[float]()
-    for update in phase.accepted:
-        if stopped():
-            raise folding.Stopped(f"averaging was broken off before the norm of shard {update.shard}")
-        norms.append(measure(blobs.path(update.digest), base, rules.update))
+    norms = [update.norm for update in phase.accepted if update.norm is not None]  # measured when they came
     clip = clip_of(job)
     noisy = privacy.noisy(job.spec, clip, norms, seed, phase.round)
     return replace(rules, noisy=noisy), privacy.next_clip(job.spec, clip, norms, seed, phase.round)

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.codecs import codec
+from common.codecs import Codec, codec
 from common.deltas import encode_update
 from common.messages import JobSpec, ModelRef, PrivacySpent, PrivateRun, PrivateSteps
 from common.weights import Array, Notes, file_digest, load, save
 from server import accounting, folding, privacy, rounds, versions
 from server.accounting import Spent
 from server.folding import Rules, Targets
-from server.inspection import measure
+from server.inspection import inspect
 from server.optimizers import DiLoCo, FedAvg
 from server.privacy import PIECE, Noisy
 from tests.rounds_kit import Play, at, digest, spec, training
@@ -45,6 +45,13 @@ def write(path: Path, arrays: dict[str, Array]) -> Path:
 def files(folder: Path, count: int = 3) -> tuple[Path, list[tuple[Path, int]]]:
     base = write(folder / "base", model(0))
     return base, [(write(folder / f"u{k}", model(k)), 10 * k) for k in range(1, count + 1)]
+
+
+def measure(update: Path, base: Path, codec: Codec | None = None) -> float:
+    """The norm of an update's change, as it is measured when the update comes."""
+    found = inspect(update, base, digest=file_digest(update), norm_bound=None, measured=True, codec=codec)
+    assert found.norm is not None
+    return found.norm
 
 
 def noisy_of(base: Path, updates: list[tuple[Path, int]], clip: float = 2.0, **keys: Any) -> Noisy:
