@@ -167,7 +167,8 @@ def average(
     moved, changed = array("d"), array("d")  # squares, of each block
     with ExitStack() as stack:
         outputs = _Outputs(layout, rules, targets, memory.residual, stack)
-        bases = [base] * len(updates) if since is None else [one.base for one in since]
+        whole = since is not None and rules.update is None  # of an encoded change nobody reads the base: it may be gone
+        bases = [one.base for one in since] if whole else [base] * len(updates)
         changes = since is not None or any((rules.update, rules.robust, rules.noisy))
         before = _trained_before(layout)
         unknown = [None] * (rules.states - len(memory.states))

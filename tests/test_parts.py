@@ -20,10 +20,12 @@ from common.weights import read_layout
 from server.folding import Rules, Targets, average
 from server.inspection import inspect
 from server.optimizers import FedAvg
-from tests.test_terms import Desk, _one_thread  # noqa: F401 - a fixture
+from tests.test_terms import Desk
 from worker import task_parts
 from worker.task_host import Context
 from worker.task_parts import UnfitError, freeze, matching, parts_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NET = """
 import torch
