@@ -167,8 +167,9 @@ def average(
     moved, changed = array("d"), array("d")  # squares, of each block
     with ExitStack() as stack:
         outputs = _Outputs(layout, rules, targets, memory.residual, stack)
-        whole = since is not None and rules.update is None  # of an encoded change nobody reads the base: it may be gone
-        bases = [one.base for one in since] if whole else [base] * len(updates)
+        bases = [base] * len(updates)
+        if since is not None and rules.update is None:  # of an encoded change nobody reads the base: it may be gone
+            bases = [one.base for one in since]
         changes = since is not None or any((rules.update, rules.robust, rules.noisy))
         before = _trained_before(layout)
         unknown = [None] * (rules.states - len(memory.states))
