@@ -62,7 +62,7 @@ coverage: $(READY) ## what the tests reach; the pure modules must be complete
 	@$(BIN)/coverage report --include="$(subst $(space),$(comma),$(PURE))" --fail-under=100
 
 chaos: $(READY) ## break everything, with the full numbers of docs/reliability.md; takes an hour, most of it as root
-	@LYDIAN_FAULTS=full $(BIN)/python -m pytest -s -o timeout=7200 -m "not mixed_torch"
+	@LYDIAN_FAULTS=full $(BIN)/python -m pytest -s -o timeout=7200 -m grows
 	@$(BIN)/lydian chaos --faults 200
 
 test-mixed-torch: $(READY) ## new and legacy torch in one job; builds a second environment, several GB

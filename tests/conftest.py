@@ -26,6 +26,14 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if in_ci() else "default"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what `make chaos` runs again: files that ask for the full numbers, so that none is forgotten."""
+    for item in items:
+        asks = getattr(item, "module", None)
+        if hasattr(asks, "size") or hasattr(asks, "FULL"):
+            item.add_marker("grows")
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """Async tests run on asyncio, as the coordinator does."""
