@@ -1005,7 +1005,7 @@ class Coordinator:
                 f"{name} announces {total} bytes, where at most {most} are possible", code="wrong_length"
             )
         if (name, attempt) not in self._uploads:
-            stale = self.quotas.make_way(worker_id, (name, attempt), self._uploads)
+            stale = self.quotas.make_way(worker_id, (name, attempt), lambda key: key in self._uploads)
             self._uploads.keep_only(lambda key: key not in stale)
             self._make_sure_of_room(job, total)
 

@@ -10,6 +10,8 @@ asked by the routes, as before. A connection whose body was not read is closed a
 import math
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Self
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -24,6 +26,8 @@ from server.coordinator import Coordinator
 from server.headers import secured
 from server.quotas import Reason
 
+LET_IN = 1_024  # spellings that need no second look
+
 _REASONS: dict[str, Reason] = {"origin_not_allowed": "origin"}  # of a refusal by names; every other is the host's
 
 
@@ -36,6 +40,7 @@ class Gate:
         self._names = hosts.names_of(self._given)
         self._of: Coordinator | None = None  # whose they are
         self._status: TailscaleStatus | None = None  # the last that there was
+        self._let_in: set[tuple[str, ...]] = set()  # the Host of calls that were, and the address that they came to
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a call that is refused here, or pass it on."""
@@ -47,28 +52,25 @@ class Gate:
             return
         send = secured(send)
         coordinator: Coordinator = scope["app"].state.coordinator
-        error = self._by_name(scope, coordinator) or _by_number(scope, coordinator)
+        said = _Said.of(scope)
+        error = self._by_name(scope, said, coordinator) or _by_number(scope, said, coordinator)
         if error is None:
             await self._app(scope, receive, send)
         else:
             await _refuse(error, scope, receive, send)
 
-    def _by_name(self, scope: Scope, coordinator: Coordinator) -> LydianError | None:
-        said: dict[bytes, list[str]] = {b"host": [], b"origin": []}
-        for name, value in scope["headers"]:
-            if name in said:
-                said[name].append(value.decode("latin-1"))
-        server = scope.get("server") or ("", None)
-        error = hosts.refusal(
-            said[b"host"],
-            said[b"origin"],
-            scheme=scope["scheme"],
-            listening=str(server[0]),
-            names=self._known(coordinator),
-        )
+    def _by_name(self, scope: Scope, said: "_Said", coordinator: Coordinator) -> LydianError | None:
+        names, listening = self._known(coordinator), str((scope.get("server") or ("", None))[0])
+        plain = (*said.hosts, listening)
+        if not said.origins and plain in self._let_in:
+            return None
+        error = hosts.refusal(said.hosts, said.origins, scheme=scope["scheme"], listening=listening, names=names)
         if error is not None:
-            address = _address(scope)
-            coordinator.quotas.refusals.note(_REASONS.get(error.code, "host"), address, error)
+            coordinator.quotas.refusals.note(_REASONS.get(error.code, "host"), _address(scope) or "a caller", error)
+        else:
+            if len(self._let_in) >= LET_IN:
+                self._let_in.clear()
+            self._let_in.add(plain)  # right without an Origin in any case
         return error
 
     def _known(self, coordinator: Coordinator) -> frozenset[str]:
@@ -78,16 +80,37 @@ class Gate:
             here = (*self._given, *coordinator.settings.allow_host)
             there = (*status.addresses, *hosts.with_short(status.name)) if status is not None else ()
             self._of, self._status, self._names = coordinator, status, hosts.names_of((*here, *there))
+            self._let_in.clear()
         return self._names
 
 
-def _by_number(scope: Scope, coordinator: Coordinator) -> TooManyError | None:
+@dataclass
+class _Said:
+    """What the headers of a call say that is looked at here."""
+
+    hosts: list[str]
+    origins: list[str]
+    authorization: str | None
+
+    @classmethod
+    def of(cls, scope: Scope) -> Self:
+        said = cls([], [], None)
+        for name, value in scope["headers"]:
+            match name:
+                case b"host":
+                    said.hosts.append(value.decode("latin-1"))
+                case b"origin":
+                    said.origins.append(value.decode("latin-1"))
+                case b"authorization" if said.authorization is None:
+                    said.authorization = value.decode("latin-1")
+        return said
+
+
+def _by_number(scope: Scope, said: _Said, coordinator: Coordinator) -> TooManyError | None:
     caller: Principal | None = None
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            with suppress(UnauthenticatedError):  # the route says so
-                caller = coordinator.tokens.check(value.decode("latin-1"))
-            break
+    if said.authorization is not None:
+        with suppress(UnauthenticatedError):  # the route says so
+            caller = coordinator.tokens.check(said.authorization)
     return coordinator.quotas.call(caller, _address(scope))
 
 

@@ -10,7 +10,7 @@ refused is counted by its reason for /metrics, and logged: the first time of a c
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -136,7 +136,7 @@ class Quotas:
         )
         return self._refused("uploads", worker, sentence, code="too_many_uploads", retry_after_s=AGAIN_S)
 
-    def make_way(self, worker: str, key: Key, here: Container[Key]) -> set[Key]:
+    def make_way(self, worker: str, key: Key, is_here: Callable[[Key], bool]) -> set[Key]:
         """A worker begins an upload. Which of its half-sent ones are dropped for it: the oldest.
 
         So a worker holds room for as many updates as it may upload at once, whatever attempts it has collected.
@@ -144,10 +144,10 @@ class Quotas:
         Args:
             worker: its id.
             key: the new upload.
-            here: every upload of which there are bytes.
+            is_here: whether there are bytes of an upload.
         """
         own = self._staged.setdefault(worker, deque())
-        kept = deque(one for one in own if one in here and one != key)
+        kept = deque(one for one in own if is_here(one) and one != key)
         dropped = {kept.popleft() for _ in range(len(kept) - self._settings.uploads + 1)}
         kept.append(key)
         self._staged[worker] = kept

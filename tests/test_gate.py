@@ -105,6 +105,19 @@ def test_names_of_the_tailnet_count_as_soon_as_they_are_known_and_while_tailscal
         served.close()
 
 
+def test_a_host_that_was_let_in_once_is_still_refused_with_a_foreign_origin_and_beside_a_second_host(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.gate.LET_IN", 3)
+    for number in range(5):  # as many spellings as anybody likes
+        assert fleet.call("GET", "/no/such", hosts=(f"127.0.0.1:{1 + number}",)).status == 404
+    assert fleet.call("GET", "/healthz", headers={"Origin": "http://evil.example"}).status == 403
+    assert fleet.call("GET", "/healthz", headers={"Origin": f"http://{HOST}"}).status == 200
+    assert fleet.call("GET", "/healthz", hosts=(HOST, HOST)).status == 400
+    assert fleet.call("GET", "/healthz", hosts=(HOST, "192.0.2.7")).status == 400
+    assert fleet.call("GET", "/healthz", hosts=()).status == 400
+
+
 # ---------------------------------------------------------------- headers
 
 

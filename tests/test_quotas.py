@@ -85,12 +85,12 @@ def test_no_order_of_beginnings_and_ends_lets_a_worker_have_more_or_leaves_anyth
 def test_what_a_worker_has_half_sent_makes_way_for_what_it_begins_the_oldest_first() -> None:
     limits, here = quotas(), set[tuple[str, int]]()
     for attempt, dropped in ((1, set()), (2, set()), (3, {("a", 1)}), (4, {("a", 2)})):
-        stale = limits.make_way("w", ("a", attempt), here)
+        stale = limits.make_way("w", ("a", attempt), here.__contains__)
         assert stale == dropped
         here = here - stale | {("a", attempt)}
-    assert limits.make_way("another", ("b", 1), here) == set()
+    assert limits.make_way("another", ("b", 1), here.__contains__) == set()
     here -= {("a", 3)}  # it was handed in
-    assert limits.make_way("w", ("a", 5), here) == set()
+    assert limits.make_way("w", ("a", 5), here.__contains__) == set()
 
 
 def test_a_token_follows_so_many_event_streams_and_one_that_ends_frees_its_place() -> None:

@@ -16,10 +16,12 @@ from worker import plan
 BODY = {"code": "too_many_calls", "sentence": "w makes too many calls", "advice": "Wait."}
 
 
-def answered(method: str = "GET", status: int = 429, **headers: str) -> LydianError:
-    said = {name.replace("_", "-"): value for name, value in headers.items()}
+def answered(method: str = "GET", status: int = 429, code: str = "too_many_calls", **headers: str) -> LydianError:
+    said = {name.replace("_", "-"): value.encode("latin-1") for name, value in headers.items()}
     request = httpx2.Request(method, "http://coordinator/v1/jobs")
-    answer = httpx2.Response(status, headers=said, json=None if method == "HEAD" else BODY, request=request)
+    answer = httpx2.Response(
+        status, headers=said, json=None if method == "HEAD" else BODY | {"code": code}, request=request
+    )
     with pytest.raises(LydianError) as raised:
         raise_for(answer)
     return raised.value
@@ -43,7 +45,7 @@ def test_what_is_no_number_of_seconds_is_not_believed_and_no_wait_is_without_end
 
 
 def test_a_coordinator_that_stops_is_called_again_as_soon_as_before() -> None:
-    error = answered(status=503, Retry_After="1")
+    error = answered(status=503, code="stopping", Retry_After="1")
     assert isinstance(error, UnavailableError)
     assert plan.wait_s(1, 0.0, error=error) == 0
 
