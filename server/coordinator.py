@@ -587,8 +587,7 @@ class Coordinator:
                 f"coordinator {__version__} speaks {' and '.join(map(str, PROTOCOLS))}",
                 advice=f"Upgrade {sides}.",
             )
-        if known is None:
-            self.quotas.admit_worker(len(self.fleet.workers))
+        self.quotas.admit_worker(registration, len(self.fleet.workers) if known is None else 0)
         now = self.clock()
         worker_id = known or new_id(registration.name)
         self._refuse_rival(worker_id, registration, now)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
-from common.errors import TooManyError
+from common.errors import TooLargeError, TooManyError
+from common.messages import Registration
 from common.streams import STREAMS
 from server.auth import Principal
 from server.buckets import Buckets, Rate, network_of
@@ -33,6 +34,7 @@ TOLD = 256  # callers whose refusals are logged each by itself
 TOLD_EVERY_S = 60.0
 STREAMS_A_WORKER = 2 * STREAMS  # of one upload: those of a line that broke hang for a while beside the new ones
 HOUR_S = 3_600.0
+REGISTRATION = 256 << 10  # bytes of JSON that a worker is described in
 CUT_TO = 1_000  # characters that are left of a report where a worker has written too much
 HAND_BACKS = Rate(burst=200, a_second=1.0)  # attempts of one worker that end without a result
 AGAIN_S = 1.0  # when to ask again for what is had by turns
@@ -131,9 +133,8 @@ class Quotas:
                 self._uploading.pop(worker, None)
 
     def _uploads_refused(self, worker: str, what: str) -> TooManyError:
-        sentence = (
-            f"{worker} has {what} under way: at most {self._settings.uploads} uploads are taken at once of a worker"
-        )
+        most = self._settings.uploads
+        sentence = f"{worker} has {what} under way, and {most} uploads at once are all that a worker may have"
         return self._refused("uploads", worker, sentence, code="too_many_uploads", retry_after_s=AGAIN_S)
 
     def make_way(self, worker: str, key: Key, is_here: Callable[[Key], bool]) -> set[Key]:
@@ -200,14 +201,25 @@ class Quotas:
         advice = "Wait until some have ended, cancel some, or raise LYDIAN_JOBS or LYDIAN_JOBS_EACH."
         raise self._refused("jobs", who, sentence, code="too_many_jobs", advice=advice)
 
-    def admit_worker(self, known: int) -> None:
-        """Let one more worker join.
+    def admit_worker(self, registration: Registration, joined: int) -> None:
+        """Let a worker register.
+
+        Args:
+            registration: what it says of itself, which is kept as long as the journal is.
+            joined: workers that have joined before; 0 for one that comes back.
 
         Raises:
-            TooManyError: too many have (`too_many_workers`).
+            TooLargeError: it says too much.
+            TooManyError: too many have joined (`too_many_workers`).
         """
-        if known >= self._settings.workers:
-            sentence = f"{known} workers have joined, which is all that this coordinator knows at once"
+        size = len(registration.model_dump_json(exclude={"holding"}))
+        if size > REGISTRATION:
+            raise TooLargeError(
+                f"{registration.name} describes itself in {size} bytes, where at most {REGISTRATION} are kept",
+                advice="Does --allow list more task files than it needs?",
+            )
+        if joined >= self._settings.workers:
+            sentence = f"{joined} workers have joined, which are all that this coordinator knows at once"
             advice = "Raise LYDIAN_WORKERS, or let a worker that joined before come back with its own state folder."
             raise self._refused("workers", "a new worker", sentence, code="too_many_workers", advice=advice)
 

@@ -84,7 +84,7 @@ def test_a_connection_beyond_those_of_an_address_is_closed_and_those_of_others_a
 def test_a_target_that_names_a_host_names_one_more(served: Served) -> None:
     targets = {
         "/": b"a.example",
-        "*": b"",  # answered by the parser
+        "*": b"a.example",
         "http://b.example/x": b"a.example b.example",
         "HTTP://a.example:80": b"a.example a.example:80",
         "http:///x": b"a.example ",

@@ -204,6 +204,7 @@ def worker_cases() -> Iterator[Case]:
     yield joins("no cores", {"hardware": {"cores": 0}})
     yield joins("memory below 0", {"hardware": {"memory": -1}})
     yield joins("memory of 2^53", {"hardware": {"memory": 2**53}})
+    yield joins("a host name of a megabyte", {"hardware": {"hostname": "h" * 1_000_000}}, 413, "too_large")
     yield joins("half a surrogate pair", {"hardware": {"hostname": "\ud800"}})
     yield joins("a data folder by path", {"data": ["../x"]})
     yield joins("10,001 things held", {"holding": [{"assignment": "a", "attempt": 1}] * 10_001})

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import TooManyError
+from common.errors import TooLargeError, TooManyError
 from server.auth import Principal
-from server.quotas import CUT_TO, HAND_BACKS, REASONS, STREAMS_A_WORKER, Quotas
+from server.quotas import CUT_TO, HAND_BACKS, REASONS, REGISTRATION, STREAMS_A_WORKER, Quotas
 from server.settings import Settings
+from tests.rounds_kit import registration
 from tests.trust_kit import JSON, Fleet
 
 ONE, TWO = (Principal("admin", number * 12, None) for number in "12")
@@ -120,10 +121,14 @@ def test_open_jobs_are_limited_for_each_token_and_in_all() -> None:
     limits.admit_job(None, [None] * 3)
 
 
-def test_no_worker_joins_beyond_those_that_may() -> None:
-    limits = quotas(workers=2)
-    limits.admit_worker(1)
-    assert code_of(limits.admit_worker, 2) == "too_many_workers"
+def test_no_worker_joins_beyond_those_that_may_and_none_that_says_too_much_of_itself() -> None:
+    limits, one = quotas(workers=2), registration("w")
+    limits.admit_worker(one, 1)
+    limits.admit_worker(one, 0)  # it comes back
+    assert code_of(limits.admit_worker, one, 2) == "too_many_workers"
+    long = one.model_copy(update={"hardware": one.hardware.model_copy(update={"hostname": "h" * REGISTRATION})})
+    with pytest.raises(TooLargeError, match=r"w describes itself in \d+ bytes, where at most 262144 are kept"):
+        limits.admit_worker(long, 0)
 
 
 # ---------------------------------------------------------------- the journal
@@ -167,7 +172,7 @@ def test_every_refusal_has_its_reason_among_those_that_are_counted(caplog: pytes
     for _ in range(int(HAND_BACKS.burst) + 1):
         limits.note_hand_back("w")
     code_of(limits.admit_job, None, [None])
-    code_of(limits.admit_worker, 1)
+    code_of(limits.admit_worker, registration("w"), 1)
     with limits.streaming(ONE):
         code_of(limits.streaming(ONE).__enter__)
     with limits.uploading("w", ("a", 1)), limits.uploading("w", ("b", 1)):
