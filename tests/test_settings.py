@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from common.errors import LydianError
 from common.places import coordinator_folder
-from server.settings import Settings
+from server.settings import OPTIONS, Settings, in_words
 
 
 def test_nothing_set_gives_the_documented_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -178,6 +178,21 @@ def test_leases_shorter_than_two_heartbeats_are_refused_by_both_names() -> None:
         Settings.from_environment({"LYDIAN_TTL_S": "19"})
     assert refused.value.code == "bad_setting"
     assert Settings.from_environment({"LYDIAN_TTL_S": "20"}).ttl_s == 20
+
+
+def test_names_of_the_command_line_come_on_top_of_those_of_the_environment_and_are_looked_at() -> None:
+    settings = Settings(allow_host=("a.example",)).allowing(["b.example", "[::1]"])
+    assert settings.allow_host == ("a.example", "b.example", "[::1]")
+    for name in ("http://a.example", "a b", "", "a.example:80:80", "\u212aelvin.example"):
+        with pytest.raises(LydianError, match=r"--allow-host .* is neither a name nor an address") as refused:
+            settings.allowing([name])
+        assert refused.value.code == "bad_setting"
+
+
+def test_the_help_says_every_setting_that_has_no_option_with_what_is_allowed_and_its_default() -> None:
+    told = in_words().split("\n\n")
+    assert len(told) == len(fields(Settings)) - len(OPTIONS)
+    assert "`LYDIAN_UPLOADS`: a number from 1 on: uploads of a worker at once, those half sent included (2)" in told
 
 
 def test_settings_neither_change_nor_take_what_is_not_allowed() -> None:
