@@ -306,7 +306,7 @@ def wait_for(what: str, look: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Running]:
-    chosen = Settings(state_dir=folder, body_idle_s=SHORT_S, reserve_bytes=0)
+    chosen = Settings(state_dir=folder, body_idle_s=SHORT_S, reserve_bytes=0, stranger_calls_burst=10_000)
     app = create_app(chosen)
     add_routes(app, Blobs(folder / "others", reserve_bytes=0))  # not the coordinator's, which it would sweep
     with socket.create_server(("127.0.0.1", 0)) as listening:

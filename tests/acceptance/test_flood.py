@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import TooManyError
+from common.errors import TooManyError, UnavailableError
 from common.messages import Assignment, ModelFacts
 from tests.acceptance.kit import LocalFleet, wait_for
 from tests.acceptance.played import MODEL, Played, update
@@ -34,9 +34,13 @@ class Honest(threading.Thread):
 
     def run(self) -> None:
         while not self.stopping.is_set():
-            answer = self.worker.ask(wait_s=1.0)
-            if answer is not None and answer.assignment is not None:
-                self.do(answer.assignment)
+            try:
+                answer = self.worker.ask(wait_s=1.0)
+                if answer is not None and answer.assignment is not None:
+                    self.do(answer.assignment)
+            except UnavailableError as error:  # an answer that does not come in time is asked for again
+                if isinstance(error, TooManyError):
+                    raise
 
     def do(self, work: Assignment) -> None:
         if work.kind == "init":
