@@ -192,7 +192,7 @@ def test_names_of_the_command_line_come_on_top_of_those_of_the_environment_and_a
 def test_the_help_says_every_setting_that_has_no_option_with_what_is_allowed_and_its_default() -> None:
     told = in_words().split("\n\n")
     assert len(told) == len(fields(Settings)) - len(OPTIONS)
-    assert "`LYDIAN_UPLOADS`: a number from 1 on: uploads of a worker at once, those half sent included (2)" in told
+    assert "`LYDIAN_UPLOADS`: a number from 1 on: uploads at once, and half-sent ones, of a worker (2)" in told
 
 
 def test_settings_neither_change_nor_take_what_is_not_allowed() -> None:
