@@ -238,7 +238,6 @@ class Quotas:
 
     def cut(self, worker: str, report: str) -> str:
         """A worker's report as the journal keeps it: whole, or where it has written too much this hour, its end."""
-        size, now = len(report.encode()), self._clock()
         if not report or self._written.take(worker, self._clock(), len(report.encode())) <= 0:
             return report
         self.refusals.note("reports", worker, f"its reports of an hour have {self._settings.report_bytes} bytes: cut")
