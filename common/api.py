@@ -21,7 +21,7 @@ from urllib.parse import quote
 import httpx2
 from pydantic import TypeAdapter
 
-from common.errors import BadRequestError, UnavailableError
+from common.errors import BadRequestError, TooManyError, UnavailableError
 from common.link import measure
 from common.messages import (
     OVER,
@@ -325,6 +325,7 @@ class CoordinatorApi:
         """
         away_since: float | None = None
         while True:
+            pause_s = 0.5
             try:
                 for event in self._stream(job, after):
                     away_since = None
@@ -338,8 +339,9 @@ class CoordinatorApi:
                     if isinstance(error, UnavailableError):
                         raise
                     raise unreachable(self.url, error) from error
+                pause_s = max(pause_s, error.retry_after_s if isinstance(error, TooManyError) else 0.0)
                 on_wait(f"the coordinator at {self.url} does not answer ({error}); waiting for it to come back")
-            time.sleep(0.5)  # between two connections, never between two events
+            time.sleep(pause_s)  # between two connections, never between two events
 
     # ---------------------------------------------------------------- the wire
 

@@ -17,6 +17,7 @@
     │   └── BadUpdateError                an update does not fit the model, or is not finite
     ├── VersionSkewError             426  one side must be upgraded
     ├── UnavailableError             503  not now: shutting down, or out of reach
+    │   └── TooManyError             429  this caller has, or does, too much just now
     └── DiskFullError                507  no room for what was announced
 
 The class carries the HTTP status and a stable code; the message says in one sentence what happened, with the values;
@@ -172,6 +173,20 @@ class UnavailableError(LydianError):
     advice = "Try again in a moment."
 
 
+class TooManyError(UnavailableError):
+    """The caller makes too many calls, or has too much at once. `retry_after_s`: when it may help to try again."""
+
+    status = 429
+    code = "too_many_calls"
+    advice = "Wait a moment between two calls; docs/security.md lists the limits and how to raise them."
+
+    def __init__(
+        self, sentence: str, *, advice: str | None = None, code: str | None = None, retry_after_s: float = 0.0
+    ) -> None:
+        super().__init__(sentence, advice=advice, code=code)
+        self.retry_after_s = retry_after_s  # 0: time alone does not help
+
+
 class DiskFullError(LydianError):
     """There is no room for what was announced; nothing was written."""
 
@@ -183,7 +198,7 @@ class DiskFullError(LydianError):
 _FAMILY: tuple[type[LydianError], ...] = (
     SupersededError, JobOverError, BadJobError, BadTaskError, BadUpdateError,  # told apart by code, first
     BadRequestError, UnauthenticatedError, ForbiddenError, NotFoundError, TooSlowError, TooLargeError, ConflictError,
-    LateError, RefusedError, VersionSkewError, UnavailableError, DiskFullError,
+    LateError, RefusedError, VersionSkewError, UnavailableError, TooManyError, DiskFullError,
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx2
 
-from common.errors import BadUpdateError, LydianError, UnavailableError, from_answer
+from common.errors import BadUpdateError, LydianError, TooManyError, UnavailableError, from_answer
 from common.ranges import Ranges, content_range, gaps
 from common.staging import Staging
 from common.streams import STREAMS, Piece, Streams
@@ -34,6 +34,7 @@ STRAIGHT = 8 << 20  # bytes of an answer that are worth a connection of their ow
 NOTE_EVERY = 1 << 20  # bytes of one stream that a killed process forgets at most
 IDLE_S = 30.0  # without a byte, after which a connection counts as dead
 CONNECT_S = 10.0
+LONGEST_WAIT_S = 60  # that anybody is believed who says when to call again
 LOOK_S = 0.2  # between two looks whether another process has let go of a file
 
 OnBytes = Callable[[int], None]
@@ -480,9 +481,17 @@ def raise_for(answer: httpx2.Response) -> None:
         body = json.loads(answer.content)
     except ValueError:
         if answer.request.method == "HEAD":  # a HEAD has no body to say more
-            raise _bare(answer) from None
+            raise _with_wait(_bare(answer), answer) from None
         body = answer.text
-    raise from_answer(answer.status_code, body)
+    raise _with_wait(from_answer(answer.status_code, body), answer)
+
+
+def _with_wait(error: LydianError, answer: httpx2.Response) -> LydianError:
+    """The error, which knows when it may help to call again, where that was said."""
+    told = answer.headers.get("Retry-After", "")
+    if isinstance(error, TooManyError) and told.isascii() and told.isdecimal():
+        error.retry_after_s = float(min(int(told[:9]), LONGEST_WAIT_S))
+    return error
 
 
 def _bare(answer: httpx2.Response) -> LydianError:

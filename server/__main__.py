@@ -3,9 +3,11 @@
 import asyncio
 import logging
 import platform
+import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from socket import socket
@@ -20,7 +22,7 @@ from common.errors import LydianError
 from common.tailscale import PATIENCE_S, TailscaleStatus, tailscale_status
 from server.app import create_app, failed_start
 from server.binding import LOOPBACK, Binding, choose, open_sockets
-from server.settings import Settings
+from server.settings import Settings, in_words
 from server.supervisor import tell_ready
 from server.wire import impatient
 
@@ -91,7 +93,7 @@ class Server(uvicorn.Server):
         return made
 
 
-@app.command()
+@app.command(epilog=f"Settings by the environment alone:\n\n{in_words()}")
 def serve(
     host: Annotated[
         str | None,
@@ -102,6 +104,14 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.", envvar="LYDIAN_PORT")] = 8470,
     state_dir: Annotated[
         Path | None, typer.Option(help="Journal, models and tokens.", envvar="LYDIAN_STATE_DIR")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Answer calls by this name too: of a tunnel, a container or your own DNS. May be repeated; "
+            "LYDIAN_ALLOW_HOST lists several.",
+        ),
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow 0.0.0.0 and ::, whoever can reach them.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
@@ -132,10 +142,22 @@ def serve(
         settings = Settings.from_environment()
         if state_dir is not None:
             settings = replace(settings, state_dir=state_dir)
+        if allow_host:
+            settings = settings.allowing(allow_host)
         _run(settings, host, port, insecure=insecure)
     except LydianError as error:
         typer.echo(error.lines(), err=True)
         raise typer.Exit(1) from error
+
+
+def descriptors() -> int:
+    """Open files that this process may have, after as many as the system allows were asked for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # macOS names a limit that it does not grant
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> None:
@@ -143,10 +165,17 @@ def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> 
     status, why_none = tailscale_status(settings.tailscaled, patience_s=patience_s)
     binding = choose(host, status, why_none, insecure=insecure, machine=platform.node())
     sockets = open_sockets(binding.hosts, port)
-    app = create_app(settings, pin=binding.pin)
+    app = create_app(settings, pin=binding.pin, names=(*binding.hosts, binding.urls_host, binding.address))
+    most = min(settings.connections, descriptors() // 2)  # one caller does not take all the files that may be open
+
+    def connection_refused(address: str) -> None:
+        app.state.coordinator.quotas.connection_refused(address, most)
+
     config = uvicorn.Config(
         app,
-        http=impatient(settings.body_idle_s),
+        http=impatient(settings.body_idle_s, most, connection_refused),
+        ws="none",
+        server_header=False,
         log_config=None,
         access_log=False,
         proxy_headers=False,  # where a call comes from is asked of the kernel and of Tailscale, never of the caller

@@ -6,9 +6,10 @@ that a second coordinator on it ends at once.
 
 import asyncio
 import logging
+import platform
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from http import HTTPStatus
 from types import FrameType
@@ -20,10 +21,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from common import __version__
-from common.errors import BadRequestError, LydianError, UnavailableError
+from common.errors import BadRequestError, LydianError
 from server.auth import Scope, Tokens, guard_logs, token_file
 from server.bodies import BodyLimits
 from server.coordinator import Coordinator
+from server.gate import Gate, retry_after
+from server.headers import EVERYWHERE
+from server.hosts import with_short
 from server.routes import jobs, models, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
@@ -31,12 +35,14 @@ from server.store import Journal, lock_folder
 log = logging.getLogger("lydian.app")
 
 
-def create_app(settings: Settings | None = None, *, pin: str | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, *, pin: str | None = None, names: Iterable[str] = ()) -> FastAPI:
     """The application. Nothing is read or written before it starts.
 
     Args:
         settings: where and how to run; None reads LYDIAN_* from the environment when the application starts.
         pin: this machine's StableID, where workers reach it over a tailnet: they are told it with each join token.
+        names: names and addresses by which calls may come, beside this machine's own name, its addresses, its names in
+            the tailnet, and those of the settings.
     """
 
     @asynccontextmanager
@@ -61,11 +67,13 @@ def create_app(settings: Settings | None = None, *, pin: str | None = None) -> F
         redoc_url=None,
     )
     app.add_middleware(BodyLimits, settings=settings)
+    app.add_middleware(Gate, names=(*with_short(platform.node()), *names))  # added last, so asked first
     for module in (public, jobs, workers, updates, models, probe, tokens):
         app.include_router(module.router)
     app.add_exception_handler(LydianError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_bug)
     return app
 
 
@@ -127,7 +135,7 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     """One shape for every error: code, sentence, what to do."""
     assert isinstance(error, LydianError)  # noqa: S101 - registered for it
     log.info("%s %s: %d %s: %s", request.method, request.url.path, error.status, error.code, error)
-    headers = {"Retry-After": "1"} if isinstance(error, UnavailableError) else {}
+    headers = retry_after(error)
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.answer(), status_code=error.status, headers=headers)
@@ -150,6 +158,16 @@ async def _answer_http(request: Request, error: Exception) -> JSONResponse:
         refusal = BadRequestError(sentence)
     log.info("%s: %d %s", sentence, error.status_code, refusal.code)
     return JSONResponse(refusal.answer(), status_code=error.status_code, headers=error.headers)
+
+
+async def _answer_bug(request: Request, error: Exception) -> JSONResponse:
+    """What nobody has thought of. It is logged with its traceback, and says nothing of itself to the caller.
+
+    Made outside of everything that is added to the application, so it brings its own headers.
+    """
+    refusal = LydianError(f"{request.method} {request.url.path}: {type(error).__name__}, which should not happen")
+    headers = {name.decode(): value.decode() for name, value in EVERYWHERE}
+    return JSONResponse(refusal.answer(), status_code=refusal.status, headers=headers)
 
 
 app = create_app()

@@ -78,7 +78,7 @@ from common.tasks import BUILTIN
 from common.weights import file_digest, read_layout
 from server import drift, folding, nova, privacy, rounds, securing, versions
 from server.accounting import AccountantError, Accounting, Planned, example_level, worker_level
-from server.auth import Tokens
+from server.auth import Principal, Tokens
 from server.blobs import Blobs
 from server.buffering import Batch, Buffering, shards_for, size_of
 from server.cutting import Place, Sampled
@@ -90,6 +90,7 @@ from server.fleet import Fleet, Lease, Timing, Worker
 from server.inspection import Inspection, inspect
 from server.naming import assignment_id, new_id, parse_assignment
 from server.probe import Probes
+from server.quotas import Quotas
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
 from server.sealing import Sums, check_can_sum, is_secure
 from server.securing import Decision, Seal
@@ -138,6 +139,8 @@ class Coordinator:
         self._by_key: dict[str, str] = {}  # idempotency key -> job id
         self._uploads = Uploads(self.blobs)
         self.probes = Probes()
+        self.quotas = Quotas(self.settings, self.clock)
+        self.submitters: dict[str, str] = {}  # job id -> id of the token that submitted it, of those of this process
         self._sums = Sums(self.journal, self._wake)
         self.accounting, self._seeds = Accounting(), Seeds(self.settings.state_dir)
         given = self.settings
@@ -421,12 +424,16 @@ class Coordinator:
         """
         return None if request.key in self._by_key else await self.accounting.plan(request.spec)
 
-    def submit(self, request: JobRequest, planned: Planned | None = None) -> Job:
+    def submit(self, request: JobRequest, planned: Planned | None = None, by: Principal | None = None) -> Job:
         """Take a job. The same key again gives the job that was made for it.
 
         Args:
             request: the job.
             planned: what `plan` said of it.
+            by: whose it is, for the limits; None: nobody's.
+
+        Raises:
+            TooManyError: too many jobs are open.
         """
         if (known := self._by_key.get(request.key)) is not None:
             job = self.jobs[known]
@@ -436,6 +443,7 @@ class Coordinator:
             if job.spec != asked:
                 raise ConflictError(f"the key {request.key!r} was used for another job, {known}", code="key_reused")
             return job
+        self.quotas.admit_job(by, [self.submitters.get(job.id) for job in self._active()])
         check_can_sum(request.spec)
         spec, digest = request.spec, None
         if unfit := nova.why_not(spec, partial(_source_of, request)):
@@ -462,6 +470,8 @@ class Coordinator:
         for stored in self._keep_facts(job_id, Step((taken,), "submitted")):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
+        if by is not None:
+            self.submitters[job_id] = by.token_id
         log.info("%s: submitted", job_id)
         for sentence in cautions(spec):
             log.warning("%s: %s", job_id, sentence)
@@ -577,6 +587,7 @@ class Coordinator:
                 f"coordinator {__version__} speaks {' and '.join(map(str, PROTOCOLS))}",
                 advice=f"Upgrade {sides}.",
             )
+        self.quotas.admit_worker(registration, len(self.fleet.workers) if known is None else 0)
         now = self.clock()
         worker_id = known or new_id(registration.name)
         self._refuse_rival(worker_id, registration, now)
@@ -744,7 +755,8 @@ class Coordinator:
         unmask = tuple(one for job in self._active() for one in self._sums.asked(job, worker.id, request.holding))
         if unmask:
             return PollAnswer(forget=forget, settled=settled, unmask=unmask)
-        choice = self.fleet.choose(worker.id, self._open_to(worker.id), self.clock())
+        may = self.quotas.may_have_work(worker.id)
+        choice = self.fleet.choose(worker.id, self._open_to(worker.id), self.clock()) if may else None
         if choice is None:
             prepare = self._preparation(worker, request)
             something = forget or settled or prepare
@@ -918,6 +930,7 @@ class Coordinator:
 
     def _back(self, task: Task, attempt: int, worker_id: str, code: str, sentence: str, detail: str = "") -> HandedBack:
         known = self.fleet.workers.get(worker_id)
+        self.quotas.note_hand_back(worker_id)
         return HandedBack(
             kind=task.kind,
             round=task.round,
@@ -927,7 +940,7 @@ class Coordinator:
             worker_name=known.name if known else worker_id,
             code=code,
             sentence=sentence,
-            detail=detail,
+            detail=self.quotas.cut(worker_id, detail),
         )
 
     def _fail_if_nobody_can(self, job_id: str) -> None:
@@ -991,6 +1004,8 @@ class Coordinator:
                 f"{name} announces {total} bytes, where at most {most} are possible", code="wrong_length"
             )
         if (name, attempt) not in self._uploads:
+            stale = self.quotas.make_way(worker_id, (name, attempt), lambda key: key in self._uploads)
+            self._uploads.keep_only(lambda key: key not in stale)
             self._make_sure_of_room(job, total)
 
     def _largest(self, job: Job, model_size: int) -> int:

@@ -42,6 +42,10 @@ class StateCollector(Collector):
                 value.add_metric([job.id, name], number)
         yield closed
         yield value
+        refused = CounterMetricFamily("lydian_refusals", "Calls and more that a limit refused.", labels=["reason"])
+        for reason, times in coordinator.quotas.refusals.counts.items():
+            refused.add_metric([reason], times)
+        yield refused
 
 
 def _by_state(name: str, says: str, numbers: dict[str, int]) -> Family:

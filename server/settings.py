@@ -4,25 +4,42 @@ Only the names below are read; LYDIAN_URL and LYDIAN_TOKEN are for workers and c
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
 from common.errors import LydianError
 from common.places import coordinator_folder
 from common.tailscale import SOCKET
+from server.hosts import host_of
 
 PREFIX = "LYDIAN_"
+OPTIONS = ("state_dir", "host", "port", "insecure", "allow_host")  # of `lydian serve`
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Bytes = Annotated[int, Field(ge=0, lt=2**53)]
 Times = Annotated[int, Field(ge=1, le=1_000_000)]
+Calls = Annotated[float, Field(ge=1, le=1_000_000)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+def _listed(value: object) -> object:
+    """What a variable of the environment lists."""
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+def _named(name: str) -> str:
+    if host_of(name) is None:
+        raise ValueError("it is neither a name nor an address")
+    return name
+
+
+Names = Annotated[tuple[Annotated[str, AfterValidator(_named)], ...], BeforeValidator(_listed)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -53,6 +70,26 @@ class Settings:
         default="enforce", description="enforce or warn: what becomes of a worker's calls from another tailnet machine"
     )
     insecure: bool = Field(default=False, description="true or false: listen on every address, without encryption")
+    allow_host: Names = Field(
+        default=(), description="names or addresses without a port, by which calls may come beside its own ones"
+    )
+    calls_per_s: Calls = Field(default=200.0, description="a number from 1 on: calls a second that a token may make")
+    calls_burst: Calls = Field(default=2_000.0, description="a number from 1 on: calls of a token at once")
+    stranger_calls_per_s: Calls = Field(
+        default=20.0, description="a number from 1 on: calls a second from one address without a token that counts"
+    )
+    stranger_calls_burst: Calls = Field(default=100.0, description="a number from 1 on: such calls at once")
+    connections: Times = Field(default=4_096, description="a number from 1 on: connections at once from one address")
+    uploads: Times = Field(
+        default=2, description="a number from 1 on: uploads at once, and half-sent ones, of a worker"
+    )
+    streams: Times = Field(default=100, description="a number from 1 on: event streams at once of a token")
+    jobs: Times = Field(default=1_000, description="a number from 1 on: jobs that are open at once")
+    jobs_each: Times = Field(default=100, description="a number from 1 on: jobs of one token that are open at once")
+    workers: Times = Field(default=10_000, description="a number from 1 on: workers that may join")
+    report_bytes: Annotated[int, Field(ge=1_000, lt=2**53)] = Field(
+        default=4 << 20, description="bytes, 1000 or more, that a worker's reports of an hour may have in the journal"
+    )
 
     @model_validator(mode="after")
     def _one_beat_may_be_lost(self) -> Self:
@@ -62,6 +99,21 @@ class Settings:
                 "be lost: LYDIAN_HEARTBEAT_S is at most half of LYDIAN_TTL_S"
             )
         return self
+
+    def allowing(self, names: Sequence[str]) -> Self:
+        """The same settings, by which calls may also come by these names.
+
+        Raises:
+            LydianError: one of them is neither a name nor an address (`bad_setting`).
+        """
+        for name in names:
+            if host_of(name) is None:
+                raise LydianError(
+                    f"--allow-host {name[:80]!r} is neither a name nor an address, without scheme and port",
+                    code="bad_setting",
+                    advice="Give the name alone, such as gpu-box.example.",
+                )
+        return replace(self, allow_host=(*self.allow_host, *names))
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
@@ -83,6 +135,15 @@ class Settings:
                 code="bad_setting",
                 advice="Set it to what is allowed, or unset it for the default.",
             ) from error
+
+
+def in_words() -> str:
+    """Every setting that has no option of its own, a paragraph each, for `--help`."""
+    shown = TypeAdapter(Settings).json_schema()["properties"]
+    named = [name for name in shown if name not in OPTIONS]
+    return "\n\n".join(
+        f"`{PREFIX}{name.upper()}`: {shown[name]['description']} ({shown[name].get('default')})" for name in named
+    )
 
 
 def _sentence(fault: ErrorDetails) -> str:

@@ -6,16 +6,27 @@
 Uvicorn waits without limit for both. What lies between them, the body of a request, is limited in server.bodies, and a
 connection that rests between two requests by uvicorn itself.
 
+    a connection more than its address may have ──▶ closed at once
+
+Of what an address is counted as, see server.buckets. Uvicorn's own limit counts all connections together, and answers
+everybody with 503 once one caller has taken them: so it is not used.
+
+A target that names a host (`GET http://name/path`, as to a proxy) counts as one more Host header, which server.gate
+refuses: RFC 9112 has such a name go before the header, and uvicorn drops it.
+
 Bytes come by one buffer that all connections share, as large as is fair between the bodies under way: uvloop reads
 250 kB of each connection before the first of them is looked at, which of a thousand uploads is a quarter of a gigabyte.
 A piece of a body is passed on as the parser cut it, where uvicorn copies it twice more.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from server.buckets import network_of
 
 Base: type[asyncio.Protocol] = AutoHTTPProtocol
 
@@ -23,13 +34,18 @@ MOST, LEAST = 1 << 18, 1 << 14  # bytes that are read of a connection at once
 WAITING = 16 << 20  # bytes of bodies that wait for the application, about, while there are fewer than WAITING / LEAST
 
 
-def impatient(idle_s: float) -> type[asyncio.Protocol]:
+def impatient(
+    idle_s: float, most: int = 1 << 20, on_refused: Callable[[str], None] = lambda _: None
+) -> type[asyncio.Protocol]:
     """Uvicorn's protocol, as it is installed here, that ends a connection whose client does nothing.
 
     Args:
         idle_s: seconds.
+        most: connections of one address at once.
+        on_refused: told the address of each connection that is closed because there are too many.
     """
 
+    open_of = Counter[str]()  # connections by what their address is counted as
     receiving = set[asyncio.Protocol]()  # connections on which a body comes
 
     class Impatient(Base):  # type: ignore[misc,valid-type] # which of two classes it is depends on what is installed
@@ -46,6 +62,15 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
                 receiving.add(self)
             else:
                 receiving.discard(self)
+
+        def on_headers_complete(self) -> None:
+            """Called by the parser of httptools; to the other one such a target is a path that is not there."""
+            if not self.url.startswith((b"/", b"*")):
+                self.headers.append((b"host", self.url.partition(b"://")[2].partition(b"/")[0]))
+            super().on_headers_complete()
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """Whoever asks for a WebSocket is answered as if it had not, and writes nothing into the log."""
 
         def on_body(self, body: bytes) -> None:
             """Called by the parser of httptools; the other protocol has a way of its own."""
@@ -104,11 +129,26 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
         def __init__(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401 - whatever uvicorn says
             self._inner = Impatient(*arguments, **options)
 
+            self._network = ""  # that it is counted for
+            self._refused = False
+
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            address = _address(transport)
+            self._network = network_of(address)
+            open_of[self._network] += 1
+            if open_of[self._network] > most:
+                self._refused = True
+                cast("asyncio.Transport", transport).abort()
+                on_refused(address)
+                return
             self._inner.connection_made(transport)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._inner.connection_lost(exc)
+            open_of[self._network] -= 1
+            if not open_of[self._network]:
+                del open_of[self._network]
+            if not self._refused:
+                self._inner.connection_lost(exc)
 
         def pause_writing(self) -> None:
             self._inner.pause_writing()
@@ -130,6 +170,12 @@ def impatient(idle_s: float) -> type[asyncio.Protocol]:
     buffer = memoryview(bytearray(MOST))
     # Uvicorn only passes it on, and asyncio takes either kind.
     return cast("type[asyncio.Protocol]", Shared)
+
+
+def _address(transport: asyncio.BaseTransport) -> str:
+    """Where a connection comes from; empty: there is no telling, as on a Unix socket."""
+    peer = transport.get_extra_info("peername")
+    return str(peer[0]) if isinstance(peer, tuple) and peer else ""
 
 
 class _Patience:

@@ -26,6 +26,7 @@ from common.errors import (
     LydianError,
     NotFoundError,
     SupersededError,
+    TooManyError,
     UnauthenticatedError,
     UnavailableError,
     VersionSkewError,
@@ -228,6 +229,18 @@ def prepare(stage: str, plays: ScriptedCoordinator, worker: Worker) -> Callable[
         case _:
             plays.script["submit"] += [Lose(), *[UnavailableError("away")] * 20]
             return kill_after_submit
+
+
+def test_a_worker_that_is_told_to_call_less_loses_nothing_and_trains_nothing_again(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    for call in ("poll", "model", "upload", "submit"):
+        plays.script[call].append(TooManyError("too many calls"))
+    plays.hand_out(assignment())
+    worker.start()
+    plays.wait_for("the update to be kept", lambda: bool(plays.of("poll")) and _kept_is_told(plays))
+    assert [line for line in worker.trained() if line.startswith("train begin")] == ["train begin 0"]
+    assert all(not plays.script[call] for call in ("poll", "model", "upload", "submit"))
 
 
 STAGES = ["downloaded", "training", "trained, not synced", "half uploaded", "uploaded, not submitted", "answer lost"]

@@ -306,7 +306,7 @@ def wait_for(what: str, look: Callable[[], Any]) -> None:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Running]:
-    chosen = Settings(state_dir=folder, body_idle_s=SHORT_S, reserve_bytes=0)
+    chosen = Settings(state_dir=folder, body_idle_s=SHORT_S, reserve_bytes=0, stranger_calls_burst=10_000)
     app = create_app(chosen)
     add_routes(app, Blobs(folder / "others", reserve_bytes=0))  # not the coordinator's, which it would sweep
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -382,7 +382,7 @@ def read_all(line: socket.socket) -> bytes:
 
 
 HALF_HEAD = b"GET /healthz HTTP/1.1\r\nHost"
-HEAD = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+HEAD = b"GET /healthz HTTP/1.1\r\nHost: [::1]\r\n\r\n"
 
 
 @pytest.mark.parametrize("sent", [b"", HALF_HEAD], ids=["nothing", "half a head"])
@@ -433,7 +433,7 @@ def test_a_request_that_waits_for_its_answer_is_not_cut(served: Running) -> None
 
 def test_a_client_that_reads_nothing_is_cut(either: Running) -> None:
     with either.connect() as line:
-        line.sendall(b"GET /endless HTTP/1.1\r\nHost: x\r\n\r\n")
+        line.sendall(b"GET /endless HTTP/1.1\r\nHost: [::1]\r\n\r\n")
         wait_for("the download to begin", lambda: either.connections == 1)
         wait_for("the download to be given up", lambda: either.connections == 0)
 
@@ -444,7 +444,7 @@ def test_a_client_that_reads_slowly_is_not_cut(served: Running) -> None:
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
         line.settimeout(PATIENCE_S)
         line.connect(("127.0.0.1", served.port))
-        line.sendall(b"GET /blob HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        line.sendall(b"GET /blob HTTP/1.1\r\nHost: [::1]\r\nConnection: close\r\n\r\n")
         came, began = b"", time.monotonic()
         while time.monotonic() - began < 5 * SHORT_S:
             came += line.recv(20_000)
@@ -456,7 +456,7 @@ def test_a_client_that_reads_slowly_is_not_cut(served: Running) -> None:
 def test_a_message_that_stands_still_is_answered_and_its_connection_ends(either: Running) -> None:
     token = (either.folder / "admin.token").read_text().strip()
     with either.connect() as line:
-        head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 100\r\n\r\n"
+        head = f"POST /v1/jobs HTTP/1.1\r\nHost: [::1]\r\nAuthorization: Bearer {token}\r\nContent-Length: 100\r\n\r\n"
         line.sendall(f"{head}{{".encode())
         answer = read_all(line)
     assert answer.startswith(b"HTTP/1.1 408 ")
@@ -494,7 +494,7 @@ def end_with_reset(line: socket.socket) -> None:
 def test_a_message_that_breaks_off_leaves_no_traceback(served: Running, caplog: pytest.LogCaptureFixture) -> None:
     token = (served.folder / "admin.token").read_text().strip()
     with served.connect() as line:
-        head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Length: 100\r\n\r\n"
+        head = f"POST /v1/jobs HTTP/1.1\r\nHost: [::1]\r\nAuthorization: Bearer {token}\r\nContent-Length: 100\r\n\r\n"
         line.sendall(f"{head}{{".encode())
         wait_for("the request to begin", lambda: served.server.server_state.tasks)
         end_with_reset(line)
@@ -519,7 +519,7 @@ class Worker:
         """Begin to send everything from `start` on, and send `data` of it."""
         line = self.at.connect()
         line.sendall(
-            f"PUT /v1/updates/{self.work.id}?attempt={self.work.attempt} HTTP/1.1\r\nHost: x\r\n"
+            f"PUT /v1/updates/{self.work.id}?attempt={self.work.attempt} HTTP/1.1\r\nHost: [::1]\r\n"
             f"Authorization: Bearer {self.token}\r\nContent-Length: {TOTAL - start}\r\n"
             f"Content-Range: bytes {start}-{TOTAL - 1}/{TOTAL}\r\n\r\n".encode()
             + data

@@ -22,7 +22,7 @@ from common.weights import HEADER_LIMIT
 from server.bodies import MESSAGE_BYTES
 from server.inspection import inspect
 from tests.rounds_kit import registration
-from tests.trust_kit import JSON, Answer, Fleet, weights
+from tests.trust_kit import HOST, JSON, METHODS, Answer, Fleet, weights
 
 MARKUP = "<img src=x onerror=alert(1)>"
 PATHS = ("../../etc/passwd", "/etc/passwd", "a/b", "a\\b", "file:///etc/passwd", "http://169.254.169.254/", "a\0b", "")
@@ -41,6 +41,7 @@ class Case:
     by: str = "admin"
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
+    hosts: tuple[str, ...] = (HOST,)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,47 @@ def token_cases() -> Iterator[Case]:
     for name, value in elsewhere.items():
         yield Case(f"token: in {name}", 401, "no_token", "GET", "/v1/jobs", "", headers={name: value})
     yield Case("token: in the query", 401, "no_token", "GET", "/v1/jobs?token={admin}&access_token={admin}", "")
+
+
+# ---------------------------------------------------------------- names
+
+REBOUND = (
+    "rebound.example:8470", "127.0.0.1.rebound.example", "localhost.rebound.example:8470", "rebound-127-0-0-1.example",
+    "0.0.0.0:8470", "[::]:8470", "169.254.169.254", "192.0.2.8:8470", "www.127.0.0.1.nip.io", "x" * 63 + ".example",
+)  # fmt: skip
+NO_HOST = (
+    "", " ", "\0", f"{HOST}\0", f"{HOST} ", f"{HOST}\r\nX: y", f"{HOST}, {HOST}", f"user@{HOST}", f"http://{HOST}",
+    "[::1", "127.0.0.1:99999", "127.0.0.1:8470:8470", "127.1", "2130706433", "loc\xe4lhost", "\xff", "%6c%6f", MARKUP,
+    "x" * 60_000,
+)  # fmt: skip
+PAGES = (
+    "http://rebound.example", "null", "", "*", "http://127.0.0.1", "https://127.0.0.1:8470", "http://localhost:8470",
+    f"http://{HOST}/", f"http://{HOST}.evil.example", f"http://{HOST}@evil.example", f"http://{HOST}\0", "\xff", MARKUP,
+)  # fmt: skip
+
+
+def name_cases() -> Iterator[Case]:
+    """Who was led here by another's name, or by another's page; with the best of tokens."""
+    for host in REBOUND:
+        yield Case(f"host {host[-40:]!r}", 403, "host_not_allowed", "GET", "/v1/jobs", hosts=(host,))
+    for host in NO_HOST:
+        yield Case(f"host {host[-40:]!r}", 400, "unclear_host", "GET", "/v1/jobs", hosts=(host,))
+    yield Case("no host", 400, "unclear_host", "GET", "/v1/jobs", hosts=())
+    yield Case("two hosts", 400, "unclear_host", "GET", "/v1/jobs", hosts=(HOST, REBOUND[0]))
+    yield Case("the same host twice", 400, "unclear_host", "GET", "/v1/jobs", hosts=(HOST, HOST))
+    for page in PAGES:
+        headers = {"Origin": page}
+        yield Case(f"origin {page[:40]!r}", 403, "origin_not_allowed", "POST", "/v1/tokens", headers=headers)
+    for name in ("X-Forwarded-Host", "Forwarded", "X-Original-Host", "X-Host"):
+        headers = {name: f"host={HOST}" if name == "Forwarded" else HOST}
+        what = f"our host in {name}"
+        yield Case(what, 403, "host_not_allowed", "GET", "/v1/jobs", headers=headers, hosts=REBOUND[:1])
+    for method in METHODS:
+        for path in ("/healthz", "/version", "/no/such", "/v1/jobs", "*", f"http://{HOST}/healthz"):
+            what = f"{method} {path}"
+            yield Case(f"host: {what}", 403, "host_not_allowed", method, path, "", hosts=REBOUND[:1])
+            foreign = {"Origin": "http://evil.example"}
+            yield Case(f"origin: {what}", 403, "origin_not_allowed", method, path, headers=foreign)
 
 
 # ---------------------------------------------------------------- jobs
@@ -162,6 +204,7 @@ def worker_cases() -> Iterator[Case]:
     yield joins("no cores", {"hardware": {"cores": 0}})
     yield joins("memory below 0", {"hardware": {"memory": -1}})
     yield joins("memory of 2^53", {"hardware": {"memory": 2**53}})
+    yield joins("a host name of a megabyte", {"hardware": {"hostname": "h" * 1_000_000}}, 413, "too_large")
     yield joins("half a surrogate pair", {"hardware": {"hostname": "\ud800"}})
     yield joins("a data folder by path", {"data": ["../x"]})
     yield joins("10,001 things held", {"holding": [{"assignment": "a", "attempt": 1}] * 10_001})
@@ -271,7 +314,7 @@ def question_cases() -> Iterator[Case]:
     yield Case("a token for admins", 400, "bad_request", "POST", "/v1/tokens", body=b'{"scope": "admin"}', headers=JSON)
 
 
-CALLS = [*token_cases(), *job_cases(), *worker_cases(), *update_cases(), *question_cases()]
+CALLS = [*name_cases(), *token_cases(), *job_cases(), *worker_cases(), *update_cases(), *question_cases()]
 
 
 def send(fleet: Fleet, case: Case) -> Answer:
@@ -288,7 +331,7 @@ def send(fleet: Fleet, case: Case) -> Answer:
 
     tokens = {"admin": fleet.admin, "join": fleet.join, "one": fleet.one.token, "two": fleet.two.token, "": None}
     headers = {name: filled(value) for name, value in case.headers.items()}
-    return fleet.call(case.method, filled(case.target), tokens[case.by], case.body, headers)
+    return fleet.call(case.method, filled(case.target), tokens[case.by], case.body, headers, case.hosts)
 
 
 def test_every_call_that_is_meant_to_do_harm_is_refused_and_leaves_nothing(fleet: Fleet) -> None:

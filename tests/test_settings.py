@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from common.errors import LydianError
 from common.places import coordinator_folder
-from server.settings import Settings
+from server.settings import OPTIONS, Settings, in_words
 
 
 def test_nothing_set_gives_the_documented_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -29,6 +29,18 @@ def test_nothing_set_gives_the_documented_defaults(monkeypatch: pytest.MonkeyPat
         strikes=3,
         keep_models=5,
         insecure=False,
+        allow_host=(),
+        calls_per_s=200.0,
+        calls_burst=2_000.0,
+        stranger_calls_per_s=20.0,
+        stranger_calls_burst=100.0,
+        connections=4_096,
+        uploads=2,
+        streams=100,
+        jobs=1_000,
+        jobs_each=100,
+        workers=10_000,
+        report_bytes=4_194_304,
     )
 
 
@@ -52,6 +64,18 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
         "TAILNET_S": "5",
         "NODE_PIN": "warn",
         "INSECURE": "true",
+        "ALLOW_HOST": "gpu-box, 192.0.2.1 ::1",
+        "CALLS_PER_S": "1.5",
+        "CALLS_BURST": "7",
+        "STRANGER_CALLS_PER_S": "2.5",
+        "STRANGER_CALLS_BURST": "8",
+        "CONNECTIONS": "9",
+        "UPLOADS": "10",
+        "STREAMS": "11",
+        "JOBS": "12",
+        "JOBS_EACH": "13",
+        "WORKERS": "14",
+        "REPORT_BYTES": "1000",
     }
     assert {field.name.upper() for field in fields(Settings)} == values.keys()
     read = Settings.from_environment({f"LYDIAN_{name}": value for name, value in values.items()})
@@ -74,6 +98,18 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
         tailnet_s=5.0,
         node_pin="warn",
         insecure=True,
+        allow_host=("gpu-box", "192.0.2.1", "::1"),
+        calls_per_s=1.5,
+        calls_burst=7.0,
+        stranger_calls_per_s=2.5,
+        stranger_calls_burst=8.0,
+        connections=9,
+        uploads=10,
+        streams=11,
+        jobs=12,
+        jobs_each=13,
+        workers=14,
+        report_bytes=1000,
     )
 
 
@@ -116,6 +152,9 @@ def test_the_variables_of_workers_clients_and_others_are_not_looked_at() -> None
         ("LYDIAN_STRIKES", "0", "it is a number from 1 on"),
         ("LYDIAN_KEEP_MODELS", "all", "it is a number from 1 on"),
         ("LYDIAN_INSECURE", "maybe", "it is true or false"),
+        ("LYDIAN_ALLOW_HOST", "http://gpu-box", "it is names or addresses without a port"),
+        ("LYDIAN_CALLS_PER_S", "0", "it is a number from 1 on"),
+        ("LYDIAN_REPORT_BYTES", "999", "it is bytes, 1000 or more"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named_with_its_variable_and_what_is(
@@ -139,6 +178,21 @@ def test_leases_shorter_than_two_heartbeats_are_refused_by_both_names() -> None:
         Settings.from_environment({"LYDIAN_TTL_S": "19"})
     assert refused.value.code == "bad_setting"
     assert Settings.from_environment({"LYDIAN_TTL_S": "20"}).ttl_s == 20
+
+
+def test_names_of_the_command_line_come_on_top_of_those_of_the_environment_and_are_looked_at() -> None:
+    settings = Settings(allow_host=("a.example",)).allowing(["b.example", "[::1]"])
+    assert settings.allow_host == ("a.example", "b.example", "[::1]")
+    for name in ("http://a.example", "a b", "", "a.example:80:80", "\u212aelvin.example"):
+        with pytest.raises(LydianError, match=r"--allow-host .* is neither a name nor an address") as refused:
+            settings.allowing([name])
+        assert refused.value.code == "bad_setting"
+
+
+def test_the_help_says_every_setting_that_has_no_option_with_what_is_allowed_and_its_default() -> None:
+    told = in_words().split("\n\n")
+    assert len(told) == len(fields(Settings)) - len(OPTIONS)
+    assert "`LYDIAN_UPLOADS`: a number from 1 on: uploads at once, and half-sent ones, of a worker (2)" in told
 
 
 def test_settings_neither_change_nor_take_what_is_not_allowed() -> None:

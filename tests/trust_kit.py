@@ -20,6 +20,8 @@ from server.coordinator import Coordinator
 from server.settings import Settings
 from tests.rounds_kit import registration, spec
 
+ROOMY = {"stranger_calls_per_s": 100_000.0, "stranger_calls_burst": 100_000.0}  # a corpus is a flood of refused calls
+HOST = "127.0.0.1:8470"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
@@ -43,8 +45,9 @@ class Answer:
 class Served:
     """An application that runs, from the first line of this to `close`."""
 
-    def __init__(self, folder: Path) -> None:
-        settings = Settings(state_dir=folder, poll_s=0.01, reserve_bytes=1 << 16, tailscaled=folder / "no-tailscaled")
+    def __init__(self, folder: Path, **limits: Any) -> None:
+        given = {"poll_s": 0.01, "reserve_bytes": 1 << 16, "tailscaled": folder / "no-tailscaled", **ROOMY, **limits}
+        settings = Settings(state_dir=folder, **given)
         self.folder, self.app, self._runner = folder, create_app(settings), asyncio.Runner()
         self._life = self.app.router.lifespan_context(self.app)
         self.run(self._life.__aenter__())
@@ -66,20 +69,31 @@ class Served:
         token: str | None = None,
         body: bytes = b"",
         headers: dict[str, str] | None = None,
+        hosts: tuple[str, ...] = (HOST,),
+        client: str = "127.0.0.1",
+        said: list[Answer] | None = None,
     ) -> Answer:
-        """One call. An event stream is broken off at its first byte, as a client does that leaves."""
+        """One call. An event stream is broken off at its first byte, as a client does that leaves.
+
+        `said` takes the answer where the call raises as well, as one does that is answered 500.
+        """
         given = {"Content-Length": str(len(body))} if body else {}
         given |= {"Authorization": f"Bearer {token}"} if token is not None else {}
-        return self.run(self._call(method, target, body, given | (headers or {})))
+        pairs = [*(("Host", host) for host in hosts), *(given | (headers or {})).items()]
+        return self.run(self._call(method, target, body, pairs, client, said))
 
-    async def _call(self, method: str, target: str, body: bytes, headers: dict[str, str]) -> Answer:
+    async def _call(
+        self, method: str, target: str, body: bytes, headers: list[tuple[str, str]], client: str, said: Any
+    ) -> Answer:
         answer, ended = Answer(), asyncio.Event()
+        if said is not None:
+            said.append(answer)
         path, _, query = target.partition("?")
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http", "root_path": "",
             "method": method, "path": unquote(path), "raw_path": path.encode(), "query_string": query.encode(),
-            "client": ("127.0.0.1", 50_000), "server": ("coordinator", 8470),
-            "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
+            "client": (client, 50_000), "server": ("192.0.2.7", 8470),
+            "headers": [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers],
         }  # fmt: skip
         coming = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -151,8 +165,8 @@ class Member:
 class Fleet(Served):
     """Two workers and a job whose first round is open; each worker has a shard of it under way."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, **limits: Any) -> None:
+        super().__init__(folder, **limits)
         self._claims = 0
         self.one, self.two = self.member("one"), self.member("two")
         given = spec(task="mine", rounds=9, data={"shards": 12}).model_dump(mode="json")

@@ -317,7 +317,8 @@ class Agent:
                 return answer
             self._waiting.say(f"{then.why}; trying again", level=logging.WARNING)
             ttl_s = self._welcome.ttl_s if self._welcome else math.inf
-            ends.wait(plan.wait_s(failures, random.random(), ttl_s=ttl_s))  # between two tries, with jitter
+            waited = plan.wait_s(failures, random.random(), ttl_s=ttl_s, error=last_error)
+            ends.wait(waited)  # between two tries, with jitter
 
     # ------------------------------------------------------------ what an earlier life left
 

@@ -33,6 +33,7 @@ from common.errors import (
     LydianError,
     NotFoundError,
     SupersededError,
+    TooManyError,
     TooSlowError,
     UnauthenticatedError,
     UnavailableError,
@@ -294,7 +295,7 @@ def is_rival(error: LydianError) -> bool:
     return isinstance(error, ConflictError) and error.code in ("superseded", "already_working")
 
 
-def wait_s(failures: int, jitter: float, *, ttl_s: float = math.inf) -> float:
+def wait_s(failures: int, jitter: float, *, ttl_s: float = math.inf, error: LydianError | None = None) -> float:
     """Seconds to wait before the next try: exponential with full jitter, so that a fleet does not come back at once.
 
     Args:
@@ -302,9 +303,11 @@ def wait_s(failures: int, jitter: float, *, ttl_s: float = math.inf) -> float:
         jitter: uniform in [0, 1).
         ttl_s: seconds of silence that end a lease, so that a coordinator that is back is heard from several times
             within one.
+        error: how the last try failed: where a coordinator said how long its caller is to be quiet, it is no sooner.
     """
     longest: float = min(LONGEST_WAIT_S, ttl_s / 4, FIRST_WAIT_S * 2.0 ** min(failures - 1, 30))
-    return longest * jitter
+    told = error.retry_after_s if isinstance(error, TooManyError) else 0.0
+    return told + longest * jitter
 
 
 def version_refusal(coordinator: VersionView, *, protocol: int, version: str) -> VersionSkewError | None:

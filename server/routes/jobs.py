@@ -1,10 +1,12 @@
 """Jobs: submit, look, pause, resume, cancel, follow, and fetch the model."""
 
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from common.messages import JobRequest, JobView, LogEntry
 from server import rounds, views
@@ -17,10 +19,10 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=TokenFirst)
 
 
 @router.post("", status_code=201)
-async def submit_job(request: JobRequest, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+async def submit_job(request: JobRequest, coordinator: CoordinatorDep, caller: AdminDep) -> JobView:
     """Take a job. Idempotent by the request's key, so that a lost answer costs nothing."""
     planned = await coordinator.plan(request)
-    return views.job_view(coordinator, coordinator.submit(request, planned))
+    return views.job_view(coordinator, coordinator.submit(request, planned, caller))
 
 
 @router.get("")
@@ -75,7 +77,7 @@ async def get_model(
 async def get_events(
     job: str,
     coordinator: CoordinatorDep,
-    _: AdminDep,
+    caller: AdminDep,
     last_event_id: Annotated[int, Header(ge=0, lt=2**63)] = 0,
 ) -> StreamingResponse:
     """Server-sent events: every fact after Last-Event-ID, then new ones as they happen, with `now` between them."""
@@ -86,5 +88,21 @@ async def get_events(
         return None if current.over else views.now_of(coordinator, current).model_dump_json()
 
     stream: AsyncIterator[bytes] = follow(coordinator.hub, coordinator.journal, known, last_event_id, situation)
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+    return EventsResponse(stream, coordinator.quotas.streaming(caller))
+
+
+class EventsResponse(StreamingResponse):
+    """An event stream, which counts as one of its caller's from its first byte to its last."""
+
+    def __init__(self, stream: AsyncIterator[bytes], turn: AbstractContextManager[None]) -> None:
+        super().__init__(stream, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self._turn = turn
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it.
+
+        Raises:
+            TooManyError: its caller has too many.
+        """
+        with self._turn:
+            await super().__call__(scope, receive, send)

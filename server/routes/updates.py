@@ -45,7 +45,8 @@ async def upload(
     span = parse_content_range(request.headers.get("Content-Range"), int(length) if length else None)
     result = None if submission is None else _whole(submission, attempt, span)
     try:
-        await coordinator.receive(worker, assignment, attempt, span, _body(request))
+        with coordinator.quotas.uploading(worker, (assignment, attempt)):
+            await coordinator.receive(worker, assignment, attempt, span, _body(request))
     except ClientDisconnect:
         log.info("%s broke off an upload for %s; what came is kept", worker, assignment)
         return Response(status_code=204)

@@ -197,7 +197,7 @@ def test_a_client_that_stops_reading_a_download_is_cut_off(line: Line) -> None:
         lazy.connect(("127.0.0.1", line.fleet.port))
         ours = lazy.getsockname()[1]
         lazy.sendall(
-            f"GET /v1/models/{line.work.base.digest} HTTP/1.1\r\nHost: x\r\n"
+            f"GET /v1/models/{line.work.base.digest} HTTP/1.1\r\nHost: [::1]\r\n"
             f"Authorization: Bearer {line.worker.token}\r\n\r\n".encode()
         )
 
@@ -211,7 +211,7 @@ def test_a_client_that_stops_reading_a_download_is_cut_off(line: Line) -> None:
 def test_a_message_whose_body_never_comes_is_answered_with_408(line: Line) -> None:
     with socket.create_connection(("127.0.0.1", line.fleet.port), timeout=20) as slow:
         slow.sendall(
-            b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+            b"POST /v1/jobs HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
             + f"Authorization: Bearer {line.fleet.admin_token}\r\n\r\n{{".encode()
         )
         answer = b""
@@ -225,7 +225,7 @@ def test_a_message_whose_body_never_comes_is_answered_with_408(line: Line) -> No
 def test_a_message_that_is_far_too_large_is_refused_before_it_is_read(line: Line) -> None:
     with socket.create_connection(("127.0.0.1", line.fleet.port), timeout=20) as big:
         big.sendall(
-            b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 900000000\r\n"
+            b"POST /v1/jobs HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: 900000000\r\n"
             + f"Authorization: Bearer {line.fleet.admin_token}\r\n\r\n".encode()
         )
         answer = b""
@@ -272,7 +272,7 @@ def test_a_coordinator_told_to_stop_ends_with_0_whatever_is_open(tmp_path: Path)
         assert next(watched)["type"] == "submitted"
         with socket.create_connection(("127.0.0.1", fleet.port)) as half:
             half.sendall(
-                f"PUT /v1/updates/{line.work.id}?attempt=1 HTTP/1.1\r\nHost: x\r\nContent-Length: {line.bytes}\r\n"
+                f"PUT /v1/updates/{line.work.id}?attempt=1 HTTP/1.1\r\nHost: [::1]\r\nContent-Length: {line.bytes}\r\n"
                 f"Authorization: Bearer {line.worker.token}\r\n\r\nabc".encode()
             )
             fleet.coordinator.popen.send_signal(signal.SIGTERM)

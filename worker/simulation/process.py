@@ -133,7 +133,8 @@ class Simulator:
                     raise
                 failures += 1
                 log.debug("%s; trying again", error)
-            self._leaving.wait(plan.wait_s(failures, random.random(), ttl_s=self._ttl_s))  # with jitter
+                waited = plan.wait_s(failures, random.random(), ttl_s=self._ttl_s, error=error)
+            self._leaving.wait(waited)  # with jitter
 
     def _fetch(self, call: Callable[[], int], heart: Watch) -> int:
         """Make a call that downloads until it has."""
