@@ -24,7 +24,7 @@ from common.errors import BadRequestError, LydianError, UnavailableError
 from server.auth import Scope, Tokens, guard_logs, token_file
 from server.bodies import BodyLimits
 from server.coordinator import Coordinator
-from server.routes import jobs, models, probe, public, tokens, updates, workers
+from server.routes import audit, jobs, models, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
 
@@ -61,7 +61,7 @@ def create_app(settings: Settings | None = None, *, pin: str | None = None) -> F
         redoc_url=None,
     )
     app.add_middleware(BodyLimits, settings=settings)
-    for module in (public, jobs, workers, updates, models, probe, tokens):
+    for module in (public, jobs, workers, updates, models, probe, tokens, audit):
         app.include_router(module.router)
     app.add_exception_handler(LydianError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -127,6 +127,9 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     """One shape for every error: code, sentence, what to do."""
     assert isinstance(error, LydianError)  # noqa: S101 - registered for it
     log.info("%s %s: %d %s: %s", request.method, request.url.path, error.status, error.code, error)
+    if error.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        route = getattr(request.scope.get("route"), "path", request.url.path)
+        request.app.state.coordinator.audit.refused(request.method, route, request.url.path, error)
     headers = {"Retry-After": "1"} if isinstance(error, UnavailableError) else {}
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
