@@ -85,6 +85,8 @@ def actor_of(fact: Fact, caller: Caller) -> Caller:
 def begin(database: sqlite3.Connection, at: str) -> None:
     """Make the table, and the first row, which says whose record it is. Facts that are there already are chained."""
     database.execute(TABLE)
+    if head(database).seq:
+        return
     add_event(database, at, Event(NOBODY, FIRST, secrets.token_hex(16), "ok", "format 1"))
     after = 0
     statement = f"SELECT {_FACT} FROM facts WHERE id > ? ORDER BY id LIMIT 500"  # noqa: S608 - our own words, no values
@@ -115,7 +117,7 @@ def _add(
     last = head(database)
     entry = AuditEntry.model_construct(
         seq=last.seq + 1, actor=caller.actor, worker=caller.worker, peer=caller.peer, node=caller.node, fact=fact,
-        at=at, action=event.action if event else "", object=event.object if event else "",
+        hash="", at=at, action=event.action if event else "", object=event.object if event else "",
         result=event.result if event else "", detail=event.detail[:LONGEST] if event else "",
     )  # fmt: skip
     words = (at, entry.action, entry.object, entry.result, entry.detail) if event else (None,) * 5

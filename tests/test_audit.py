@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -20,12 +20,13 @@ from common.audit import (
     AuditEntry,
     BrokenRecordError,
     Checker,
+    FactText,
     digest_of,
     parse_anchor,
     row_hash,
     shown,
 )
-from common.facts import Late, StateChanged
+from common.facts import Fact, Late, StateChanged
 from server import recorder
 from server.audit import NOBODY, Caller, actor_of
 from server.proof.__main__ import app
@@ -34,6 +35,11 @@ from server.tally import Tally
 from tests.rounds_kit import registration
 from tests.trust_kit import JSON, Fleet, Served
 
+REST = "fact, actor, worker, peer, node, at, action, object, result, detail, hash"
+TASK = {"round": 1, "shard": 0, "attempt": 1, "worker": "w"}
+NAMED = {"worker_name": "w"}
+SAID = {**TASK, **NAMED, "sentence": "s"}
+MODEL_FACTS = {"parameters": 1, "train_samples": 1, "test_samples": 0}
 ROWS = 12  # of the record that is tampered with
 
 
@@ -134,11 +140,12 @@ def why_broken(path: Path, *anchors: Anchor) -> str:
 
 
 ROW = st.integers(1, ROWS)
+LETTERS = st.text(st.characters(codec="ascii", categories=["L"]), min_size=1)
 COLUMNS = ("actor", "worker", "peer", "node", "at", "action", "object", "result", "detail")
 
 
 @settings(max_examples=15, deadline=None)
-@given(row=ROW, column=st.sampled_from(COLUMNS), value=st.text(st.characters(codec="ascii", categories=["L"]), min_size=1))
+@given(row=ROW, column=st.sampled_from(COLUMNS), value=LETTERS)
 def test_a_changed_field_of_any_row_is_found_and_the_row_named(
     written: bytes, tmp_path_factory: pytest.TempPathFactory, row: int, column: str, value: str
 ) -> None:
@@ -160,8 +167,7 @@ def test_a_removed_an_added_or_an_exchanged_row_is_found_and_the_first_wrong_row
         "insert": [
             f"UPDATE audit SET seq = -seq - 1 WHERE seq > {row}",
             "UPDATE audit SET seq = -seq WHERE seq < 0",
-            f"INSERT INTO audit SELECT {row + 1}, fact, actor, worker, peer, node, at, action, object, result, detail,"
-            f" hash FROM audit WHERE seq = {row}",
+            f"INSERT INTO audit SELECT {row + 1}, {REST} FROM audit WHERE seq = {row}",
         ],
         "swap": [
             f"UPDATE audit SET seq = -1 WHERE seq = {row}",
@@ -182,7 +188,7 @@ def test_a_removed_an_added_or_an_exchanged_row_is_found_and_the_first_wrong_row
         ("UPDATE facts SET job = 'k' WHERE id = 1", "fact 1 of k"),
         ("UPDATE facts SET body = x'00' WHERE id = 1", "fact 1 of j"),
         ("DELETE FROM facts WHERE id = 4", "fact 4 of "),
-        ("INSERT INTO facts (job, at, type, body) SELECT job, at, type, body FROM facts WHERE id = 6", "fact 7 is in the"),
+        ("INSERT INTO facts (job, at, type, body) SELECT job, at, type, body FROM facts", "fact 7 is in the"),
         ("DELETE FROM audit", "has no rows"),
     ],
 )
@@ -228,7 +234,8 @@ def test_a_record_that_begins_with_something_else_is_none() -> None:
 
 
 def test_facts_of_an_older_journal_are_chained_when_it_is_moved_on(written: bytes, tmp_path: Path) -> None:
-    path = tampered(written, tmp_path, "DROP TABLE audit", "PRAGMA user_version = 4", "UPDATE written_by SET schema = 4")
+    older = ("DROP TABLE audit", "PRAGMA user_version = 4", "UPDATE written_by SET schema = 4")
+    path = tampered(written, tmp_path, *older)
     with closing(Journal.open(path)) as journal:
         entries, _ = journal.audit_page(0, 100)
         assert [entry.fact.id if entry.fact else 0 for entry in entries] == [0, 1, 2, 3, 4, 5, 6]
@@ -238,6 +245,55 @@ def test_facts_of_an_older_journal_are_chained_when_it_is_moved_on(written: byte
 
 
 # ---------------------------------------------------------------- who, and what
+
+
+FACTS: dict[str, dict[str, Any]] = {
+    "job.submitted": {"type": "submitted", "spec": {"task": "mine"}, "task_digest": "a" * 64, "key": "k"},
+    "job.paused": {"type": "job", "state": "paused", "reason": "paused by a user"},
+    "job.resumed": {"type": "job", "state": "training", "reason": "resumed by a user"},
+    "task.handed_out": {"type": "handed_out", "kind": "init", **TASK},
+    "task.handed_back": {"type": "handed_back", "kind": "evaluate", "code": "released", **SAID},
+    "update.refused": {"type": "handed_back", "kind": "train", "code": "not_finite", **SAID},
+    "model.built": {
+        "type": "initialised", "attempt": 1, "worker": "w", "digest": "a" * 64, "size": 1, "facts": MODEL_FACTS,
+    },
+    "round.opened": {"type": "opened", "round": 1, "base": "a" * 64, "shards": [], "reason": "r"},
+    "round.opened_anew": {"type": "opened_anew", "round": 1, "seal": 1, "shards": [], "reason": "r"},
+    "update.accepted": {
+        "type": "accepted", "digest": "a" * 64, "samples": 3, "steps": 1, "seconds": 1, "metrics": {}, "bytes_down": 1,
+        "bytes_up": 1, **TASK, **NAMED,
+    },
+    "update.lost": {"type": "lost", "digest": "a" * 64, "reason": "r", **TASK, **NAMED},
+    "update.restored": {"type": "restored", "digest": "a" * 64, **TASK, **NAMED},
+    "update.late": {"type": "late", **TASK},
+    "round.extended": {"type": "extended", "round": 1, "reason": "r"},
+    "round.frozen": {"type": "frozen", "round": 1, "shards": [0], "reason": "r"},
+    "round.closed": {
+        "type": "round", "round": 1, "seconds": 1, "workers": 1, "shards": 1, "samples": 1, "bytes_down": 1,
+        "bytes_up": 1, "digest": "a" * 64, "size": 1,
+    },
+    "model.measured": {"type": "measured", **TASK, **NAMED},
+    "model.evaluated": {
+        "type": "evaluation", "round": 1, "attempt": 1, "worker": "w", "metrics": {}, "samples": 1, "seconds": 1,
+        "best": True,
+    },
+    "model.not_evaluated": {"type": "evaluation_given_up", "round": 1, "reason": "r"},
+    "fact.unheard_of": {"type": "unheard_of"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("action", FACTS)
+def test_every_fact_has_words_in_the_record(action: str) -> None:
+    body = FACTS[action]
+    text = FactText(id=1, at="now", job="j", type=str(body["type"]), round=1, shard=0, body=json.dumps(body))
+    words = shown(AuditEntry(seq=1, actor="a", worker="v", fact=text, hash=""))
+    assert (words.action, words.job, words.at, words.object.split(" ")[0]) == (action, "j", "now", "j")
+    assert words.worker == body.get("worker", "v")
+
+
+def test_there_is_no_kind_of_fact_without_words() -> None:
+    kinds = {str(body["type"]) for body in FACTS.values()} - {"unheard_of"}
+    assert kinds == {str(kind.model_fields["type"].default) for kind in get_args(get_args(Fact)[0])}
 
 
 def test_the_record_of_a_fleet_says_who_did_what_and_holds(fleet: Fleet) -> None:
@@ -275,7 +331,7 @@ def test_rows_are_filtered_by_job_worker_and_action(fleet: Fleet) -> None:
     assert fleet.call("GET", "/v1/audit?limit=501", fleet.admin).status == 400
 
 
-def test_the_first_refusal_is_told_and_a_flood_of_them_is_counted(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_refusal_is_told_and_a_flood_is_counted(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(30):
         fleet.call("GET", "/v1/jobs", None)
     for _ in range(3):

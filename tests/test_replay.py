@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from common.cautions import cautions
 from common.codecs import codec
 from common.deltas import encode_update
 from common.messages import JobSpec
 from common.weights import Notes, load, save
 from server.accounting import Planned, Spent
+from server.keeping import Keeping, ingredients
 from server.proof.__main__ import app
 from server.replay import Proof, prove
 from server.store import Journal
-from tests.rounds_kit import spec
+from tests.rounds_kit import registration, spec, training
 from tests.trust_kit import JSON, MODEL, Member, Served
 
 NOTES = Notes()
@@ -43,8 +45,14 @@ class Players(Served):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.coordinator.accounting = Book()  # type: ignore[assignment]
-        self._number, self._names = 0, iter("abc")
-        self.members = [self._member(name) for name in self._names]
+        self._number, self._closed = 0, False
+        self.members = [self._member(name) for name in "abc"]
+
+    def close(self) -> None:
+        """Twice is once."""
+        if not self._closed:
+            self._closed = True
+            super().close()
 
     def _post(self, path: str, token: str, fields: Any) -> Any:
         answer = self.call("POST", path, token, json.dumps(fields).encode(), JSON)
@@ -52,8 +60,6 @@ class Players(Served):
         return answer.json() if answer.body else None
 
     def _member(self, name: str) -> Member:
-        from tests.rounds_kit import registration
-
         given = registration(name, trust="any").model_dump(mode="json")
         welcome = self._post("/v1/workers", self.join, given)
         return Member(welcome["worker_id"], welcome["credential"])
@@ -77,7 +83,7 @@ class Players(Served):
         work = answer["assignment"] if answer else None
         if work is None:
             return
-        result = {"attempt": work["attempt"], "samples": 4 + work["shard"], "seconds": 0.1, "steps": 2}
+        result = {"attempt": work["attempt"], "samples": 4 + work["shard"], "seconds": 0.1, "steps": 1}
         if work["kind"] == "evaluate":
             result |= {"metrics": {"accuracy": [1.0, 2.0]}}
         else:
@@ -89,7 +95,7 @@ class Players(Served):
             bounds = [8 * shard for shard in range(4)]
             result |= {"facts": {"parameters": 8, "train_samples": 24, "test_samples": 4, "bounds": bounds}}
         if work["spec"]["train"]["drift"] != "none":
-            result |= {"rate_sum": 2 * work["spec"]["train"]["lr"]}
+            result |= {"rate_sum": work["spec"]["train"]["lr"]}
         self._post(f"/v1/updates/{work['id']}/submit", member.token, result)
 
     def _made(self, work: dict[str, Any]) -> bytes:
@@ -137,6 +143,10 @@ JOBS: dict[str, dict[str, Any]] = {
     "centered clip": {"aggregation": {"robust": "centered_clip"}},
     "scaffold": {"train": {"drift": "scaffold"}},
     "asynchronous": {"round": {"mode": "async", "buffer": 2, "keep_updates": "all"}},
+    "asynchronous, int8": {
+        "round": {"mode": "async", "buffer": 2, "keep_updates": "all"},
+        "aggregation": {"update": "int8"},
+    },
     "private by worker": {"privacy": {"level": "worker", "clip": 1.0, "noise": 1.0, "delta": 1e-3}},
 }
 
@@ -173,6 +183,26 @@ def running_again(folder: Path) -> Iterator[Served]:
         yield served
     finally:
         served.close()
+
+
+def test_a_round_that_is_not_frozen_needs_nothing_and_keeps_nothing() -> None:
+    job = training(round={"keep_updates": 1}).job
+    assert (ingredients(job), Keeping().closed(job)) == ({}, set())
+
+
+def test_masked_updates_are_not_kept_since_nobody_could_average_them() -> None:
+    keys = {"secure": {"enabled": True}, "round": {"min_workers": 3, "keep_updates": 1}, "data": {}}
+    with pytest.raises(
+        ValueError, match=r"round\.keep_updates = 1 keeps updates to average them again, and the shares"
+    ):
+        spec(**keys)
+
+
+def test_whoever_keeps_updates_of_a_private_job_is_told_that_they_lie_there_without_noise() -> None:
+    keys: dict[str, Any] = JOBS["private by worker"]
+    assert any("without noise" in said for said in cautions(spec(**keys, round={"keep_updates": "all"})))
+    assert not any("without noise" in said for said in cautions(spec(**keys)))
+    assert not any("without noise" in said for said in cautions(spec(round={"keep_updates": "all"})))
 
 
 # ---------------------------------------------------------------- what was changed is named

@@ -26,6 +26,8 @@ def test_a_fleets_record_holds_its_model_is_proven_and_a_changed_byte_is_named(t
         rows = [json.loads(line) for line in text.splitlines()]
         assert (code, [row["result"] for row in rows]) == (0, ["counts"] * 4), text
         assert {(row["worker"], row["peer"]) for row in rows} == {(fleet.api.workers()[0].id, "127.0.0.1")}
+        code, text = lydian(fleet, "audit", "--action", "worker", "--last", "1")
+        assert (code, text.split()[:2], "worker.joined" in text) == (0, ["ROW", "AT"], True), text
         code, head = lydian(fleet, "audit", "head")
         assert code == 0
         code, text = lydian(fleet, "audit", "verify", "--since", head.strip())
