@@ -61,7 +61,10 @@ def test_no_version_waits_for_the_slow_worker_and_a_killed_coordinator_makes_the
         fleet.coordinator = doomed(fleet)
         assert fleet.coordinator.popen.wait(60) == -signal.SIGKILL
         made, there = versions_made(fleet), {path.name for path in (fleet.state / "blobs").glob("??/*")}
-        for name in ("fast1", "fast2"):  # so that they do not make the versions that are left before the slow one is done
+        for name in (
+            "fast1",
+            "fast2",
+        ):  # so that they do not make the versions that are left before the slow one is done
             (tmp_path / f"{name}.speed").write_text("0.4")
         fleet.start_coordinator()
         fleet.finish(job)
