@@ -1,9 +1,11 @@
 """`python -m bench.parts`: what the parts of a round cost, each alone: journal, child, look, average, partition."""
 
 import argparse
+import sqlite3
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from bench.rounds import TASK
 from common.facts import Late
 from common.sharding import order_of
 from common.weights import Notes, file_digest, save
-from server import folding
+from server import audit, folding
 from server.folding import Rules, Targets
 from server.inspection import inspect
 from server.optimizers import FedAvg
@@ -57,7 +59,25 @@ def _journal(folder: Path) -> None:
     journal.append("j", [fact] * 20_000)
     replay = seconds(lambda: sum(1 for _ in journal.facts()))
     journal.close()
+    _audit(folder / "journal.sqlite")
     print(f"journal: one fact made durable {one * 1e3:.2f} ms; 20,000 facts read {replay * 1e3:.0f} ms")
+
+
+def _audit(path: Path) -> None:
+    """What a row of the audit record costs: the time to add one, and how much smaller the file is without them."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        count = audit.head(database).seq
+        caller = audit.Caller("admin:0123456789ab", "", "100.64.0.7", "gpu-box")
+        event = audit.Event(caller, "token.issued", "0123456789ab")
+        database.execute("BEGIN")
+        added = seconds(lambda: [audit.add_event(database, "2026-01-31T12:00:00.000Z", event) for _ in range(1000)])
+        database.execute("ROLLBACK")
+        database.execute("VACUUM")
+        whole = path.stat().st_size
+        database.execute("DROP TABLE audit")
+        database.execute("VACUUM")
+    size = (whole - path.stat().st_size) / count
+    print(f"audit record: {added * 1e3:.0f} µs to add a row, {size:.0f} bytes a row of a fact")
 
 
 def _weights(folder: Path, megabytes: int, updates: int) -> None:

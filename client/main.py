@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from client import shown
+from client.auditing import audit_app
 from client.calling import (
     DEFAULT_URL,
     AsJson,
@@ -57,6 +58,7 @@ Exit codes: 0 fine, 1 the request or the watched job failed, 2 wrong usage,
 app = new_app(HELP)
 token_app = new_app("Tokens for workers.")
 app.add_typer(token_app, name="token")
+app.add_typer(audit_app, name="audit")
 
 WORKER_COLUMNS = (
     "WORKER", "NAME", "STATE", "SEEN", "DEVICE", "TORCH", "PRECISION", "NODE", "PATH", "DOWN", "UP", "LATENCY", "DOING",
@@ -571,6 +573,33 @@ def pull(
     with coordinator(url, token) as api:
         pull_model(api, job, target, which=which, force=force)
     typer.echo(target)
+
+
+@app.command()
+def verify(
+    job: JobArgument,
+    number: Annotated[int | None, typer.Option("--round", min=1, metavar="N", help="This round alone.")] = None,
+    state_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The coordinator's state folder (default: LYDIAN_STATE_DIR).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Average a job's closed rounds again, and prove that the published models are what their updates make.
+
+    On the coordinator's machine, beside it or without it; nothing in its folder is changed. Only rounds whose updates
+    are kept can be proven: submit with --keep-updates N or all.
+
+    \b
+    Examples:
+      lydian submit digits --rounds 5 --keep-updates all
+      lydian verify digits-4f2a
+      lydian verify digits-4f2a --round 3 --state-dir /var/lib/lydian --json
+    """
+    from client.running import become
+
+    options = [*(["--round", str(number)] if number is not None else []), *(["--json"] if as_json else [])]
+    folder = ["--state-dir", str(state_dir)] if state_dir is not None else []
+    become("server.proof", ["job", *options, *folder, "--", job])
 
 
 # ---------------------------------------------------------------- workers

@@ -189,9 +189,19 @@ def _plan(base: Measured, boxes: Sequence[Box], spec: JobSpec) -> Plan:
         measured_by=base.job,
         workers=tuple(map(_row, told.rows)),
         blame=blame(told, boxes),
-        advice=(*(each.sentence for each in advice(boxes, work)), *cautions(spec)),
+        advice=(*(each.sentence for each in advice(boxes, work)), *cautions(spec), *kept_words(spec, told.rows, work)),
         unknown=told.unknown,
     )
+
+
+def kept_words(spec: JobSpec, rows: Iterable[Row], work: Work) -> tuple[str, ...]:
+    """What the updates that a job keeps take on the coordinator's disk, in a sentence; none, if it keeps none."""
+    keep = spec.round.keep_updates
+    count = spec.rounds if keep == "all" else min(keep, spec.rounds)
+    each = work.model_bytes + sum(row.bytes_up for row in rows)
+    words = f"round.keep_updates = {keep} keeps {shown.size(each * count)} on the coordinator's disk"
+    rounds = f"{shown.several(count, 'round')} of {shown.size(each)}, and what an outer step remembers beside them"
+    return (f"{words}: {rounds}",) if count else ()
 
 
 def _row(row: Row) -> PlanRow:
@@ -228,7 +238,9 @@ def _measure(api: CoordinatorApi, job: Job) -> Measured | None:
     Raises:
         LydianError: it did not finish (`not_measured`).
     """
-    short = job.spec.model_copy(update={"rounds": MEASURED_ROUNDS, "name": "measurement", "target": None})
+    rules = job.spec.round.model_copy(update={"keep_updates": 0})
+    changes = {"rounds": MEASURED_ROUNDS, "name": "measurement", "target": None, "round": rules}
+    short = job.spec.model_copy(update=changes)
     view = api.submit_job(JobRequest(spec=short, task_source=job.task_source, key=uuid4().hex))
     typer.echo(f"measuring: {view.id} trains {MEASURED_ROUNDS} rounds", err=True)
     events = list(api.events(view.id, on_wait=lambda why: typer.echo(why, err=True)))

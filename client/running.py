@@ -30,10 +30,12 @@ _NEEDS = {
     "worker.simulation": ("psutil",),
     "worker.probe": ("psutil",),
     "worker.describe": ("psutil", "torch"),
+    "server.proof": ("numpy",),
     "bench": ("fastapi", "uvicorn", "psutil", "torch"),
 }
 _REQUIREMENTS = {
     "server": "requirements_server.txt",
+    "server.proof": "requirements_server.txt",
     "worker": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
     "bench": "requirements_server.txt -r requirements_new_gpu.txt",
     "worker.probe": "requirements_server.txt",

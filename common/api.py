@@ -21,6 +21,7 @@ from urllib.parse import quote
 import httpx2
 from pydantic import TypeAdapter
 
+from common.audit import AuditPage
 from common.errors import BadRequestError, TooManyError, UnavailableError
 from common.link import measure
 from common.messages import (
@@ -305,6 +306,10 @@ class CoordinatorApi:
     def new_token(self, request: TokenRequest) -> TokenAnswer:
         """A new token."""
         return self._ask(TokenAnswer, "POST", "/v1/tokens", request)
+
+    def audit(self, after: int = 0, **wanted: str | int) -> AuditPage:
+        """Rows of the audit record after row `after`. `wanted`: limit, job, worker, action."""
+        return self._ask(AuditPage, "GET", "/v1/audit", params={"after": after, **wanted})
 
     def pull(self, job: str, target: Path, *, which: str = "newest", on_bytes: OnBytes | None = None) -> int:
         """Fetch a job's model: `newest`, `best` or a round's number. Returns bytes received; resumes what broke."""

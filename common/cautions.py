@@ -13,7 +13,17 @@ DILOCO_MOMENTUM = 0.9  # unless the job says another
 def cautions(spec: JobSpec) -> tuple[str, ...]:
     """What to tell whoever submits this job."""
     steps = spec.train.local_steps
-    return tuple(filter(None, [too_few_steps(spec, steps) if steps is not None else ""]))
+    return tuple(filter(None, [too_few_steps(spec, steps) if steps is not None else "", kept_without_noise(spec)]))
+
+
+def kept_without_noise(spec: JobSpec) -> str:
+    """What to say where updates stay on the coordinator's disk that were to be hidden by noise; empty: nothing."""
+    if spec.privacy.level != "worker" or spec.round.keep_updates == 0:
+        return ""
+    return (
+        f"round.keep_updates = {spec.round.keep_updates} leaves each worker's updates, without noise, and the seed of "
+        "the noise in the coordinator's state folder, after the job's end too"
+    )
 
 
 def too_few_steps(spec: JobSpec, steps: int) -> str:

@@ -191,6 +191,8 @@ def _secure(spec: "JobSpec") -> Iterator[str]:
         (f"aggregation.algorithm = {aggregation.algorithm} weighs each update by itself",
          aggregation.algorithm in WEIGHING),
         ("round.late = use adds an update to another round's sum", rules.late == "use"),
+        ((f"round.keep_updates = {rules.keep_updates} keeps updates to average them again, and the shares that take "
+         "the masks off are deleted; leave it at 0"), rules.keep_updates != 0),
         ((f"round.quorum = {rules.quorum} closes a round without whom it waits for; secure.threshold says how many "
          "may be missing"), rules.quorum != "all"),
         ("round.deadline in seconds ends a round below its quorum; leave it at auto",

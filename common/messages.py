@@ -207,7 +207,7 @@ NEW_IN_TRAIN = (
 """Keys of [train] that protocol 2 brought."""
 KEYS_OF_ROBUST = ("robust", "faulty", "clip_norm", "norm_outlier")  # the coordinator's business alone
 NEW_KEYS = {
-    "round": ("fsync", "deadline", "late", "mode", "buffer", "max_staleness"),
+    "round": ("fsync", "deadline", "late", "mode", "buffer", "max_staleness", "keep_updates"),
     "train": NEW_IN_TRAIN,
     "data": ("by",),
     "aggregation": (
@@ -282,6 +282,10 @@ class RoundSection(Section):
         description="an update that comes after its round: refuse, or use (in a later round, weighing less; not fp32)",
     )
     evaluate_every: int = Field(1, ge=0, description="rounds between evaluations (0: only the last round)")
+    keep_updates: Literal["all"] | Annotated[int, Field(strict=True, ge=0)] = Field(
+        0,
+        description="closed rounds of which the coordinator keeps the updates, so that `lydian verify` can prove them",
+    )
     fsync: bool = Field(
         False, description="wait for the coordinator's disk before an update is acknowledged (its worker keeps a copy)"
     )

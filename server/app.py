@@ -28,7 +28,7 @@ from server.coordinator import Coordinator
 from server.gate import Gate, retry_after
 from server.headers import EVERYWHERE
 from server.hosts import with_short
-from server.routes import jobs, models, probe, public, tokens, updates, workers
+from server.routes import audit, jobs, models, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
 
@@ -68,7 +68,7 @@ def create_app(settings: Settings | None = None, *, pin: str | None = None, name
     )
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Gate, names=(*with_short(platform.node()), *names))  # added last, so asked first
-    for module in (public, jobs, workers, updates, models, probe, tokens):
+    for module in (public, jobs, workers, updates, models, probe, tokens, audit):
         app.include_router(module.router)
     app.add_exception_handler(LydianError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
@@ -135,6 +135,9 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     """One shape for every error: code, sentence, what to do."""
     assert isinstance(error, LydianError)  # noqa: S101 - registered for it
     log.info("%s %s: %d %s: %s", request.method, request.url.path, error.status, error.code, error)
+    if error.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        route = getattr(request.scope.get("route"), "path", request.url.path)
+        request.app.state.coordinator.audit.refused(request.method, route, request.url.path, error)
     headers = retry_after(error)
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import Context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn, Self, TypeVar
@@ -88,9 +89,11 @@ from server.events import Hub
 from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
 from server.inspection import Inspection, inspect
+from server.keeping import Keeping, keeps_updates
 from server.naming import assignment_id, new_id, parse_assignment
 from server.probe import Probes
 from server.quotas import Quotas
+from server.recorder import Recorder
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
 from server.sealing import Sums, check_can_sum, is_secure
 from server.securing import Decision, Seal
@@ -138,7 +141,8 @@ class Coordinator:
         self._limits = Limits(failures=self.settings.max_attempts, expiries=self.settings.max_expiries)
         self._by_key: dict[str, str] = {}  # idempotency key -> job id
         self._uploads = Uploads(self.blobs)
-        self.probes = Probes()
+        self._keeping = Keeping()
+        self.probes, self.audit = Probes(), Recorder(self.journal, self.clock)
         self.quotas = Quotas(self.settings, self.clock)
         self.submitters: dict[str, str] = {}  # job id -> id of the token that submitted it, of those of this process
         self._sums = Sums(self.journal, self._wake)
@@ -191,7 +195,7 @@ class Coordinator:
         """Verify what the open rounds stand on, and go on where the last coordinator stopped."""
         self._uploads.restore(self._is_awaited)
         self.blobs.sweep(self._needed())
-        self._seeds.sweep([job.id for job in self._active()])
+        self._seeds.sweep([job.id for job in self.jobs.values() if not job.over or keeps_updates(job)])
         self._hold_ballast()
         for job in self._active():
             await self._verify(job)
@@ -233,6 +237,7 @@ class Coordinator:
         for timer in self._looks.values():
             timer.cancel()
         self._uploads.close()
+        self.audit.close()
 
     def end_waits(self) -> None:
         """Answer everybody who waits: the coordinator is stopping."""
@@ -242,6 +247,8 @@ class Coordinator:
 
     def _replay(self, stored: StoredFact, now: float) -> None:
         fact = stored.fact
+        if isinstance(fact, RoundClosed):
+            self._dropped |= self._keeping.closed(self.jobs[stored.job])
         if isinstance(fact, Submitted):
             self.jobs[stored.job] = rounds.new_job(stored.job, fact)
             self._by_key[fact.key] = stored.job
@@ -382,11 +389,12 @@ class Coordinator:
             return
         if step.look_again_at is not None:
             delay = max(step.look_again_at - now, 0.0)
-            self._looks[job_id] = asyncio.get_running_loop().call_later(delay, self._settle, job_id)
+            self._looks[job_id] = asyncio.get_running_loop().call_later(delay, self._settle, job_id, context=Context())
         frozen = rounds.frozen_of(job)
         due = frozen is not None and not rounds.lost_of(job) and self._sums.is_due(job)
         if frozen is not None and due and job_id not in self._averaging:
-            task = asyncio.create_task(self._average(job_id, frozen), name=f"average {job_id}")
+            average = self._average(job_id, frozen)  # in a context of its own: nobody's call decides what comes of it
+            task = asyncio.create_task(average, name=f"average {job_id}", context=Context())
             task.add_done_callback(lambda done: self._averaged(job_id, done))
             self._averaging[job_id] = task
         self.hub.touch(job_id)
@@ -399,7 +407,8 @@ class Coordinator:
         self.speeds.forget(job_id)
         if self.jobs[job_id].spec.secure.enabled:
             self._sums.forget(job_id)
-        self._seeds.remove(job_id)
+        if not keeps_updates(self.jobs[job_id]):  # beside those the seed tells nothing more
+            self._seeds.remove(job_id)
         self._uploads.drop_job(job_id)
         for key in [key for key in self._spans if key[0].startswith(f"{job_id}.")]:
             del self._spans[key]
@@ -1401,7 +1410,7 @@ class Coordinator:
 
     def _needed(self) -> set[str]:
         needed = {model.digest for models in self.models.values() for model in models.values()}
-        needed |= {step.digest for steps in self.steps.values() for step in steps.values()}
+        needed |= {step.digest for steps in self.steps.values() for step in steps.values()} | self._keeping.digests()
         for job in self.jobs.values():
             needed |= {job.task_digest} if job.task_digest else set()
             if job.over:
@@ -1449,11 +1458,18 @@ class Coordinator:
                 back = self._back(lease.task, lease.attempt, lease.worker, "expired", sentence)
                 self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
             self._hold_ballast()
+            self._record_waiting()
             for job in self._active():
                 self._give_up_lost(job)
                 self._resume_if_room(job)
             self._run_queue()
             self._settle_all()
+
+    def _record_waiting(self) -> None:
+        try:
+            self.audit.tick()
+        except DiskBrokenError as error:
+            _die(str(error))
 
     def _resume_if_room(self, job: Job) -> None:
         """A job that a full disk has paused goes on when there is room again."""

@@ -67,6 +67,8 @@ class Gate:
         error = hosts.refusal(said.hosts, said.origins, scheme=scope["scheme"], listening=listening, names=names)
         if error is not None:
             coordinator.quotas.refusals.note(_REASONS.get(error.code, "host"), _address(scope) or "a caller", error)
+            if error.status == HTTPStatus.FORBIDDEN:
+                coordinator.audit.refused(scope["method"], error.code, scope["path"], error)
         else:
             if len(self._let_in) >= LET_IN:
                 self._let_in.clear()

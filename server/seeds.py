@@ -3,8 +3,8 @@
     folder/privacy/JOB.seed     32 random bytes, 0600
 
 Whoever has a seed can take the noise off every model of its job. So it is in no export, log, fact or answer, and is
-deleted as soon as the job has ended: nobody needs it then. A seed that is lost is never made anew, since a second draw
-of a round's noise would take from the first.
+deleted as soon as the job has ended: nobody needs it then, unless the job keeps its updates for a proof. A seed that is
+lost is never made anew, since a second draw of a round's noise would take from the first.
 """
 
 import os

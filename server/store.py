@@ -23,14 +23,17 @@ from typing import Self, TypeVar
 from pydantic import ValidationError
 
 from common import __version__
+from common.audit import AuditEntry, AuditHead, BrokenRecordError, Checker, FactText
 from common.errors import ConflictError, DiskFullError, LydianError, NotFoundError, UnavailableError
 from common.facts import FACT, Fact, HandedBack, OpenedAnew
 from common.messages import Kind, Order, Registration, TailnetNode
+from server import audit
 from server.ballast import Ballast
 
-SCHEMA = 4  # of the file, in PRAGMA user_version
+SCHEMA = 5  # of the file, in PRAGMA user_version
 BUSY_TIMEOUT_S = 5.0  # for a backup or a person's sqlite3 that holds the file
 PAGE = 200  # facts read at a time
+MOST_WAITING = 1000  # rows of the audit record that wait for a transaction
 UNDONE = ("lost", "norm_outlier")  # codes by which an accepted update counts no more
 
 T = TypeVar("T")
@@ -106,6 +109,7 @@ MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {
     1: _count_strikes,
     2: _pin_nodes_and_keep_orders,
     3: _keep_sums,
+    4: lambda database: audit.begin(database, _now()),
 }
 
 # Literal types, so that SQLite can use the partial indexes. Initialised is early among its job's facts: it needs none.
@@ -170,6 +174,7 @@ class Journal:
         self.path = path
         self.ballast = ballast
         self._database = database
+        self._waiting: list[tuple[str, audit.Event]] = []  # what goes with the next transaction, and when it happened
 
     @classmethod
     def open(cls, path: Path, ballast_bytes: int = 0) -> Self:
@@ -213,6 +218,33 @@ class Journal:
                 raise
         return database
 
+    @classmethod
+    @contextmanager
+    def reading(cls, path: Path) -> Iterator[Self]:
+        """A journal as it is at this moment, read-only, beside a coordinator that runs or without one.
+
+        Raises:
+            LydianError: there is none (`no_journal`), another version wrote it, or it is damaged.
+        """
+        with _sentences(path):
+            found = _check_before_touching(path)
+            if found is None:
+                raise LydianError(
+                    f"there is no journal {path}",
+                    code="no_journal",
+                    advice="Name the coordinator's state folder with --state-dir.",
+                )
+            if found < SCHEMA:
+                raise LydianError(
+                    f"{path} has schema {found}, and its record of what happened begins with schema {SCHEMA}",
+                    code="journal_too_old",
+                    advice="Start this version's coordinator on it once.",
+                )
+            database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+            with closing(database):
+                database.execute("BEGIN")  # one state of it, whatever is written meanwhile
+                yield cls(path, database, Ballast(path.with_name("ballast"), 0))
+
     def close(self) -> None:
         """Close the file. Twice is once."""
         self._database.close()
@@ -235,11 +267,13 @@ class Journal:
 
     def append_all(self, facts: Iterable[tuple[str, Fact]]) -> list[StoredFact]:
         """Keep facts of several jobs, (job, fact) each, all or none; see `append`."""
-        at, given = _now(), list(facts)
-        return self._write(lambda: [StoredFact(self._insert(job, at, fact), at, job, fact) for job, fact in given])
+        at, given, caller = _now(), list(facts), audit.CALLER.get()
+        return self._write(
+            lambda: [StoredFact(self._insert(job, at, fact, caller), at, job, fact) for job, fact in given]
+        )
 
-    def _insert(self, job: str, at: str, fact: Fact) -> int:
-        place = getattr(fact, "round", None), getattr(fact, "shard", None)
+    def _insert(self, job: str, at: str, fact: Fact, caller: audit.Caller) -> int:
+        place: tuple[int | None, int | None] = getattr(fact, "round", None), getattr(fact, "shard", None)
         values = (job, at, fact.type, *place, fact.model_dump_json())
         if isinstance(fact, HandedBack) and fact.code in UNDONE:
             opened = "UPDATE facts SET stands = 0 WHERE type = 'accepted' AND job = ? AND round = ? AND shard = ?"
@@ -255,6 +289,10 @@ class Journal:
                 f"shard {place[1]} of round {place[0]} of {job} has an accepted update already", code="accepted_before"
             ) from error
         assert row_id is not None  # noqa: S101 - an INSERT has one
+        text = FactText.model_construct(
+            id=row_id, at=at, job=job, type=fact.type, round=place[0], shard=place[1], body=values[-1]
+        )
+        audit.add_fact(self._database, audit.actor_of(fact, caller), text)
         return row_id
 
     def facts(
@@ -312,6 +350,60 @@ class Journal:
         except ValidationError as error:
             raise self._damaged(f"row {row_id} of facts", error) from error
 
+    # ------------------------------------------------------------ the audit record
+
+    def record(self, action: str, thing: str, result: str = "ok", detail: str = "") -> None:
+        """Write down what is no fact of a job, as done by whoever makes the call that is being answered.
+
+        Inside a change that is being written (`_write`) it is part of that transaction; else it is one of its own.
+
+        Args:
+            action: what happened, as `token.issued`.
+            thing: the id of what it happened to. Never a secret, and neither is `detail`.
+            result: what came of it.
+            detail: a sentence, where there is more to say.
+        """
+        event = audit.Event(audit.CALLER.get(), action, thing, result, detail)
+        if self._database.in_transaction:
+            audit.add_event(self._database, _now(), event)
+        else:
+            self._write(lambda: audit.add_event(self._database, _now(), event))
+
+    def record_soon(self, event: audit.Event) -> bool:
+        """Write an event down with whatever is written next: it costs no commit, and a power cut may take it.
+
+        Returns whether it is; where nothing could be written for long, no more wait.
+        """
+        waits = len(self._waiting) < MOST_WAITING
+        if waits:
+            self._waiting.append((_now(), event))
+        return waits
+
+    def record_waiting(self) -> None:
+        """Write down what waits for a next transaction."""
+        if self._waiting:
+            self._write(lambda: None)
+
+    def audit_check(self, checker: Checker) -> AuditHead:
+        """Walk the whole record, and what it speaks of; returns its newest row.
+
+        Raises:
+            BrokenRecordError: it is not what was written.
+        """
+        with _sentences(self.path):
+            for entry in audit.every(self._database):
+                checker.take(entry)
+            checker.end()
+            beyond = audit.unrecorded(self._database)
+        if beyond is not None:
+            raise BrokenRecordError(f"fact {beyond} is in the journal, and no row of the audit record speaks of it")
+        return AuditHead(seq=checker.seq, hash=checker.hash)
+
+    def audit_page(self, after: int, limit: int) -> tuple[list[AuditEntry], AuditHead]:
+        """The rows of the audit record after row `after`, at most so many, and the newest row's place and hash."""
+        with _sentences(self.path):
+            return audit.page(self._database, after, limit), audit.head(self._database)
+
     # ------------------------------------------------------------ secure sums
 
     def sum_append(self, job: str, round_index: int, seal: int, bodies: Sequence[str]) -> None:
@@ -339,7 +431,14 @@ class Journal:
             "INSERT INTO workers (id, name, registration, created_at) VALUES (?, ?, ?, ?)"
             " ON CONFLICT (id) DO UPDATE SET name = excluded.name, registration = excluded.registration"
         )
-        self._write(lambda: self._database.execute(statement, values))
+
+        def put() -> None:
+            known = self._database.execute("SELECT 1 FROM workers WHERE id = ?", (worker_id,)).fetchone()
+            self._database.execute(statement, values)
+            about = f"{registration.name} on {registration.hardware.hostname}, version {registration.version}"
+            self.record("worker.returned" if known else "worker.joined", worker_id, detail=about)
+
+        self._write(put)
 
     def worker_judged(self, worker_id: str, strikes: int, set_aside_reason: str | None) -> None:
         """Keep how often a worker's results were refused, and why it is given no more work; None: it is given some.
@@ -347,10 +446,10 @@ class Journal:
         Raises:
             NotFoundError: there is no such worker.
         """
+        action = "worker.set_aside" if set_aside_reason else "worker.struck" if strikes else "worker.readmitted"
+        detail = set_aside_reason or (f"{strikes} results were refused" if strikes else "")
         statement = "UPDATE workers SET strikes = ?, set_aside_reason = ? WHERE id = ?"
-        changed = self._write(lambda: self._database.execute(statement, (strikes, set_aside_reason, worker_id)))
-        if changed.rowcount == 0:
-            raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+        self._set_of_worker(worker_id, statement, (strikes, set_aside_reason), action, detail)
 
     def worker_pinned(self, worker_id: str, node: TailnetNode | None) -> None:
         """Keep the machine that a worker's credential is good from; None: any.
@@ -358,9 +457,9 @@ class Journal:
         Raises:
             NotFoundError: there is no such worker.
         """
-        self._set_of_worker(
-            worker_id, "UPDATE workers SET node = ? WHERE id = ?", node.model_dump_json() if node else None
-        )
+        statement, action = "UPDATE workers SET node = ? WHERE id = ?", "worker.pinned" if node else "worker.unpinned"
+        detail = f"to {node.name}, {node.stable_id}" if node else ""
+        self._set_of_worker(worker_id, statement, (node.model_dump_json() if node else None,), action, detail)
 
     def pins(self) -> dict[str, TailnetNode]:
         """Worker id -> the machine that its credential is good from, for those that have one."""
@@ -377,11 +476,18 @@ class Journal:
         Raises:
             NotFoundError: there is no such worker.
         """
-        self._set_of_worker(worker_id, "UPDATE workers SET ordered = ? WHERE id = ?", order)
+        action = {"work": "worker.resumed", "drain": "worker.drained", "pause": "worker.paused"}[order]
+        self._set_of_worker(worker_id, "UPDATE workers SET ordered = ? WHERE id = ?", (order,), action)
 
-    def _set_of_worker(self, worker_id: str, statement: str, value: str | None) -> None:
-        if self._write(lambda: self._database.execute(statement, (value, worker_id))).rowcount == 0:
-            raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+    def _set_of_worker(
+        self, worker_id: str, statement: str, values: tuple[int | str | None, ...], action: str, detail: str = ""
+    ) -> None:
+        def change() -> None:
+            if self._database.execute(statement, (*values, worker_id)).rowcount == 0:
+                raise NotFoundError(f"there is no worker {worker_id!r}", code="unknown_worker")
+            self.record(action, worker_id, detail=detail)
+
+        self._write(change)
 
     def workers(self) -> list[StoredWorker]:
         """All workers that ever joined, in that order."""
@@ -414,6 +520,9 @@ class Journal:
                 if error.sqlite_errorname == "SQLITE_CONSTRAINT_FOREIGNKEY":
                     raise NotFoundError(f"there is no worker {worker!r}", code="unknown_worker") from error
                 raise ConflictError(f"there is a token {token_id!r} already", code="token_id_taken") from error
+            self.record(
+                "token.issued", token_id, detail=f"scope {scope}" + (f", for worker {worker}" if worker else "")
+            )
 
         self._write(add)
 
@@ -424,8 +533,13 @@ class Journal:
             NotFoundError: there is no such token.
         """
         statement = "UPDATE tokens SET revoked_at = coalesce(revoked_at, ?) WHERE id = ?"
-        if self._write(lambda: self._database.execute(statement, (_now(), token_id))).rowcount == 0:
-            raise NotFoundError(f"there is no token {token_id!r}", code="unknown_token")
+
+        def revoke() -> None:
+            if self._database.execute(statement, (_now(), token_id)).rowcount == 0:
+                raise NotFoundError(f"there is no token {token_id!r}", code="unknown_token")
+            self.record("token.revoked", token_id)
+
+        self._write(revoke)
 
     def tokens(self) -> list[StoredToken]:
         """All tokens that were ever issued, revoked ones too."""
@@ -445,8 +559,13 @@ class Journal:
             return self._write_once(change)
 
     def _write_once(self, change: Callable[[], T]) -> T:
+        waiting = self._waiting[:]
         with _sentences(self.path), _transaction(self._database):
-            return change()
+            for at, event in waiting:
+                audit.add_event(self._database, at, event)
+            made = change()
+        del self._waiting[: len(waiting)]
+        return made
 
     def _damaged(self, what: str, error: ValidationError) -> LydianError:
         first = error.errors(include_url=False, include_input=False)[0]
@@ -548,6 +667,7 @@ def _create(database: sqlite3.Connection, path: Path) -> None:
     with _transaction(database):
         for statement in _TABLES.split(";"):  # executescript would commit by itself
             database.execute(statement)
+        audit.begin(database, _now())
         _sign(database)
     sync(path.parent)
 

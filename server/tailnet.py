@@ -80,6 +80,11 @@ class Tailnet:
         if self.enforce and caller.verdict.code:
             raise _refusal(caller.verdict)
 
+    def node_of(self, worker_id: str) -> str:
+        """Name of the machine of the tailnet that the worker's last call came from; empty where that is not known."""
+        caller = self.callers.get(worker_id)
+        return caller.found.node.name if caller is not None and caller.found.node is not None else ""
+
     async def _caller(self, worker_id: str, address: Address) -> Caller:
         """Who makes a call with a worker's credential, and whether that is as it should be. Remembers it."""
         found, before = await self._whois(address), self.callers.get(worker_id)

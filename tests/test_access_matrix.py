@@ -87,6 +87,7 @@ RULES: dict[Route, Rule] = {
     ("GET", "/v1/jobs/{job}/model"): admin_only(missing=404),
     ("GET", "/v1/jobs/{job}/events"): admin_only(missing=404),
     ("GET", "/v1/workers"): admin_only(),
+    ("GET", "/v1/audit"): admin_only(),
     ("POST", "/v1/tokens"): admin_only(201, body=lambda _: {"scope": "join"}),
     ("POST", "/v1/jobs"): admin_only(201, body=job_request),
     # Workers. One that exists is told from one that does not by nobody but the admin.

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from client.job_file import Job
-from client.planning import Measured, Plan, PlanRow, plan_of, show
+from client.planning import Measured, Plan, PlanRow, kept_words, plan_of, show
 from common.errors import LydianError
+from common.forecast import Row, Work
 from common.messages import JobSpec
 
 SPEC = JobSpec.model_validate({"task": "digits", "train": {"local_epochs": 2, "batch_size": 10}})
@@ -79,6 +80,15 @@ def test_a_plan_is_a_table_and_then_what_follows_from_it(capsys: pytest.CaptureF
     assert lines[3] == "a round takes 4.00 s; 10 rounds 40.0 s, averaging and evaluation left out"
     assert lines[4:] == ["a is waited for", "do this"]
     assert "measured by j-1" in err
+
+
+@pytest.mark.parametrize(("keep", "wanted"), [(0, ()), (2, ("32.0 MB", "2 rounds")), ("all", ("48.0 MB", "3 rounds"))])
+def test_a_plan_says_what_kept_updates_take_on_the_disk(keep: Any, wanted: tuple[str, ...]) -> None:
+    spec = JobSpec.model_validate({"task": "digits", "rounds": 3, "round": {"keep_updates": keep}})
+    rows = [Row("a", "trains", bytes_up=6_000_000), Row("b", "trains", bytes_up=6_000_000)]
+    said = kept_words(spec, rows, Work(samples=1, model_bytes=4_000_000, batch_size=1))
+    assert len(said) == bool(wanted)
+    assert all(word in said[0] for word in wanted)
 
 
 def test_truth_stands_beside_the_forecast(capsys: pytest.CaptureFixture[str]) -> None:

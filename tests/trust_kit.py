@@ -116,11 +116,11 @@ class Served:
         return answer
 
     def rows(self) -> dict[str, list[Any]]:
-        """All that the journal holds, read beside the coordinator."""
+        """All that the journal holds, read beside the coordinator; without the record of who called, refused or not."""
         path = self.folder / "journal.sqlite"
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
             tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-            return {name: list(database.execute(f"SELECT * FROM {name}")) for name in tables}
+            return {name: list(database.execute(f"SELECT * FROM {name}")) for name in tables if name != "audit"}
 
     def files(self) -> dict[str, int]:
         """Name and size of every file but the journal's own."""

@@ -1,12 +1,14 @@
 """Who calls, and what they may. Every router states its rule by one of these dependencies."""
 
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
 from common.errors import ForbiddenError
+from server.audit import CALLER, Caller
 from server.auth import Principal, require
 from server.coordinator import Coordinator
 
@@ -16,6 +18,8 @@ async def get_coordinator(request: Request) -> Coordinator:
     coordinator: Coordinator = request.app.state.coordinator
     return coordinator
 
+
+STRANGER = "nobody"  # in the audit record: who calls without a token that counts
 
 CoordinatorDep = Annotated[Coordinator, Depends(get_coordinator)]
 
@@ -32,6 +36,7 @@ class TokenFirst(APIRoute):
 
         async def answer_known(request: Request) -> Response:
             coordinator = await get_coordinator(request)
+            CALLER.set(Caller(STRANGER, peer=address_of(request)[0]))
             coordinator.tokens.check(request.headers.get("Authorization"))
             return await answer(request)
 
@@ -40,9 +45,14 @@ class TokenFirst(APIRoute):
 
 async def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:
     """Whoever holds the token that came with the call."""
+    peer = address_of(request)[0]
+    CALLER.set(Caller(STRANGER, peer=peer))
     principal = coordinator.tokens.check(request.headers.get("Authorization"))
+    caller = Caller(f"{principal.scope}:{principal.token_id}", principal.worker or "", peer)
+    CALLER.set(caller)
     if principal.worker is not None:
         await coordinator.tailnet.admit(principal.worker, address_of(request))
+        CALLER.set(replace(caller, node=coordinator.tailnet.node_of(principal.worker)))
     return principal
 
 

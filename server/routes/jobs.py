@@ -70,7 +70,9 @@ async def get_model(
     job: str, coordinator: CoordinatorDep, _: AdminDep, which: Annotated[str, Query(max_length=20)] = "newest"
 ) -> Response:
     """The job's model as safetensors: `newest`, `best`, or a round's number. Tied weights are in it once."""
-    return weights_response(coordinator, coordinator.model(job, which).digest)
+    digest = coordinator.model(job, which).digest
+    coordinator.audit.pulled(job, which, digest)
+    return weights_response(coordinator, digest)
 
 
 @router.get("/{job}/events")

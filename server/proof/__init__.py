@@ -1,0 +1,1 @@
+"""`python -m server.proof`: what a state folder proves, read beside a coordinator or without one."""
