@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Self
 
 from starlette.datastructures import Headers
