@@ -21,9 +21,11 @@ from starlette.exceptions import HTTPException
 
 from common import __version__
 from common.errors import BadRequestError, LydianError, UnavailableError
+from common.pins import Pins
 from server.auth import Scope, Tokens, guard_logs, token_file
 from server.bodies import BodyLimits
 from server.coordinator import Coordinator
+from server.line import Line
 from server.routes import jobs, models, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
@@ -31,24 +33,26 @@ from server.store import Journal, lock_folder
 log = logging.getLogger("lydian.app")
 
 
-def create_app(settings: Settings | None = None, *, pin: str | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None, *, pin: str | None = None, line: Line | None = None) -> FastAPI:
     """The application. Nothing is read or written before it starts.
 
     Args:
         settings: where and how to run; None reads LYDIAN_* from the environment when the application starts.
         pin: this machine's StableID, where workers reach it over a tailnet: they are told it with each join token.
+        line: how the coordinator is spoken to; None: in plain words, where nobody else listens.
     """
+    line = line or Line()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                coordinator = await _start(settings or Settings.from_environment(), stack)
+                coordinator = await _start(settings or Settings.from_environment(), line, stack)
             except (LydianError, OSError) as error:
                 app.state.failed_start = error
                 raise
             coordinator.tailnet.pin = pin
-            app.state.coordinator = coordinator
+            app.state.coordinator, app.state.line = coordinator, line
             with _answering_waits_on_sigterm(coordinator):
                 yield
 
@@ -69,7 +73,7 @@ def create_app(settings: Settings | None = None, *, pin: str | None = None) -> F
     return app
 
 
-async def _start(settings: Settings, stack: AsyncExitStack) -> Coordinator:
+async def _start(settings: Settings, line: Line, stack: AsyncExitStack) -> Coordinator:
     """A coordinator that runs; leaving the stack stops it and gives its folder back."""
     guard_logs()
     settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -79,8 +83,9 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Coordinator:
     known = Tokens(journal)
     scopes: tuple[Scope, ...] = ("admin", "join")
     for scope in scopes:
-        token_file(settings.state_dir, f"{scope}.token", scope, known)
+        token_file(settings.state_dir, f"{scope}.token", scope, known, Pins(certificate=line.pin))
     coordinator = Coordinator.open(settings, journal, known)
+    coordinator.tailnet.certificate = line.pin
     stack.push_async_callback(coordinator.stop)
     await coordinator.start()
     return coordinator
