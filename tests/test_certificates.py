@@ -187,9 +187,7 @@ def test_an_end_that_is_near_is_said_once_a_day(
 # ---------------------------------------------------------------- Tailscale's
 
 
-def test_tailscales_certificate_is_asked_for_kept_and_renewed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_tailscales_certificate_is_asked_for_kept_and_renewed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with FakeTailscaled(tmp_path / "tailscaled.sock", [Peer("100.64.0.1", "coordinator")]) as daemon:
         daemon.pair = "".join(issued())
         certificate = open_certificate("tailscale", None, tmp_path / "state", STATUS, daemon.path)

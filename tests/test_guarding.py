@@ -47,8 +47,9 @@ def test_a_server_with_another_certificate_hears_nothing_of_any_call(
 ) -> None:
     mine, another = certificates
     (tmp_path / "update").write_bytes(b"weights")
-    with Listener(another) as there, CoordinatorApi(f"https://127.0.0.1:{there.port}", TOKEN, pin=pin_in(mine)) as api:
-        with pytest.raises(LydianError) as refused:
+    with Listener(another) as there:
+        url = f"https://127.0.0.1:{there.port}"
+        with CoordinatorApi(url, TOKEN, pin=pin_in(mine)) as api, pytest.raises(LydianError) as refused:
             call(api, tmp_path)
     assert refused.value.code == "wrong_certificate"
     assert pin_in(another) in str(refused.value)
@@ -166,9 +167,9 @@ def test_behind_a_proxy_it_is_the_coordinators_certificate_that_counts(
         with CoordinatorApi("https://coordinator.example:8470", TOKEN, pin=pin_in(mine)) as api:
             assert api.version().protocol == 2
         heard = there.heard
-        with CoordinatorApi("https://coordinator.example:8470", TOKEN, pin=pin_in(another)) as api:
-            with pytest.raises(LydianError) as refused:
-                api.version()
+        far = "https://coordinator.example:8470"
+        with CoordinatorApi(far, TOKEN, pin=pin_in(another)) as api, pytest.raises(LydianError) as refused:
+            api.version()
     assert refused.value.code == "wrong_certificate"
     assert there.heard == heard
 
@@ -229,9 +230,10 @@ def test_who_allows_it_speaks_plainly_anywhere(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_worker_that_starts_ends_at_a_refusal_and_not_at_silence(certificates: tuple[Path, Path]) -> None:
     mine, another = certificates
-    with Listener(another) as there, CoordinatorApi(f"https://127.0.0.1:{there.port}", TOKEN, pin=pin_in(mine)) as api:
-        with pytest.raises(LydianError) as refused:
+    with Listener(another) as there:
+        url = f"https://127.0.0.1:{there.port}"
+        with CoordinatorApi(url, TOKEN, pin=pin_in(mine)) as api, pytest.raises(LydianError) as refused:
             api.check_line()
     assert refused.value.code == "wrong_certificate"
-    with CoordinatorApi(f"https://127.0.0.1:{there.port}", TOKEN, pin=pin_in(mine)) as api:
+    with CoordinatorApi(url, TOKEN, pin=pin_in(mine)) as api:
         api.check_line()  # nobody is there

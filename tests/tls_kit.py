@@ -11,7 +11,9 @@ from typing import Self
 from common.pins import pin_of
 from server.certificates import make
 
-ANSWER = b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 32\r\n\r\n{"version":"0.1.0","protocol":2}'
+ANSWER = (
+    b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 32\r\n\r\n{"version":"0.1.0","protocol":2}'
+)
 
 
 def written(folder: Path, name: str = "shown.pem") -> Path:
