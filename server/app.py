@@ -76,6 +76,12 @@ def create_app(settings: Settings | None = None, *, pin: str | None = None, line
 async def _start(settings: Settings, line: Line, stack: AsyncExitStack) -> Coordinator:
     """A coordinator that runs; leaving the stack stops it and gives its folder back."""
     guard_logs()
+    if settings.tls and not line.encrypted:
+        raise LydianError(
+            f"LYDIAN_TLS={settings.tls} asks for TLS, and this process was not started by `lydian serve`, which has it",
+            code="bad_setting",
+            advice="Start it by `lydian serve`, or unset LYDIAN_TLS and let whoever listens encrypt.",
+        )
     settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     stack.enter_context(lock_folder(settings.state_dir))
     journal = Journal.open(settings.state_dir / "journal.sqlite", ballast_bytes=settings.reserve_bytes)

@@ -4,42 +4,21 @@ import asyncio
 import logging
 import ssl
 import sys
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.errors import LydianError
 from common.tailscale import TailscaleStatus
 from server.certificates import FROM_TAILSCALE, SELF_MADE, Certificate, open_certificate
 from tests.fake_tailscaled import FakeTailscaled, Peer
-from tests.tls_kit import pin_in
+from tests.tls_kit import NAME, issued, pin_in
 
-NAME = "coordinator.tailnet.test"
 STATUS = TailscaleStatus("Running", addresses=("100.64.0.1",), name=NAME, stable_id="n0CNTRL")
-
-
-def issued(name: str = NAME, *, days: float = 90) -> tuple[str, str]:
-    """Key and certificate for a name, as an authority would give them."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]), datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=900))
-        .not_valid_after(now + timedelta(days=days))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("*.test"), x509.DNSName(name)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    kept = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return kept.decode(), certificate.public_bytes(pem).decode()
 
 
 class Clock:

@@ -4,13 +4,19 @@ import contextlib
 import socket
 import ssl
 import threading
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from common.pins import pin_of
 from server.certificates import make
 
+NAME = "coordinator.tailnet.test"
 ANSWER = (
     b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 32\r\n\r\n{"version":"0.1.0","protocol":2}'
 )
@@ -26,6 +32,26 @@ def written(folder: Path, name: str = "shown.pem") -> Path:
 def pin_in(path: Path) -> str:
     pem = path.read_text()
     return pin_of(ssl.PEM_cert_to_DER_cert(pem[pem.index("-----BEGIN CERTIFICATE") :]))
+
+
+def issued(name: str = NAME, *, days: float = 90) -> tuple[str, str]:
+    """Key and certificate for a name, as an authority would give them."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)]), datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=900))
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("*.test"), x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    kept = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return kept.decode(), certificate.public_bytes(pem).decode()
 
 
 class Listener:

@@ -1,5 +1,6 @@
 """A coordinator with a certificate of its own make, as workers and people meet it off the tailnet."""
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -9,10 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 
 from common.api import CoordinatorApi
 from common.errors import LydianError
+from common.guarding import pinned_context
 from common.pins import split
 from tests.acceptance.kit import LocalFleet, Process, free_port, wait_for
 from tests.tls_kit import pin_in, written
@@ -26,7 +29,7 @@ TASK = Path(__file__).with_name("drill_task.py")
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
     settings = {"LYDIAN_TLS": "self-made", "LYDIAN_BODY_IDLE_S": "2"}
-    with LocalFleet(tmp_path_factory.mktemp("tls"), ttl_s=4.0, **settings) as running:
+    with LocalFleet(tmp_path_factory.mktemp("tls"), ttl_s=10.0, **settings) as running:
         yield running
 
 
@@ -37,7 +40,10 @@ def test_a_job_is_trained_over_tls_though_a_worker_is_killed_in_the_middle_of_it
     fleet.workers["w2"].kill_all()
     view = fleet.finish(job)
     assert view.model is not None
-    assert hashlib.sha256(fleet.pull(job).read_bytes()).hexdigest() == view.model.digest
+    model = fleet.pull(job).read_bytes()
+    assert hashlib.sha256(model).hexdigest() == view.model.digest
+    part = fleet.api._client.get(f"/v1/models/{view.model.digest}", headers={"Range": "bytes=5-99"})
+    assert (part.status_code, part.content) == (206, model[5:100])
     kept = (fleet.folder / "w1" / "identity.json").read_text()
     assert pin_in(fleet.state / "tls.pem") in kept
 
@@ -65,6 +71,27 @@ def test_a_client_that_never_ends_its_handshake_is_cut(fleet: LocalFleet) -> Non
         line.sendall(bytes.fromhex("1603010200"))  # the head of a record of TLS, and nothing after it
         line.settimeout(60.0)
         assert line.recv(1) == b""
+
+
+def test_an_answer_that_nobody_reads_is_cut(fleet: LocalFleet) -> None:
+    bare, _ = split(fleet.admin_token)
+    total = 16 << 20
+    with socket.socket() as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        plain.connect(("127.0.0.1", fleet.port))
+        with pinned_context(pin_in(fleet.state / "tls.pem")).wrap_socket(plain) as line:
+            head = f"GET /v1/probe?bytes={total} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {bare}\r\n\r\n"
+            line.sendall(head.encode())
+            assert line.recv(1) == b"H"  # and nothing more, until the coordinator has had enough
+            me = line.getsockname()
+            assert fleet.coordinator is not None
+            coordinator = psutil.Process(fleet.coordinator.popen.pid)
+            wait_for("the connection to be cut", lambda: me not in [at.raddr for at in coordinator.net_connections()])
+            came = 0
+            with contextlib.suppress(OSError):
+                while data := line.recv(1 << 16):
+                    came += len(data)
+    assert came < total
 
 
 def test_a_certificate_lives_as_long_as_the_state_folder_and_tokens_lose_it_with_tls(fleet: LocalFleet) -> None:
