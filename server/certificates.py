@@ -289,8 +289,8 @@ def _read(chain: Path, key: Path | None) -> tuple[ssl.SSLContext, Shown]:
     raise LydianError(
         f"{named} is no certificate with its key: {why}",
         code="bad_certificate",
-        advice="--tls takes certificates in PEM, the coordinator's first and then those between it and its authority; "
-        "--tls-key its private key, not encrypted, where that is another file.",
+        advice="--tls is self-made, tailscale, or a file of certificates in PEM, the coordinator's first and then those "
+        "between it and its authority; --tls-key is its private key, not encrypted, where that is another file.",
     )
 
 

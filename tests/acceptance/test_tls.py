@@ -35,7 +35,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 def test_a_job_is_trained_over_tls_though_a_worker_is_killed_in_the_middle_of_it(fleet: LocalFleet) -> None:
     fleet.start_workers(2, "--trust", "any")
-    job = fleet.submit(rounds=4, seed=3, data={"shards": 4}, train={"batch_size": 16}, round={"min_workers": 1})
+    job = fleet.submit(rounds=3, seed=3, data={"shards": 3}, train={"batch_size": 16}, round={"min_workers": 1})
     fleet.await_event(job, lambda event: event["type"] == "accepted", "an update was accepted")
     fleet.workers["w2"].kill_all()
     view = fleet.finish(job)
