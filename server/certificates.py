@@ -289,7 +289,7 @@ def _read(chain: Path, key: Path | None) -> tuple[ssl.SSLContext, Shown]:
     raise LydianError(
         f"{named} is no certificate with its key: {why}",
         code="bad_certificate",
-        advice="--tls is self-made, tailscale, or a file of certificates in PEM, the coordinator's first and then those "
+        advice="--tls is self-made, tailscale, or a file of certificates in PEM, its own first, then those "
         "between it and its authority; --tls-key is its private key, not encrypted, where that is another file.",
     )
 
