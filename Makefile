@@ -23,6 +23,7 @@ PURE += worker/plan.py worker/simulation/claims.py common/sharding.py common/ran
 PURE += common/shamir.py common/fixed.py common/secure.py server/securing.py
 PURE += common/codecs.py common/forecast.py common/pace.py common/link.py common/fitness.py server/paths.py worker/manners.py worker/task_precision.py
 PURE += common/audit.py server/tally.py server/keeping.py
+PURE += common/pins.py common/networks.py
 PURE += server/nova.py server/amplification.py common/cautions.py
 PURE += server/hosts.py server/buckets.py
 PURE += server/evaluation.py worker/task_schedule.py client/partition/statistics.py

@@ -18,11 +18,11 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from bench import averaging, growth, limits, many, rounds, training, transfers
+from bench import averaging, encrypted, growth, limits, many, rounds, training, transfers
 from bench.scenario import Say, Scenario, Size, Wish
 
 SCENARIOS: dict[str, Scenario] = {
-    module.SCENARIO.name: module.SCENARIO for module in (rounds, many, averaging, transfers, training)
+    module.SCENARIO.name: module.SCENARIO for module in (rounds, many, averaging, transfers, encrypted, training)
 }
 ROOT = Path(__file__).resolve().parent.parent
 

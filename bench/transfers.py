@@ -38,14 +38,14 @@ def measure(wish: Wish, limits: Limits, say: Say) -> Outcome:
             continue
         rounds = wish.rounds or wish.pick(tiny=1, quick=3, full=3 if size_mb > 100 else 10)
         say(f"{size_mb:,} MB, {rounds} times")
-        rows.append(_case(size_mb, rounds, wish, limits))
+        rows.append(case(size_mb, rounds, wish, limits))
     return Outcome(tuple(rows), tuple(skipped))
 
 
-def _case(size_mb: int, rounds: int, wish: Wish, limits: Limits) -> Row:
+def case(size_mb: int, rounds: int, wish: Wish, limits: Limits, **settings: str) -> Row:
     """A job of one shard, worked by hand: download, upload and hand in, each with a clock."""
     down, up, taken = list[float](), list[float](), list[float]()
-    with running(**SETTINGS) as fleet, _joined(fleet) as (api, worker):
+    with running(**SETTINGS, **settings) as fleet, _joined(fleet) as (api, worker):
         weights = Weights.made(fleet.folder / "weights", size_mb)
         fleet.submit(job(size_mb, 1, rounds, {}, wish.seed), TASK.read_text())
         work = _poll(api, worker)

@@ -15,12 +15,14 @@ from urllib.parse import urlsplit
 import typer
 
 from common.errors import LydianError, UnauthenticatedError
+from common.networks import is_loopback
+from common.pins import certificate_pin, split
 
 if TYPE_CHECKING:
     from common.api import CoordinatorApi
     from common.messages import Message
 
-DEFAULT_URL = "http://127.0.0.1:8470"
+DEFAULT_URL = "127.0.0.1:8470"  # http://, or https:// where a certificate is pinned
 
 Url = Annotated[
     str, typer.Option("--url", metavar="URL", envvar="LYDIAN_URL", help="The coordinator. Better in LYDIAN_URL.")
@@ -82,16 +84,19 @@ def run_program(app: typer.Typer, program: str, arguments: Sequence[str] | None 
 def coordinator(url: str, token: str | None) -> Iterator["CoordinatorApi"]:
     """The coordinator at `url`, called with `token` or, on its own machine, with the admin token found there.
 
+    The certificate that it must show is behind the token's @, or in LYDIAN_PIN.
+
     Raises:
         typer.BadParameter: `url` is not an address.
         LydianError: unreadable, something else answers there; and whatever the coordinator answers.
     """
     from common.api import CoordinatorApi
 
-    address = whole_url(url)
-    token = token or local_admin_token(address)
+    token = token or local_admin_token(whole_url(url))
+    pin = pin_for(token)
+    address = whole_url(url, encrypted=pin is not None)
     try:
-        with CoordinatorApi(address, token) as api:
+        with CoordinatorApi(address, token, pin=pin, insecure=insecure_allowed()) as api:
             yield api
     except UnauthenticatedError as error:
         if token is not None:
@@ -103,13 +108,28 @@ def coordinator(url: str, token: str | None) -> Iterator["CoordinatorApi"]:
         ) from error
 
 
-def whole_url(url: str) -> str:
-    """The address with its scheme: gpu-box:8470 is http://gpu-box:8470.
+def pin_for(token: str | None) -> str | None:
+    """The certificate that the coordinator must show: LYDIAN_PIN, or what is behind the token's @.
+
+    Raises:
+        LydianError: one of them is damaged (`bad_pin`).
+    """
+    given = os.environ.get("LYDIAN_PIN")
+    return certificate_pin(given) if given else split(token)[1].certificate
+
+
+def insecure_allowed() -> bool:
+    """Whether LYDIAN_INSECURE lets a token travel in plain words over any network."""
+    return os.environ.get("LYDIAN_INSECURE", "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def whole_url(url: str, *, encrypted: bool = False) -> str:
+    """The address with its scheme: gpu-box:8470 is http://gpu-box:8470, or https://… where that is `encrypted`.
 
     Raises:
         typer.BadParameter: it is not an address.
     """
-    whole = url if "://" in url else f"http://{url}"
+    whole = url if "://" in url else f"{'https' if encrypted else 'http'}://{url}"
     try:
         parts = urlsplit(whole)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -125,7 +145,8 @@ def local_admin_token(url: str) -> str | None:
 
     Only for a loopback address: the token is not shown to another machine.
     """
-    if not _is_loopback(urlsplit(url).hostname or ""):
+    host = urlsplit(url).hostname or ""
+    if host != "localhost" and not is_loopback(host):
         return None
     for folder in _state_folders():
         try:
@@ -153,12 +174,3 @@ def _state_folders() -> Iterator[Path]:
     from common.places import coordinator_folder
 
     yield coordinator_folder()
-
-
-def _is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

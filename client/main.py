@@ -48,7 +48,8 @@ Examples:
   lydian pull JOB -o model.safetensors --best        fetch the model
 
 \b
-LYDIAN_URL and LYDIAN_TOKEN say which coordinator, and as whom.
+LYDIAN_URL and LYDIAN_TOKEN say which coordinator, and as whom; LYDIAN_PIN, which
+certificate it must show where the token does not say it.
 
 \b
 Exit codes: 0 fine, 1 the request or the watched job failed, 2 wrong usage,

@@ -8,6 +8,7 @@ stream that outlives the coordinator; whoever calls decides how long to insist.
 import contextlib
 import json
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +17,14 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx2
 from pydantic import TypeAdapter
 
+from common import guarding
 from common.audit import AuditPage
-from common.errors import BadRequestError, TooManyError, UnavailableError
+from common.errors import BadRequestError, LydianError, TooManyError, UnavailableError
 from common.link import measure
 from common.messages import (
     OVER,
@@ -51,9 +53,10 @@ from common.messages import (
     Welcome,
     WorkerView,
 )
+from common.pins import split
 from common.ranges import Ranges, content_range, parse_ranges
 from common.together import SUBMISSION, WITH_MODEL, answer_and_model, submission_header
-from common.transfers import CONNECT_S, IDLE_S, Download, OnBytes, Upload, raise_for, reaching, unreachable
+from common.transfers import CONNECT_S, IDLE_S, Download, OnBytes, Upload, raise_for, reaching
 
 PROBE_BLOCK = 256 << 10  # bytes
 PROBE_IDLE_S = 10.0  # without a byte, after which a measurement is given up
@@ -68,22 +71,74 @@ _JOBS, _LOG, _WORKERS = TypeAdapter(list[JobView]), TypeAdapter(list[LogEntry]),
 class CoordinatorApi:
     """One coordinator, as a worker or a person calls it. Threads may share it."""
 
-    def __init__(self, url: str, token: str | None = None, *, timeout_s: float = 30.0, idle_s: float = IDLE_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        pin: str | None = None,
+        insecure: bool = False,
+        timeout_s: float = 30.0,
+        idle_s: float = IDLE_S,
+    ) -> None:
         """Connect to nobody yet.
 
         Args:
             url: the coordinator's.
-            token: whose calls these are; see `use_token`.
+            token: whose calls these are; see `use_token`. It may have the coordinator's pins behind it (common.pins).
+            pin: of the certificate that the coordinator must show; None: the token's, if that has one.
+            insecure: send in plain words to any address what is called by http:// (common.guarding).
             timeout_s: seconds that an answer may take.
             idle_s: seconds without a byte after which a transfer breaks, to be resumed.
+
+        Raises:
+            LydianError: the token's pins are damaged (`bad_pin`), or the URL has no certificate to compare one with
+                (`pin_without_tls`).
         """
-        self.url, self._idle_s = url.rstrip("/"), idle_s
+        bare, pins = split(token)
+        self.pin = pin or pins.certificate
+        self.url, self._idle_s, self._insecure = url.rstrip("/"), idle_s, insecure
+        guarding.check_scheme(self.url, self.pin)
+        self._look = guarding.plain_trace(self.url)
         self._client = httpx2.Client(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {token}"} if token else {},
+            headers={"Authorization": f"Bearer {bare}"} if bare else {},
             timeout=httpx2.Timeout(timeout_s, connect=CONNECT_S),
             limits=httpx2.Limits(max_keepalive_connections=20, keepalive_expiry=60.0),
+            verify=self._trusted(),
+            event_hooks={"request": [self._guard]},
         )
+
+    def _trusted(self) -> ssl.SSLContext:
+        """What a certificate must be; of a plain line nothing, which saves the 40 ms that authorities take to load."""
+        if self.pin is not None:
+            return guarding.pinned_context(self.pin)
+        if urlsplit(self.url).scheme != "https":
+            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context = httpx2.create_ssl_context()
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        return context
+
+    def _guard(self, request: httpx2.Request) -> None:
+        """Have the connections that a call makes looked at before the call is sent."""
+        if request.url.scheme == "http" and not self._insecure:
+            request.extensions = {**request.extensions, "trace": self._look}
+
+    def check_line(self) -> None:
+        """Make sure that who is there may be spoken to; who is away is no matter.
+
+        Raises:
+            UnavailableError: it shows another certificate than it must, or none (codes: guarding.REFUSALS).
+        """
+        if guarding.is_plainly_sheltered(self.url):
+            return  # there is nothing to look at
+        try:
+            self.version()
+        except UnavailableError as error:
+            if error.code in guarding.REFUSALS:
+                raise
+        except LydianError:  # it answers, and says in the calls that count what is wrong
+            return
 
     def use_token(self, token: str) -> None:
         """From now on, call as the owner of this token."""
@@ -338,14 +393,12 @@ class CoordinatorApi:
                     yield event
                     if event["type"] == "job" and event["state"] in OVER:
                         return
-            except (UnavailableError, httpx2.TransportError) as error:
+            except UnavailableError as error:
                 away_since = away_since or time.monotonic()
-                if time.monotonic() - away_since > patience_s:
-                    if isinstance(error, UnavailableError):
-                        raise
-                    raise unreachable(self.url, error) from error
+                if time.monotonic() - away_since > patience_s or error.code in guarding.REFUSALS:
+                    raise
                 pause_s = max(pause_s, error.retry_after_s if isinstance(error, TooManyError) else 0.0)
-                on_wait(f"the coordinator at {self.url} does not answer ({error}); waiting for it to come back")
+                on_wait(f"{error}; waiting for it to come back")
             time.sleep(pause_s)  # between two connections, never between two events
 
     # ---------------------------------------------------------------- the wire
@@ -354,7 +407,8 @@ class CoordinatorApi:
         """One connection's worth of events."""
         headers = {"Last-Event-ID": str(after), "Accept": "text/event-stream"}
         path = f"/v1/jobs/{_part(job)}/events"
-        with self._client.stream("GET", path, headers=headers, timeout=httpx2.Timeout(60.0)) as answer:
+        asked = self._client.stream("GET", path, headers=headers, timeout=httpx2.Timeout(60.0))
+        with reaching(self.url), asked as answer:
             raise_for(answer)
             for line in answer.iter_lines():
                 if line.startswith("data:"):

@@ -3,8 +3,9 @@
     tailscale_status ──GET /localapi/v0/status──▶ tailscaled
     whois            ──GET /localapi/v0/whois───▶
                      ◀── parse_status, parse_node: tolerant, since Tailscale promises no stable shape
+    tailscale_certificate ──GET /localapi/v0/cert/NAME──▶
 
-Reads only, and needs no rights: any local user may ask. A machine without Tailscale is a normal case and no error:
+Status and whois need no rights: any local user may ask. A machine without Tailscale is a normal case and no error:
 there is no status then, and the reason says why. Nothing here decides anything.
 """
 
@@ -28,6 +29,7 @@ log = logging.getLogger("lydian.tailscale")
 
 SOCKET = Path("/var/run/tailscale/tailscaled.sock")  # on Linux; elsewhere there is none, and the reason says so
 TIMEOUT_S = 0.5  # for one answer
+CERTIFICATE_S = 120.0  # for a certificate: an authority on the internet is asked for it
 PATIENCE_S = 60.0  # for a daemon that starts: it is asked again until it knows its address
 EXPIRY_WARNING = timedelta(days=14)
 EXPIRY_ADVICE = "run `tailscale up --force-reauth`, or disable key expiry for it in Tailscale's admin console"
@@ -130,6 +132,26 @@ def whois(address: str, port: int = 0, socket_path: Path = SOCKET) -> Whois:
     return Whois(node)
 
 
+def tailscale_certificate(name: str, socket_path: Path = SOCKET) -> tuple[str | None, str]:
+    """Have tailscaled get, or show, the certificate of this machine's name. It renews that 14 days before its end.
+
+    Root and tailscaled's operator may ask, and the user whose number TS_PERMIT_CERT_UID is set to.
+
+    Args:
+        name: this machine's full MagicDNS name.
+        socket_path: tailscaled's Unix socket.
+
+    Returns:
+        (key and certificates in PEM, "") or (None, why there are none).
+    """
+    answer = _get(socket_path, f"cert/{name}", {"type": "pair"}, timeout_s=CERTIFICATE_S)
+    if isinstance(answer, _NoAnswer):
+        return None, answer.why
+    if answer.status_code != httpx2.codes.OK or "BEGIN CERTIFICATE" not in answer.text:
+        return None, f"tailscaled answered HTTP {answer.status_code}: {answer.text.strip()[:300]!r}"
+    return answer.text, ""
+
+
 def parse_node(body: Any) -> TailnetNode | None:  # noqa: ANN401 - whatever the daemon sent
     """Read a whois as the LocalAPI sends it. Never raises.
 
@@ -228,17 +250,20 @@ def _parsed(answer: httpx2.Response, parse: Callable[[Any], T | None]) -> T | No
     return None
 
 
-def _get(socket_path: Path, call: str, parameters: dict[str, str]) -> httpx2.Response | _NoAnswer:
+def _get(
+    socket_path: Path, call: str, parameters: dict[str, str], *, timeout_s: float | None = None
+) -> httpx2.Response | _NoAnswer:
     """One question, one answer."""
     if (why := _out_of_reach(socket_path)) is not None:
         return _NoAnswer(f"no tailscaled on {socket_path}: {why}", again=False)
+    timeout_s = timeout_s or TIMEOUT_S
     try:
         # No TLS on this socket: a context without certificates saves the 40 ms that loading them takes.
         transport = httpx2.HTTPTransport(uds=str(socket_path), verify=ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        with httpx2.Client(transport=transport, base_url=_URL, timeout=TIMEOUT_S, trust_env=False) as client:
+        with httpx2.Client(transport=transport, base_url=_URL, timeout=timeout_s, trust_env=False) as client:
             return client.get(f"/localapi/v0/{call}", params=parameters)
     except httpx2.TimeoutException:
-        return _NoAnswer(f"tailscaled did not answer on {socket_path} within {TIMEOUT_S} s", again=True)
+        return _NoAnswer(f"tailscaled did not answer on {socket_path} within {timeout_s:g} s", again=True)
     except httpx2.RequestError as error:
         return _NoAnswer(f"tailscaled broke off on {socket_path}: {error}", again=False)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import httpx2
 
 from common.errors import BadUpdateError, LydianError, TooManyError, UnavailableError, from_answer
+from common.guarding import tls_trouble
 from common.ranges import Ranges, content_range, gaps
 from common.staging import Staging
 from common.streams import STREAMS, Piece, Streams
@@ -463,13 +464,14 @@ def reaching(url: str) -> Iterator[None]:
 
 
 def unreachable(url: str, error: httpx2.TransportError) -> UnavailableError:
-    """No answer came, or not all of it."""
+    """No answer came, or not all of it; or who is there was not to be asked."""
+    if (refused := tls_trouble(url, error)) is not None:
+        return refused
     why = str(error) or type(error).__name__
-    return UnavailableError(
-        f"the coordinator at {url} does not answer: {why}",
-        code="unreachable",
-        advice="Is it running (`lydian serve`), and is this the right address (--url or LYDIAN_URL)?",
-    )
+    advice = "Is it running (`lydian serve`), and is this the right address (--url or LYDIAN_URL)?"
+    if isinstance(error, httpx2.RemoteProtocolError) and url.startswith("http:"):
+        advice += " If it speaks TLS, say https://."
+    return UnavailableError(f"the coordinator at {url} does not answer: {why}", code="unreachable", advice=advice)
 
 
 def raise_for(answer: httpx2.Response) -> None:

@@ -19,14 +19,18 @@ from fastapi import FastAPI
 
 from common import __version__
 from common.errors import LydianError
+from common.pins import Pins, split
 from common.tailscale import PATIENCE_S, TailscaleStatus, tailscale_status
 from server.app import create_app, failed_start
-from server.binding import LOOPBACK, Binding, choose, open_sockets
+from server.binding import LOOPBACK, Binding, choose, exposed, open_sockets
+from server.certificates import Certificate, open_certificate
+from server.line import Line
 from server.settings import Settings, in_words
 from server.supervisor import tell_ready
 from server.wire import impatient
 
 KEEP_ALIVE_S = 75  # longer than a poll waits: a worker's connection outlives its polls
+GOODBYE_S = 1.0  # for the other end to take leave of TLS, where nothing is under way
 GRACEFUL_S = 5  # for transfers under way when told to stop; they are resumed by the next coordinator
 
 log = logging.getLogger("lydian.serve")
@@ -35,12 +39,31 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, that says when it listens, and in one sentence why it cannot."""
+    """Uvicorn, that says when it listens, and in one sentence why it cannot. Listens itself, plainly or with TLS."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        on_ready: Callable[[], None],
+        *,
+        certificate: Certificate | None = None,
+        handshake_s: float = 30.0,
+    ) -> None:
+        """Listen nowhere yet.
+
+        Args:
+            config: uvicorn's.
+            app: what is served.
+            on_ready: called when it listens.
+            certificate: for TLS; None: plain HTTP.
+            handshake_s: seconds that a client has for the handshake of TLS.
+        """
         super().__init__(config)
         self._app = app
         self._on_ready = on_ready
+        self._certificate, self._handshake_s = certificate, handshake_s
+        self._renewing: asyncio.Task[None] | None = None
         self.follows: int | None = None  # the port on which to go with this machine's tailnet addresses; None: stay
         self._lacking: set[str] = set()  # addresses of the tailnet that cannot be listened on
 
@@ -51,16 +74,36 @@ class Server(uvicorn.Server):
             LydianError: the application cannot start, as it says itself.
         """
         try:
-            await super().startup(sockets)
+            await super().startup([])
         except SystemExit:
             error = failed_start(self._app)
             if error is None:
                 raise
             raise error from None
+        for sock in sockets or []:
+            self.servers.append(await self._listen(sock))
+        if self._certificate is not None:
+            self._renewing = asyncio.create_task(self._certificate.watch())
         if self.started and not self.should_exit:
             if self.follows is not None:
                 self._app.state.coordinator.tailnet.on_status = self.follow
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Listen no more, and end what is under way."""
+        if self._renewing is not None:
+            self._renewing.cancel()
+        await super().shutdown(sockets)
+
+    async def _listen(self, sock: socket) -> asyncio.Server:
+        loop, options = asyncio.get_running_loop(), dict[str, Any]()
+        if self._certificate is not None:
+            options = {
+                "ssl": self._certificate.context,
+                "ssl_handshake_timeout": self._handshake_s,
+                "ssl_shutdown_timeout": GOODBYE_S,
+            }
+        return await loop.create_server(self._protocol, sock=sock, backlog=self.config.backlog, **options)
 
     async def follow(self, status: TailscaleStatus) -> None:
         """Listen on the addresses that this machine has in the tailnet now, and no more on those that it had."""
@@ -75,8 +118,7 @@ class Server(uvicorn.Server):
                 self._lacking.add(address)
                 log.warning("%s", error.lines())
                 continue
-            loop = asyncio.get_running_loop()
-            self.servers.append(await loop.create_server(self._protocol, sock=sock, backlog=self.config.backlog))
+            self.servers.append(await self._listen(sock))
             log.warning("this machine has the tailnet address %s now: listening there too", address)
         for address, server in at.items():
             if address not in (*status.addresses, LOOPBACK):
@@ -105,6 +147,19 @@ def serve(
     state_dir: Annotated[
         Path | None, typer.Option(help="Journal, models and tokens.", envvar="LYDIAN_STATE_DIR")
     ] = None,
+    tls: Annotated[
+        str,
+        typer.Option(
+            metavar="self-made|tailscale|FILE",
+            help="Encrypt, and show this certificate: one made here and pinned in the tokens, the tailnet name's, or a "
+            "file in PEM.",
+            envvar="LYDIAN_TLS",
+        ),
+    ] = "",
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(help="Key of that FILE, where it is not in it too.", envvar="LYDIAN_TLS_KEY"),
+    ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
@@ -113,19 +168,33 @@ def serve(
             "LYDIAN_ALLOW_HOST lists several.",
         ),
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow 0.0.0.0 and ::, whoever can reach them.")] = False,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Allow plain HTTP where others may listen: anywhere but on loopback and a tailnet.",
+            envvar="LYDIAN_INSECURE",
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
 ) -> None:
     """Run the coordinator until SIGTERM or Ctrl-C.
 
-    Prints `ready URL` on stdout when it listens, and on stderr the line to paste on the workers.
+    Prints `ready URL` on stdout when it listens, and on stderr the line to paste on the workers. Plain HTTP is spoken
+    on loopback and in a tailnet, which encrypts; elsewhere it wants --tls.
 
     Examples:
 
     `lydian serve`
 
     `lydian serve --host 127.0.0.1 --port 8470 --state-dir /var/lib/lydian`
+
+    `lydian serve --host 192.168.1.10 --tls self-made`
+
+    `lydian serve --tls tailscale`
+
+    `lydian serve --host 0.0.0.0 --tls /etc/ssl/lydian/fullchain.pem --tls-key /etc/ssl/lydian/privkey.pem`
     """
     if version:
         typer.echo(__version__)
@@ -139,12 +208,11 @@ def serve(
     for chatty in ("httpx2", "httpcore2", "asyncio", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        settings = Settings.from_environment()
+        told: dict[str, Any] = {"tls": tls, "tls_key": tls_key, "insecure": insecure}
         if state_dir is not None:
-            settings = replace(settings, state_dir=state_dir)
-        if allow_host:
-            settings = settings.allowing(allow_host)
-        _run(settings, host, port, insecure=insecure)
+            told["state_dir"] = state_dir
+        settings = Settings.from_environment(told=told)
+        _run(settings.allowing(allow_host) if allow_host else settings, host, port)
     except LydianError as error:
         typer.echo(error.lines(), err=True)
         raise typer.Exit(1) from error
@@ -160,12 +228,19 @@ def descriptors() -> int:
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
-def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> None:
+def _run(settings: Settings, host: str | None, port: int) -> None:
     patience_s = PATIENCE_S if host is None else 0.0  # beside a host it only says whether that is the tailnet's
     status, why_none = tailscale_status(settings.tailscaled, patience_s=patience_s)
-    binding = choose(host, status, why_none, insecure=insecure, machine=platform.node())
+    line = _line(settings, status)
+    certificate = line.certificate
+    binding = choose(host, status, why_none, machine=platform.node())
+    if certificate is not None:
+        binding = binding.encrypted(certificate.name)
     sockets = open_sockets(binding.hosts, port)
-    app = create_app(settings, pin=binding.pin, names=(*binding.hosts, binding.urls_host, binding.address))
+    addresses = [str(sock.getsockname()[0]) for sock in sockets]
+    line = replace(line, exposed=exposed(addresses, encrypted=line.encrypted, insecure=settings.insecure))
+    names = (*binding.hosts, binding.urls_host, binding.address)
+    app = create_app(settings, pin=binding.pin, line=line, names=names)
     most = min(settings.connections, descriptors() // 2)  # one caller does not take all the files that may be open
 
     def connection_refused(address: str) -> None:
@@ -185,7 +260,13 @@ def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> 
     )
     logging.getLogger("uvicorn.error").addFilter(lambda record: failed_start(app) is None and not _is_cut_off(record))
     port = sockets[0].getsockname()[1]
-    server = Server(config, app, on_ready=lambda: _announce(settings, binding, port))
+    server = Server(
+        config,
+        app,
+        on_ready=lambda: _announce(settings, binding, line, port),
+        certificate=certificate,
+        handshake_s=settings.body_idle_s,
+    )
     if status is not None and host is None and status.tun:
         server.follows = port
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends itself the signal again when it has stopped
@@ -195,23 +276,48 @@ def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> 
         raise typer.Exit(1)
 
 
+def _line(settings: Settings, status: TailscaleStatus | None) -> Line:
+    if not settings.tls:
+        return Line()
+    return Line(open_certificate(settings.tls, settings.tls_key, settings.state_dir, status, settings.tailscaled))
+
+
 def _is_cut_off(record: logging.LogRecord) -> bool:
     """Whether uvicorn tells with a traceback of a request that was still under way when the coordinator had to end."""
     return record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
-def _announce(settings: Settings, binding: Binding, port: int) -> None:
+def _announce(settings: Settings, binding: Binding, line: Line, port: int) -> None:
     url = binding.url(port)
-    join = (settings.state_dir / "join.token").read_text().strip()
-    if binding.pin is not None:
-        join = f"{join}@{binding.pin}"
+    join, pins = split((settings.state_dir / "join.token").read_text())
+    join = Pins(binding.pin).over(pins).behind(join or "")
     typer.echo(f"{binding.reason}\nadmin token: {settings.state_dir / 'admin.token'}", err=True)
-    typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}\n", err=True)
+    if line.certificate is not None:
+        typer.echo(line.certificate.about, err=True)
+    if line.exposed:
+        _warn(line.exposed)
+    typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}{_aloud(line)}\n", err=True)
     if other := binding.address_url(port):
         typer.echo(f"where the name is not resolved, {other}", err=True)
     typer.echo(f"ready {url}")
     sys.stdout.flush()
     tell_ready()
+
+
+def _aloud(line: Line) -> str:
+    return " --insecure" if line.exposed else ""
+
+
+def _warn(exposed: tuple[str, ...]) -> None:
+    said = (
+        f"INSECURE: plain HTTP on {', '.join(exposed)}",
+        "whoever listens on that network reads tokens, models and updates, and can use the tokens;",
+        "`lydian serve --tls self-made` encrypts",
+    )
+    width = max(map(len, said))
+    rows = "\n".join(f"!! {row:{width}} !!" for row in said)
+    typer.echo(f"\n{'!' * (width + 6)}\n{rows}\n{'!' * (width + 6)}\n", err=True)
+    log.warning("%s, as --insecure allows", said[0])
 
 
 if __name__ == "__main__":

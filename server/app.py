@@ -22,12 +22,14 @@ from starlette.exceptions import HTTPException
 
 from common import __version__
 from common.errors import BadRequestError, LydianError
+from common.pins import Pins
 from server.auth import Scope, Tokens, guard_logs, token_file
 from server.bodies import BodyLimits
 from server.coordinator import Coordinator
 from server.gate import Gate, retry_after
 from server.headers import EVERYWHERE
 from server.hosts import with_short
+from server.line import Line
 from server.routes import audit, jobs, models, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
@@ -35,7 +37,9 @@ from server.store import Journal, lock_folder
 log = logging.getLogger("lydian.app")
 
 
-def create_app(settings: Settings | None = None, *, pin: str | None = None, names: Iterable[str] = ()) -> FastAPI:
+def create_app(
+    settings: Settings | None = None, *, pin: str | None = None, line: Line | None = None, names: Iterable[str] = ()
+) -> FastAPI:
     """The application. Nothing is read or written before it starts.
 
     Args:
@@ -43,18 +47,20 @@ def create_app(settings: Settings | None = None, *, pin: str | None = None, name
         pin: this machine's StableID, where workers reach it over a tailnet: they are told it with each join token.
         names: names and addresses by which calls may come, beside this machine's own name, its addresses, its names in
             the tailnet, and those of the settings.
+        line: how the coordinator is spoken to; None: in plain words, where nobody else listens.
     """
+    line = line or Line()
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             try:
-                coordinator = await _start(settings or Settings.from_environment(), stack)
+                coordinator = await _start(settings or Settings.from_environment(), line, stack)
             except (LydianError, OSError) as error:
                 app.state.failed_start = error
                 raise
             coordinator.tailnet.pin = pin
-            app.state.coordinator = coordinator
+            app.state.coordinator, app.state.line = coordinator, line
             with _answering_waits_on_sigterm(coordinator):
                 yield
 
@@ -77,9 +83,15 @@ def create_app(settings: Settings | None = None, *, pin: str | None = None, name
     return app
 
 
-async def _start(settings: Settings, stack: AsyncExitStack) -> Coordinator:
+async def _start(settings: Settings, line: Line, stack: AsyncExitStack) -> Coordinator:
     """A coordinator that runs; leaving the stack stops it and gives its folder back."""
     guard_logs()
+    if settings.tls and not line.encrypted:
+        raise LydianError(
+            f"LYDIAN_TLS={settings.tls} asks for TLS, and this process was not started by `lydian serve`, which has it",
+            code="bad_setting",
+            advice="Start it by `lydian serve`, or unset LYDIAN_TLS and let whoever listens encrypt.",
+        )
     settings.state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     stack.enter_context(lock_folder(settings.state_dir))
     journal = Journal.open(settings.state_dir / "journal.sqlite", ballast_bytes=settings.reserve_bytes)
@@ -87,8 +99,9 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Coordinator:
     known = Tokens(journal)
     scopes: tuple[Scope, ...] = ("admin", "join")
     for scope in scopes:
-        token_file(settings.state_dir, f"{scope}.token", scope, known)
+        token_file(settings.state_dir, f"{scope}.token", scope, known, Pins(certificate=line.pin))
     coordinator = Coordinator.open(settings, journal, known)
+    coordinator.tailnet.certificate = line.pin
     stack.push_async_callback(coordinator.stop)
     await coordinator.start()
     return coordinator

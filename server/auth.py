@@ -1,7 +1,7 @@
 """Tokens: who calls, and what they may.
 
     lyd_<scope>_<id>_<43 characters>      scopes: admin (people), join (new workers), work (one worker each)
-    lyd_join_<id>_<43 characters>@<StableID>    the same to us; tells a worker which machine of a tailnet we are
+    lyd_<scope>_<id>_<43 characters>@<pins>     the same to us; tells who has it what we must be (common.pins)
 
 The id is public: to find a token, to revoke it, to speak of it. The rest is 256 random bits that are shown once; only
 their SHA-256 is kept, and no slow hash is needed, since nobody guesses 256 bits. No secret goes into an error or a log.
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import BadRequestError, ForbiddenError, LydianError, UnauthenticatedError
+from common.pins import NOTHING, SUFFIX, Pins
 from server.store import Journal, sync
 
 Scope = Literal["admin", "join", "work"]
 
-_TOKEN = re.compile(r"lyd_(admin|join|work)_([0-9a-f]{12})_([A-Za-z0-9_-]{43})(?:@[A-Za-z0-9]+)?")
+_TOKEN = re.compile(rf"lyd_(admin|join|work)_([0-9a-f]{{12}})_([A-Za-z0-9_-]{{43}}){SUFFIX}")
 _BEARER = re.compile(r"bearer +([^ ]+)", re.IGNORECASE)
 _ANYWHERE = re.compile(r"lyd_([a-z]+)_([0-9a-f]+)_[A-Za-z0-9_-]+")
 
@@ -109,7 +110,7 @@ def require(principal: Principal, *scopes: Scope) -> None:
         )
 
 
-def token_file(folder: Path, name: str, scope: Scope, tokens: Tokens) -> str:
+def token_file(folder: Path, name: str, scope: Scope, tokens: Tokens, pins: Pins = NOTHING) -> str:
     """The token that lies in a file of the state folder, for the people of this machine; made when there is none.
 
     A file whose token does not count here, from another journal or revoked, gets a new one.
@@ -119,6 +120,7 @@ def token_file(folder: Path, name: str, scope: Scope, tokens: Tokens) -> str:
         name: of the file, such as `admin.token`.
         scope: admin or join.
         tokens: where a new token is made.
+        pins: what stands behind it, for whoever takes it from the file; others than these are replaced.
 
     Raises:
         LydianError: the file can be neither read nor written (`token_file_unusable`).
@@ -126,13 +128,16 @@ def token_file(folder: Path, name: str, scope: Scope, tokens: Tokens) -> str:
     path = folder / name
     try:
         if path.exists():
-            _tighten(path)
+            tighten(path)
             held = path.read_text(encoding="ascii", errors="replace").strip()
-            if _counts(held, scope, tokens):
-                return held
+            bare = held.partition("@")[0]
+            if _counts(bare, scope, tokens):
+                if pins.behind(bare) != held:
+                    write_private(path, f"{pins.behind(bare)}\n")
+                return pins.behind(bare)
             log.warning("the token in %s is not known here as one of scope %s: a new one takes its place", path, scope)
-        token = tokens.issue(scope)
-        _write_private(path, f"{token}\n")
+        token = pins.behind(tokens.issue(scope))
+        write_private(path, f"{token}\n")
     except OSError as error:
         raise LydianError(
             f"the token file {path} can be neither read nor written: {error}",
@@ -149,14 +154,15 @@ def _counts(token: str, scope: Scope, tokens: Tokens) -> bool:
         return False
 
 
-def _tighten(path: Path) -> None:
+def tighten(path: Path) -> None:
+    """Take a file that others could read back from them, and say so."""
     mode = path.stat().st_mode & 0o777
     if mode & 0o077:
         path.chmod(0o600)
         log.warning("%s could be read by others (mode %04o): now it is its owner's alone (0600)", path, mode)
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, text: str) -> None:
     """Write a file that nobody else can read at any moment, and that is there whole or not at all."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)  # of a process that died in here

@@ -4,7 +4,8 @@
             ├─choose─▶ Binding: addresses, the host in its URLs, and why ──open_sockets──▶ bound sockets
     status ─┘
 
-`choose` is pure; `open_sockets` binds and does not listen: the coordinator listens once its state is loaded.
+`choose` and `exposed` are pure; `open_sockets` binds and does not listen: the coordinator listens once its state is
+loaded, and only where `exposed` has nothing against it: in plain words on loopback and tailnets, elsewhere with TLS.
 """
 
 import contextlib
@@ -14,8 +15,10 @@ import logging
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from common.errors import LydianError
+from common.networks import is_sheltered
 from common.tailscale import TailscaleStatus
 
 LOOPBACK = "127.0.0.1"
@@ -33,14 +36,24 @@ class Binding:
     reason: str
     address: str = ""  # the same in a URL as an address, where `urls_host` is a name of the tailnet
     pin: str | None = None  # this machine's StableID, where workers come over the tailnet
+    scheme: Literal["http", "https"] = "http"
 
     def url(self, port: int) -> str:
         """The URL by which workers reach the coordinator."""
-        return f"http://{self.urls_host}:{port}"
+        return f"{self.scheme}://{self.urls_host}:{port}"
 
     def address_url(self, port: int) -> str:
         """The same without a name, for machines that do not resolve those of the tailnet; empty: there is none."""
-        return f"http://{self.address}:{port}" if self.address else ""
+        return f"{self.scheme}://{self.address}:{port}" if self.address else ""
+
+    def encrypted(self, name: str | None) -> "Binding":
+        """The same with TLS.
+
+        Args:
+            name: the only host that the certificate is trusted for; None: it is under any.
+        """
+        told = replace(self, scheme="https")
+        return replace(told, urls_host=name, address="") if name else told
 
 
 def choose(
@@ -48,7 +61,6 @@ def choose(
     status: TailscaleStatus | None,
     why_none: str,
     *,
-    insecure: bool = False,
     machine: str = LOOPBACK,
 ) -> Binding:
     """Decide where to listen.
@@ -58,15 +70,13 @@ def choose(
         status: tailscaled's; None: there is none, or it was not asked. Beside a host it only says whether that is one
             of the tailnet.
         why_none: why there is no status.
-        insecure: the user allowed every interface.
         machine: what other machines call this one, for URLs of a coordinator that listens on every interface.
 
     Raises:
-        LydianError: every interface without `insecure` (code insecure_host), or a tailnet that this machine is on and
-            cannot use (code tailnet_down).
+        LydianError: this machine is on a tailnet and cannot use it (code tailnet_down).
     """
     if host is not None:
-        told = _as_told(host, insecure, machine)
+        told = _as_told(host, machine)
         return replace(told, pin=status.stable_id) if status is not None and told.hosts[0] in status.addresses else told
     if status is None:
         return Binding(
@@ -90,6 +100,34 @@ def choose(
         )
     hosts = (*status.addresses, LOOPBACK)
     return Binding(hosts, urls_host, f"listening on the tailnet and loopback: {', '.join(hosts)}", address, pin)
+
+
+def exposed(addresses: Sequence[str], *, encrypted: bool, insecure: bool) -> tuple[str, ...]:
+    """Where what is said in plain words may be read by others.
+
+    Args:
+        addresses: that are listened on, as addresses.
+        encrypted: nothing is said in plain words.
+        insecure: the user allowed it.
+
+    Returns:
+        Those of the addresses that are neither on loopback nor in a tailnet; none where all is encrypted.
+
+    Raises:
+        LydianError: there are such, and nobody allowed it (code insecure_host).
+    """
+    open_to_others = tuple(address for address in addresses if not is_sheltered(address))
+    if encrypted or not open_to_others:
+        return ()
+    if not insecure:
+        raise LydianError(
+            f"plain HTTP on {', '.join(open_to_others)} could be read by whoever listens on that network: tokens, "
+            "models and updates",
+            code="insecure_host",
+            advice="--tls self-made encrypts it, and the join line says how workers know the certificate. Or leave "
+            "--host out to listen on the tailnet and loopback. --insecure allows it all the same.",
+        )
+    return open_to_others
 
 
 def open_sockets(hosts: Sequence[str], port: int) -> list[socket.socket]:
@@ -120,19 +158,14 @@ def open_sockets(hosts: Sequence[str], port: int) -> list[socket.socket]:
 # ---------------------------------------------------------------- the choice
 
 
-def _as_told(host: str, insecure: bool, machine: str) -> Binding:
+def _as_told(host: str, machine: str) -> Binding:
     host = host.strip().removeprefix("[").removesuffix("]")
     if not _is_everywhere(host):
         return Binding((host,), _in_url(host), f"listening on {host}, as told by --host")
-    if not insecure:
-        raise LydianError(
-            f"--host {host or repr('')} would listen on every interface of this machine, the internet's included",
-            code="insecure_host",
-            advice="Leave --host out to listen on the tailnet and loopback, or name one address; "
-            "--insecure allows it all the same.",
-        )
     hint = f"; other machines need an address of this one in place of {LOOPBACK}" if machine == LOOPBACK else ""
-    return Binding((host,), _in_url(machine), f"INSECURE: listening on every interface, as told by --host {host}{hint}")
+    return Binding(
+        (host,), _in_url(machine), f"listening on every interface, as told by --host {host or repr('')}{hint}"
+    )
 
 
 def _is_everywhere(host: str) -> bool:

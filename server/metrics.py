@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from common.messages import State
+from server.certificates import Certificate
 from server.coordinator import Coordinator
 from server.fleet import standing
 
@@ -22,8 +23,8 @@ Family = GaugeMetricFamily | CounterMetricFamily
 class StateCollector(Collector):
     """The present state as metric families."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
+    def __init__(self, coordinator: Coordinator, certificate: Certificate | None) -> None:
+        self._coordinator, self._certificate = coordinator, certificate
 
     def collect(self) -> Iterator[Family]:
         """Workers and jobs by state, and for each job its rounds and what they moved."""
@@ -46,6 +47,12 @@ class StateCollector(Collector):
         for reason, times in coordinator.quotas.refusals.counts.items():
             refused.add_metric([reason], times)
         yield refused
+        if self._certificate is not None:
+            yield GaugeMetricFamily(
+                "lydian_certificate_not_after_seconds",
+                "When the certificate of this coordinator ends, in seconds since 1970.",
+                value=self._certificate.shown.ends.timestamp(),
+            )
 
 
 def _by_state(name: str, says: str, numbers: dict[str, int]) -> Family:
@@ -55,8 +62,8 @@ def _by_state(name: str, says: str, numbers: dict[str, int]) -> Family:
     return family
 
 
-def exposition(coordinator: Coordinator) -> bytes:
+def exposition(coordinator: Coordinator, certificate: Certificate | None = None) -> bytes:
     """The text that Prometheus reads."""
     registry = CollectorRegistry()
-    registry.register(StateCollector(coordinator))
+    registry.register(StateCollector(coordinator, certificate))
     return generate_latest(registry)

@@ -69,7 +69,13 @@ class Settings:
     node_pin: Literal["enforce", "warn"] = Field(
         default="enforce", description="enforce or warn: what becomes of a worker's calls from another tailnet machine"
     )
-    insecure: bool = Field(default=False, description="true or false: listen on every address, without encryption")
+    insecure: bool = Field(
+        default=False, description="true or false: speak plain HTTP on addresses where others may listen"
+    )
+    tls: str = Field(
+        default="", max_length=4096, description="self-made, tailscale, or a file with the certificate in PEM"
+    )
+    tls_key: Folder | None = Field(default=None, description="a file with its key, where that is not in the same")
     allow_host: Names = Field(
         default=(), description="names or addresses without a port, by which calls may come beside its own ones"
     )
@@ -115,18 +121,31 @@ class Settings:
                 )
         return replace(self, allow_host=(*self.allow_host, *names))
 
+    @model_validator(mode="after")
+    def _a_key_goes_with_a_file(self) -> Self:
+        if self.tls_key is not None and self.tls in ("", "self-made", "tailscale"):
+            raise ValueError(
+                f"--tls-key (LYDIAN_TLS_KEY) goes with the file of a certificate, and --tls (LYDIAN_TLS) is "
+                f"{self.tls or 'not given'}"
+            )
+        return self
+
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
+    def from_environment(
+        cls, environment: Mapping[str, str] | None = None, *, told: Mapping[str, object] | None = None
+    ) -> Self:
         """The settings that LYDIAN_* name; the others have their defaults. An empty value is none.
 
         Args:
             environment: None: the process's own.
+            told: settings by their names here, that go before those of the environment; an empty value is none.
 
         Raises:
             LydianError: a value is not allowed (`bad_setting`): its name, the value, and what is allowed.
         """
         given = os.environ if environment is None else environment
-        named = {field.name: given.get(PREFIX + field.name.upper()) for field in fields(cls)}
+        named: dict[str, object] = {field.name: given.get(PREFIX + field.name.upper()) for field in fields(cls)}
+        named |= {name: value for name, value in (told or {}).items() if value}
         try:
             return TypeAdapter(cls).validate_python({name: value for name, value in named.items() if value})
         except ValidationError as error:

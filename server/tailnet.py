@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common.errors import ForbiddenError, UnavailableError
 from common.messages import TailnetPath
+from common.pins import Pins
 from common.tailscale import TailscaleStatus, Whois, expiry_warning, tailscale_status, whois
 from server import paths
 from server.paths import Verdict
@@ -55,6 +56,7 @@ class Tailnet:
     status: TailscaleStatus | None = None
     why_none: str = "not asked yet"
     pin: str | None = None  # this machine's StableID, where workers reach it over the tailnet
+    certificate: str | None = None  # sha256.… of the coordinator's, where tokens name it
 
     def __post_init__(self) -> None:
         self.callers: dict[str, Caller] = {}  # worker id -> its last call that was let in
@@ -132,8 +134,8 @@ class Tailnet:
         log.info("%s joined from %s, and its credential is pinned to it", worker_id, paths.shown(node))
 
     def pinned(self, token: str) -> str:
-        """A join token that tells the worker which machine of the tailnet it must find here, where there is one."""
-        return f"{token}@{self.pin}" if self.pin else token
+        """A token that tells who gets it which machine of the tailnet, and which certificate, it must find here."""
+        return Pins(self.pin, self.certificate).behind(token)
 
     def unpin(self, worker_id: str) -> None:
         """Let a worker come from another machine: its next registration says from which."""

@@ -16,10 +16,14 @@ refuses: RFC 9112 has such a name go before the header, and uvicorn drops it.
 
 Bytes come by one buffer that all connections share, as large as is fair between the bodies under way: uvloop reads
 250 kB of each connection before the first of them is looked at, which of a thousand uploads is a quarter of a gigabyte.
+With TLS the bytes are those that were encrypted, and the handshake has a limit of its own (server.__main__).
 A piece of a body is passed on as the parser cut it, where uvicorn copies it twice more.
 """
 
 import asyncio
+import contextlib
+import socket
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
@@ -31,6 +35,7 @@ from server.buckets import network_of
 Base: type[asyncio.Protocol] = AutoHTTPProtocol
 
 MOST, LEAST = 1 << 18, 1 << 14  # bytes that are read of a connection at once
+_BYTES_ACKED, _TCP_INFO_BYTES = 120, 128
 WAITING = 16 << 20  # bytes of bodies that wait for the application, about, while there are fewer than WAITING / LEAST
 
 
@@ -51,7 +56,7 @@ def impatient(
     class Impatient(Base):  # type: ignore[misc,valid-type] # which of two classes it is depends on what is installed
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             self._for_head, self._for_reader = _Patience(idle_s), _Patience(idle_s)
-            self._unread = 0  # bytes of an answer that wait for the client, when last looked at
+            self._unread = self._taken = 0  # bytes of an answer: that wait for the client, and that it took, at a look
             super().connection_made(transport)
             self._await_head()
 
@@ -109,13 +114,13 @@ def impatient(
                 self.transport.close()
 
         def _await_reader(self) -> None:
-            self._unread = self.transport.get_write_buffer_size()
+            self._unread, self._taken = self.transport.get_write_buffer_size(), _taken(self.transport)
             self._for_reader.start(self._end_deafness)
 
         def _end_deafness(self) -> None:
             """Cut the connection, unless some was read: on a slow line, what uvicorn wrote at once takes its time."""
             self._for_reader.stop()
-            if self.transport.get_write_buffer_size() < self._unread:
+            if self.transport.get_write_buffer_size() < self._unread or _taken(self.transport) > self._taken:
                 self._await_reader()
             else:
                 self.transport.abort()
@@ -176,6 +181,21 @@ def _address(transport: asyncio.BaseTransport) -> str:
     """Where a connection comes from; empty: there is no telling, as on a Unix socket."""
     peer = transport.get_extra_info("peername")
     return str(peer[0]) if isinstance(peer, tuple) and peer else ""
+
+
+def _taken(transport: asyncio.Transport) -> int:
+    """Bytes that the client's system has taken of this connection so far, as Linux counts them; 0 elsewhere.
+
+    With TLS the buffer alone does not tell: what was encrypted lies below it, and none of it shrinks for a while.
+    Source: linux/tcp.h, struct tcp_info, tcpi_bytes_acked.
+    """
+    line = transport.get_extra_info("socket")
+    if line is None or sys.platform != "linux":
+        return 0
+    with contextlib.suppress(OSError):
+        told = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        return int.from_bytes(told[_BYTES_ACKED:_TCP_INFO_BYTES], sys.byteorder)
+    return 0
 
 
 class _Patience:

@@ -5,6 +5,8 @@ Answers by the rules and in the JSON of Tailscale 1.103 (ipn/localapi, ipn/ipnst
     GET /localapi/v0/status[?peers=false]              200 {"BackendState": "Running", "Self": {…}, "Peer": {…}, …}
     GET /localapi/v0/whois?addr=IP[:PORT][&proto=tcp]  200 {"Node": {…}, "UserProfile": {…}, "CapMap": {…}}
         400 "missing 'addr' parameter", "invalid 'addr' parameter"; 404 "no match for IP:port"
+    GET /localapi/v0/cert/NAME?type=pair               200 key and certificates in PEM; 403 "cert access denied"
+        500 'invalid domain "X"; only "Y" is permitted', "your Tailscale account does not support getting TLS certs"
     any call with an Origin or a Referer, or a Host other than "local-tailscaled.sock" or none: 403
 
     with FakeTailscaled(socket_path, [
@@ -14,6 +16,7 @@ Answers by the rules and in the JSON of Tailscale 1.103 (ipn/localapi, ipn/ipnst
         daemon.peers = [...]  # a tailnet that changes
         daemon.states = ["Starting", "Running"]  # one a status call; the last one stays
         daemon.delays_s = [5.0, 0.0]  # a daemon that is slow at first; one a call, the last one stays
+        daemon.pair = "-----BEGIN…"  # a tailnet with HTTPS certificates; daemon.permits_cert = False: not for us
         daemon.answers = {"/localapi/v0/status": (500, "oops")}  # a daemon that is strange
 """
 
@@ -95,6 +98,8 @@ class FakeTailscaled:
         self.tun = True
         self.magic_dns = True
         self.delays_s = [0.0]
+        self.pair = ""  # key and certificates; empty: the tailnet has none
+        self.permits_cert = True
         self.answers: dict[str, Answer] = {}
         self.calls: list[str] = []
         self._leaving = threading.Event()
@@ -132,7 +137,17 @@ class FakeTailscaled:
             return 200, self._status(peers=query.get("peers") != "false")
         if parts.path == "/localapi/v0/whois":
             return self._whois(query.get("addr", ""))
+        if parts.path.startswith("/localapi/v0/cert/"):
+            return self._certificate(parts.path.rpartition("/")[2])
         return 404, "404 page not found\n"
+
+    def _certificate(self, name: str) -> Answer:
+        mine = f"{self.peers[0].name}.tailnet.test"
+        if not self.permits_cert:
+            return 403, "cert access denied\n"
+        if not self.pair:
+            return 500, "your Tailscale account does not support getting TLS certs\n"
+        return (200, self.pair) if name == mine else (500, f'invalid domain "{name}"; only "{mine}" is permitted\n')
 
     def _status(self, *, peers: bool) -> dict[str, Any]:
         state = _next(self.states)

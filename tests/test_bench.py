@@ -379,6 +379,7 @@ POSITIVE: Checks = {
     "many": lambda row: no_sign(row, "join_s", "reach_s", "round_s", "ratio", "cpu_s", "peak_bytes", "idle_bytes"),
     "averaging": lambda row: no_sign(row, "average_s", "read", "part_of_copy", "peak_bytes"),
     "transfers": lambda row: no_sign(row, "download", "upload", "submit_s", "upload_part"),
+    "encrypted": lambda row: no_sign(row, "download", "upload", "upload_part"),
     "training": lambda row: no_sign(row, "round_s", "plain_s", "ratio", "first_step_s"),
 }
 

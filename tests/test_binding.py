@@ -20,7 +20,7 @@ from common import tailscale
 from common.errors import LydianError
 from common.tailscale import SOCKET, TailscaleStatus, expiry_warning, parse_status, tailscale_status
 from server import binding
-from server.binding import Binding, choose, open_sockets
+from server.binding import Binding, choose, exposed, open_sockets
 from tests.fake_tailscaled import FakeTailscaled, Peer
 
 ME = Peer("100.64.0.1", "coordinator", ip6="fd7a:115c:a1e0::1", tags=("tag:lydian-coordinator",))
@@ -345,19 +345,42 @@ EVERYWHERE = ["0.0.0.0", "::", "[::]", "0:0::0", "::ffff:0.0.0.0", "0", "0.0", "
 
 
 @pytest.mark.parametrize("host", EVERYWHERE)
-def test_every_interface_is_refused_unless_it_was_allowed_by_name(host: str) -> None:
-    with pytest.raises(LydianError, match="every interface") as refusal:
-        choose(host, RUNNING, "")
-    assert refusal.value.code == "insecure_host"
-    assert "--insecure" in refusal.value.advice
+def test_every_interface_is_called_by_the_name_of_the_machine(host: str) -> None:
+    chosen = choose(host, None, "", machine="gpu-box")
+    assert chosen.url(8470) == "http://gpu-box:8470"
+    assert "every interface" in chosen.reason
+    assert chosen.encrypted(None).url(8470) == "https://gpu-box:8470"
 
-    allowed = choose(host, None, "", insecure=True, machine="gpu-box")
-    assert allowed.url(8470) == "http://gpu-box:8470"
-    assert "INSECURE" in allowed.reason
+
+def test_a_certificate_that_is_trusted_by_name_is_called_by_it_alone() -> None:
+    chosen = choose(None, RUNNING, "").encrypted("coordinator.example.com")
+    assert chosen.url(8470) == "https://coordinator.example.com:8470"
+    assert chosen.address_url(8470) == ""
+    pinned = choose(None, RUNNING, "").encrypted(None)
+    assert pinned.address_url(8470) == "https://100.64.0.1:8470"
+
+
+OTHERS = ["0.0.0.0", "::", "192.168.1.10", "10.0.0.1", "172.17.0.1", "203.0.113.5", "2001:db8::1"]
+SHELTERED = ["127.0.0.1", "::1", "100.64.0.1", "fd7a:115c:a1e0::1"]
+
+
+@given(st.lists(st.sampled_from(OTHERS + SHELTERED)), st.booleans(), st.booleans())
+def test_plain_words_are_said_where_others_listen_only_if_that_was_allowed(
+    addresses: list[str], encrypted: bool, insecure: bool
+) -> None:
+    others = tuple(address for address in addresses if address in OTHERS)
+    if others and not encrypted and not insecure:
+        with pytest.raises(LydianError) as refusal:
+            exposed(addresses, encrypted=encrypted, insecure=insecure)
+        assert refusal.value.code == "insecure_host"
+        assert others[0] in str(refusal.value)
+        assert all(way in refusal.value.advice for way in ("--tls", "--insecure"))
+    else:
+        assert exposed(addresses, encrypted=encrypted, insecure=insecure) == (() if encrypted else others)
 
 
 def test_every_interface_without_a_name_for_the_machine_says_what_to_put_in_the_url() -> None:
-    chosen = choose("0.0.0.0", None, "", insecure=True)
+    chosen = choose("0.0.0.0", None, "")
 
     assert chosen.urls_host == "127.0.0.1"
     assert "in place of 127.0.0.1" in chosen.reason
@@ -374,7 +397,7 @@ def test_without_a_host_it_never_listens_beyond_tailnet_and_loopback(
 ) -> None:
     status = TailscaleStatus(state, tun, tuple(addresses)) if asked else None
     try:
-        chosen = choose(None, status, "not asked", insecure=True)
+        chosen = choose(None, status, "not asked")
     except LydianError:
         return
     assert set(chosen.hosts) <= {*addresses, "127.0.0.1"}

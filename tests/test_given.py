@@ -102,3 +102,16 @@ def test_a_token_comes_and_goes_and_every_other_line_stays(before: list[str], af
     assert given.token_in(with_one) == JOIN
     assert with_one == "".join(f"{line}\n" for line in [*kept, f"LYDIAN_TOKEN={JOIN}"])
     assert given.settings_with(with_one, None) == "".join(f"{line}\n" for line in kept)
+
+
+def test_a_join_token_keeps_what_its_worker_must_find_and_paths_of_a_certificate_become_absolute() -> None:
+    pins = f"@n0CNTRL@sha256.{'y' * 43}"
+    assert given.check_join_token(f"{JOIN}{pins}\n") == f"{JOIN}{pins}"
+    with pytest.raises(LydianError, match="behind the @"):
+        given.check_join_token(f"{JOIN}@sha256.short")
+    for words, done in (
+        (["--tls", "self-made"], ["--tls", "self-made"]),
+        (["--tls=tailscale"], ["--tls=tailscale"]),
+        (["--tls", "chain.pem", "--tls-key=key.pem"], ["--tls", "/home/me/chain.pem", "--tls-key=/home/me/key.pem"]),
+    ):
+        assert given.absolute(words, Path("/home/me")) == done

@@ -1,5 +1,6 @@
 """Whether a worker finds the machine that its join token names: asked of a stand-in for tailscaled."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -9,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.errors import LydianError
+from common.pins import Pins
 from tests.fake_tailscaled import FakeTailscaled, Peer
+from tests.tls_kit import Listener, pin_in, written
 from worker import pin
 from worker.__main__ import _agent
 from worker.identity import Identity
@@ -21,6 +22,7 @@ from worker.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "lyd_join_0123456789ab_" + "x" * 43
+CERTIFICATE = "sha256." + "y" * 43
 HERE = Peer("100.64.0.2", "gpu", tags=("tag:lydian-worker",))
 COORDINATOR = Peer("100.64.0.1", "coordinator", ip6="fd7a:115c:a1e0::1", tags=("tag:lydian-coordinator",))  # n1CNTRL
 IMPOSTOR = Peer("100.64.0.3", "laptop", login="mallory@example.com")
@@ -30,17 +32,6 @@ IMPOSTOR = Peer("100.64.0.3", "laptop", login="mallory@example.com")
 def daemon(tmp_path: Path) -> Iterator[FakeTailscaled]:
     with FakeTailscaled(tmp_path / "tailscaled.sock", [HERE, COORDINATOR, IMPOSTOR]) as running:
         yield running
-
-
-@given(st.from_regex(r"[A-Za-z0-9]+", fullmatch=True))
-def test_a_token_is_split_into_what_is_told_and_what_must_be_found(stable_id: str) -> None:
-    assert pin.split(f"{TOKEN}@{stable_id}") == (TOKEN, stable_id)
-    assert pin.split(f" {TOKEN}\n") == (TOKEN, None)
-
-
-def test_no_token_names_nothing() -> None:
-    assert pin.split(None) == (None, None)
-    assert pin.split(f"{TOKEN}@") == (TOKEN, None)
 
 
 @pytest.mark.parametrize("host", ["100.64.0.1", "[fd7a:115c:a1e0::1]"])
@@ -98,21 +89,42 @@ URL = "http://100.64.0.1:8470"
 
 def test_a_pin_is_kept_with_the_credential_and_can_be_changed(tmp_path: Path) -> None:
     with Identity.open(tmp_path, URL) as identity:
-        identity.repin("n1CNTRL")  # there is nothing yet to keep it with
-        assert identity.pin is None
-        identity.remember("w-1", "lyd_work_x", "n1CNTRL")
+        identity.repin(Pins("n1CNTRL"))  # there is nothing yet to keep it with
+        assert identity.pins == Pins()
+        identity.remember("w-1", "lyd_work_x", Pins("n1CNTRL"))
     with Identity.open(tmp_path, URL) as identity:
-        assert identity.pin == "n1CNTRL"
-        identity.repin("n9CNTRL")
+        assert identity.pins == Pins("n1CNTRL")
+        identity.repin(Pins("n9CNTRL", CERTIFICATE))
     with Identity.open(tmp_path, URL) as identity:
-        assert (identity.pin, identity.worker_id) == ("n9CNTRL", "w-1")
+        assert (identity.pins, identity.worker_id) == (Pins("n9CNTRL", CERTIFICATE), "w-1")
 
 
 def test_an_identity_of_an_earlier_version_has_no_pin(tmp_path: Path) -> None:
     known = '{"coordinators": {"http://100.64.0.1:8470": {"worker_id": "w-1", "credential": "lyd_work_x"}}}'
     (tmp_path / "identity.json").write_text(known)
     with Identity.open(tmp_path, URL) as identity:
-        assert (identity.credential, identity.pin) == ("lyd_work_x", None)
+        assert (identity.credential, identity.pins) == ("lyd_work_x", Pins())
+
+
+def test_a_worker_keeps_the_certificate_that_it_joined_by_and_speaks_to_no_other(tmp_path: Path) -> None:
+    (tmp_path / "certificates").mkdir()
+    first, second = (written(tmp_path / "certificates", f"{name}.pem") for name in ("first", "second"))
+    with Listener(second) as there:
+        url = f"https://127.0.0.1:{there.port}"
+        with Identity.open(tmp_path / "w", url) as identity:
+            identity.remember("w-1", "lyd_work_x", Pins(certificate=pin_in(first)))
+        with pytest.raises(LydianError) as refused:
+            _agent(url, "w", tmp_path / "w", [], [], Options(name=""), tmp_path / "nothing.sock")
+        assert refused.value.code == "wrong_certificate"
+        assert there.heard == b""
+        del refused
+        gc.collect()  # what was refused held the folder
+        anew = Options(name="", join_token=TOKEN, pins=Pins(certificate=pin_in(second)))  # as a new join line says
+        agent = _agent(url, "w", tmp_path / "w", [], [], anew, tmp_path / "nothing.sock")
+        assert agent.identity.pins == Pins(certificate=pin_in(second))
+        agent.api.close()
+        agent.spool.close()
+        agent.identity.close()
 
 
 # ---------------------------------------------------------------- as a person meets it
@@ -137,7 +149,7 @@ def test_a_worker_that_meets_another_machine_ends_before_it_says_a_word(daemon: 
 def test_a_worker_goes_on_asking_for_the_machine_that_it_joined(daemon: FakeTailscaled, tmp_path: Path) -> None:
     url = "http://100.64.0.3:8470"
     with Identity.open(tmp_path / "w", url) as identity:
-        identity.remember("w-1", "lyd_work_x", "n1CNTRL")
+        identity.remember("w-1", "lyd_work_x", Pins("n1CNTRL"))
     with pytest.raises(LydianError) as refused:
         _agent(url, "w", tmp_path / "w", [], [], Options(name=""), daemon.path)
     assert refused.value.code == "wrong_coordinator"

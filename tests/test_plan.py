@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from common import errors
 from common.errors import LydianError
+from common.guarding import REFUSALS
 from common.messages import (
     AggregationSection,
     Assignment,
@@ -219,6 +220,7 @@ def test_the_seed_differs_between_rounds_shards_and_jobs() -> None:
     ("error", "action"),
     [
         (errors.UnavailableError("x"), "wait"),
+        *((errors.UnavailableError("x", code=code), "wait") for code in REFUSALS),
         (errors.DiskFullError("x"), "wait"),
         (errors.TooSlowError("x"), "wait"),
         (errors.LydianError("x"), "wait"),
@@ -240,6 +242,11 @@ def test_the_seed_differs_between_rounds_shards_and_jobs() -> None:
 )
 def test_every_error_has_one_consequence(error: LydianError, action: str) -> None:
     assert plan.after(error).action == action
+
+
+def test_a_certificate_that_is_another_in_the_middle_of_work_is_said_with_what_to_do() -> None:
+    error = errors.UnavailableError("it is another", code="wrong_certificate", advice="Paste the line.")
+    assert plan.after(error) == plan.Next("wait", "it is another. Paste the line.")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from common.messages import Registration, TokenRequest, WorkerView
 from tests.acceptance.kit import Process, free_port, wait_for
 from tests.fake_tailscaled import FakeTailscaled, Peer
 from tests.rounds_kit import registration
+from tests.tls_kit import issued, pin_in
 
 ME = Peer("127.0.0.2", "coordinator", tags=("tag:lydian-coordinator",))
 GPU = Peer("127.0.0.3", "gpu", tags=("tag:lydian-worker",), key_expiry="2020-01-01T00:00:00Z", current_address="")
@@ -153,6 +154,24 @@ def test_a_coordinator_goes_where_its_tailnet_address_goes_and_stays_while_it_ha
             wait_for("the old one to be given up", lambda: not reached("127.0.0.2"))
             assert reached("127.0.0.1")
             assert "this machine has the tailnet address 127.0.0.9 now" in one.said
+            assert one.process.terminate() == 0
+        finally:
+            one.process.kill_all()
+
+
+def test_the_certificate_of_the_tailnets_name_is_shown_and_tokens_do_not_pin_it(tmp_path: Path) -> None:
+    with FakeTailscaled(tmp_path / "tailscaled.sock", [ME, GPU]) as daemon:
+        daemon.pair = "".join(issued("coordinator.tailnet.test"))
+        one = Served(tmp_path, daemon, LYDIAN_TLS="tailscale")
+        try:
+            join = (one.state / "join.token").read_text().strip()
+            line = f"lydian work https://coordinator.tailnet.test:{one.port} --token {join}@n0CNTRL\n"
+            assert line in one.said
+            assert "@" not in join
+            assert "where the name" not in one.said  # under its address the certificate would not be trusted
+            pin = pin_in(one.state / "tls-tailscale.pem")
+            with CoordinatorApi(f"https://127.0.0.2:{one.port}", pin=pin) as api:
+                assert api.version().protocol == 2
             assert one.process.terminate() == 0
         finally:
             one.process.kill_all()

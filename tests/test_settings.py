@@ -41,6 +41,8 @@ def test_nothing_set_gives_the_documented_defaults(monkeypatch: pytest.MonkeyPat
         jobs_each=100,
         workers=10_000,
         report_bytes=4_194_304,
+        tls="",
+        tls_key=None,
     )
 
 
@@ -76,6 +78,8 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
         "JOBS_EACH": "13",
         "WORKERS": "14",
         "REPORT_BYTES": "1000",
+        "TLS": "/etc/ssl/chain.pem",
+        "TLS_KEY": "/etc/ssl/key.pem",
     }
     assert {field.name.upper() for field in fields(Settings)} == values.keys()
     read = Settings.from_environment({f"LYDIAN_{name}": value for name, value in values.items()})
@@ -110,7 +114,22 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
         jobs_each=13,
         workers=14,
         report_bytes=1000,
+        tls="/etc/ssl/chain.pem",
+        tls_key=Path("/etc/ssl/key.pem"),
     )
+
+
+@pytest.mark.parametrize("tls", ["", "self-made", "tailscale"])
+def test_a_key_without_the_file_of_its_certificate_is_refused(tls: str) -> None:
+    with pytest.raises(LydianError, match="--tls-key") as refused:
+        Settings.from_environment({"LYDIAN_TLS": tls, "LYDIAN_TLS_KEY": "/etc/ssl/key.pem"})
+    assert refused.value.code == "bad_setting"
+
+
+def test_what_was_told_goes_before_the_environment_and_nothing_told_does_not() -> None:
+    given = {"LYDIAN_TLS": "tailscale", "LYDIAN_INSECURE": "true"}
+    read = Settings.from_environment(given, told={"tls": "self-made", "tls_key": None, "insecure": False})
+    assert (read.tls, read.insecure) == ("self-made", True)
 
 
 def test_the_processs_own_environment_is_read_when_none_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

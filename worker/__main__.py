@@ -11,12 +11,14 @@ from typing import Annotated
 
 import typer
 
-from common import __version__
+from common import __version__, pins
 from common.api import CoordinatorApi
 from common.errors import LydianError
+from common.guarding import is_plainly_sheltered
 from common.places import machine_name
 from common.tailscale import SOCKET
-from worker import manners, pin, plan
+from worker import manners, plan
+from worker import pin as tailnet_pin
 from worker.agent import Agent
 from worker.fitting import UnfitError
 from worker.hardware import usable_cores
@@ -54,6 +56,22 @@ def work(
     token: Annotated[
         str | None, typer.Option(help="Join token, needed once. Better in LYDIAN_TOKEN.", envvar="LYDIAN_TOKEN")
     ] = None,
+    pin: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sha256.…",
+            help="Certificate that the coordinator must show, where the token does not say it.",
+            envvar="LYDIAN_PIN",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option(
+            "--insecure",
+            help="Send the token in plain words over any network, where the URL is http://.",
+            envvar="LYDIAN_INSECURE",
+        ),
+    ] = False,
     name: Annotated[str | None, typer.Option(help="Shown to people (default: the host's name).")] = None,
     state_dir: Annotated[
         Path | None, typer.Option(help="Credential and files of this worker.", envvar="LYDIAN_STATE_DIR")
@@ -156,6 +174,8 @@ def work(
 
     `lydian work http://100.64.0.1:8470 --token lyd_join_…`
 
+    `lydian work https://gpu-box:8470 --token lyd_join_…@sha256.…`
+
     `lydian work http://gpu-box:8470 --device cuda:1 --data mnist=/data/mnist`
 
     `lydian work http://gpu-box:8470 --device cuda:all`
@@ -175,7 +195,7 @@ def work(
     for chatty in ("httpx2", "httpcore2", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        bare, named = pin.split(token)
+        bare, named = pins.split(token)
         options = Options(
             name="",
             device=device,
@@ -183,7 +203,8 @@ def work(
             trust=trust.value,
             stall_s=stall_timeout,
             join_token=bare,
-            pin=named,
+            pins=pins.Pins(certificate=pins.certificate_pin(pin) if pin else None).over(named),
+            insecure=insecure,
             checkpoint_every_s=checkpoint_every,
             grace_s=grace,
             rules=Rules(
@@ -239,16 +260,20 @@ def _agent(
         )
     for file in allow:
         trust_file(folder, file)
-    wanted = options.pin or identity.pin
-    if said := pin.check(url, wanted, tailscaled):
+    wanted = options.pins.over(identity.pins)
+    if said := tailnet_pin.check(url, wanted.node, tailscaled):
         log.info("%s", said)
-    if wanted is not None:
+    options = replace(options, name=shown, data=data_folders(data), trusted=trusted_digests(folder), pins=wanted)
+    api = CoordinatorApi(url, options.join_token, pin=wanted.certificate, insecure=options.insecure)
+    if options.insecure and url.startswith("http:") and not is_plainly_sheltered(url):
+        log.warning("INSECURE: %s is plain HTTP, as --insecure allows: others on the way may read all of it", url)
+    api.check_line()
+    if wanted:
         identity.repin(wanted)
-    options = replace(options, name=shown, data=data_folders(data), trusted=trusted_digests(folder), pin=wanted)
     os.environ.pop("LYDIAN_TOKEN", None)  # nothing that this process starts needs it
     if options.rules.measuring:  # the driver is asked about a GPU by its number: CUDA must count as it does
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    return Agent(CoordinatorApi(url, options.join_token), identity, Spool.open(folder), options, folder)
+    return Agent(api, identity, Spool.open(folder), options, folder)
 
 
 def data_folders(given: list[str]) -> dict[str, str]:

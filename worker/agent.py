@@ -221,7 +221,7 @@ class Agent:
         with self._departure.may_leave():
             welcome = self._insist(lambda: self._introduce(registration))
         if welcome.credential is not None:
-            self.identity.remember(welcome.worker_id, welcome.credential, self.options.pin)
+            self.identity.remember(welcome.worker_id, welcome.credential, self.options.pins)
             self.api.use_token(welcome.credential)
         self._welcome = welcome
         log.info("%s (%s) at %s", welcome.reason, welcome.worker_id, self.api.url)

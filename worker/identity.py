@@ -29,6 +29,7 @@ from pydantic import Field, ValidationError
 
 from common.errors import BadTaskError, DiskFullError, LydianError
 from common.messages import Message
+from common.pins import NOTHING, Pins, parse
 from common.places import worker_folder
 
 log = logging.getLogger("lydian.worker")
@@ -48,7 +49,7 @@ class _Known(Message):
 
     worker_id: str = Field(min_length=1)
     credential: str = Field(min_length=1)
-    pin: str | None = Field(None, description="StableID of its machine in the tailnet, as the join token named it")
+    pin: str | None = Field(None, description="what stood behind the @ of its join token (common.pins)")
 
 
 class _File(Message):
@@ -100,18 +101,24 @@ class Identity:
         return self._known[self.url].credential if self.url in self._known else None
 
     @property
-    def pin(self) -> str | None:
-        """StableID of the coordinator's machine in the tailnet; None: it is not pinned."""
-        return self._known[self.url].pin if self.url in self._known else None
+    def pins(self) -> Pins:
+        """What the coordinator must turn out to be: its machine in the tailnet, its certificate.
 
-    def remember(self, worker_id: str, credential: str, pin: str | None = None) -> None:
-        """Keep what the coordinator gave, and which machine it is on. It is on the disk when this returns."""
+        Raises:
+            LydianError: the file was changed by hand, and not well (`bad_pin`).
+        """
+        kept = self._known[self.url].pin if self.url in self._known else None
+        return parse(kept) if kept else NOTHING
+
+    def remember(self, worker_id: str, credential: str, pins: Pins = NOTHING) -> None:
+        """Keep what the coordinator gave, and what it must turn out to be. It is on the disk when this returns."""
+        pin = str(pins) or None
         self._write({**self._known, self.url: _Known(worker_id=worker_id, credential=credential, pin=pin)})
 
-    def repin(self, pin: str) -> None:
-        """Keep which machine the coordinator is on, where there is a credential to keep it with."""
-        if self.url in self._known and self.pin != pin:
-            self._write({**self._known, self.url: self._known[self.url].model_copy(update={"pin": pin})})
+    def repin(self, pins: Pins) -> None:
+        """Keep what the coordinator must turn out to be, where there is a credential to keep it with."""
+        if self.url in self._known and self.pins != pins:
+            self._write({**self._known, self.url: self._known[self.url].model_copy(update={"pin": str(pins)})})
 
     def forget(self) -> None:
         """Be unknown at this coordinator; others stay known."""

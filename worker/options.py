@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common.messages import Trust
+from common.pins import NOTHING, Pins
 from worker.manners import Rules
 
 
@@ -19,7 +20,8 @@ class Options:
     trusted: tuple[str, ...] = ()  # digests of task files
     stall_s: float = 600.0  # without a sign of life from the child
     join_token: str | None = None  # for the first time, and when the coordinator has forgotten this worker
-    pin: str | None = None  # StableID of the coordinator's machine, from the join token
+    pins: Pins = NOTHING  # what the coordinator must turn out to be
+    insecure: bool = False  # plain HTTP to any address
     checkpoint_every_s: float = 30.0  # 0: never
     grace_s: float = 60.0  # to finish what is under way after the first SIGTERM
     rules: Rules = field(default_factory=Rules)  # when and how it may use this machine

@@ -1,6 +1,6 @@
 """Whether the coordinator's address belongs to the machine that the join token names.
 
-    lyd_join_…@nXYZCNTRL ──split──▶ token, pin        who has the pin, asks its own tailscaled before the first call
+    lyd_join_…@nXYZCNTRL ──common.pins──▶ token, pin  who has the pin, asks its own tailscaled before the first call
     address ──whois──▶ StableID ──equal?──▶ go on     so that no credential goes to a machine that took the address over
 
 A pin is kept with the credential (worker.identity). Without Tailscale here it cannot be checked, and the token decides
@@ -14,14 +14,6 @@ from urllib.parse import urlsplit
 
 from common.errors import LydianError
 from common.tailscale import SOCKET, whois
-
-
-def split(token: str | None) -> tuple[str | None, str | None]:
-    """A join token as it was pasted: what the coordinator is told, and the StableID of its machine, if it names one."""
-    if token is None:
-        return None, None
-    bare, _, pin = token.strip().partition("@")
-    return bare, pin or None
 
 
 def check(url: str, pin: str | None, socket_path: Path = SOCKET) -> str:

@@ -39,6 +39,7 @@ from common.errors import (
     UnavailableError,
     VersionSkewError,
 )
+from common.guarding import REFUSALS
 from common.messages import (
     CLIENT_TERMS,
     Assignment,
@@ -271,6 +272,8 @@ def after(error: LydianError, *, resends: int = 0) -> Next:
             if resends < RESENDS:
                 return Next("resend", str(error))
             return Next("drop", f"{error} (given up after {resends} times)")
+        case UnavailableError() if error.code in REFUSALS:  # whoever stands there may be gone in a minute
+            return Next("wait", f"{error}. {error.advice}")
         case UnavailableError() | DiskFullError() | TooSlowError():
             return Next("wait", str(error))
         case UnauthenticatedError() | ForbiddenError() | VersionSkewError():

@@ -218,7 +218,9 @@ def congestion_control() -> str | None:
 
 
 def worker_credential(folders: Iterable[Path], place: Place) -> tuple[str, Path] | None:
-    """A worker's own token at this coordinator, and the file that has it (worker/identity.py writes those).
+    """A worker's own token at this coordinator, with the pins behind it, and the file that has them.
+
+    worker/identity.py writes those files.
 
     Args:
         folders: state folders in which a worker may live.
@@ -232,5 +234,7 @@ def worker_credential(folders: Iterable[Path], place: Place) -> tuple[str, Path]
         with contextlib.suppress(
             OSError, ValueError, KeyError, TypeError
         ):  # none, or one that only its worker can mend
-            return str(json.loads(path.read_bytes())["coordinators"][key]["credential"]), path
+            known = json.loads(path.read_bytes())["coordinators"][key]
+            pins = f"@{known['pin']}" if known.get("pin") else ""
+            return f"{known['credential']}{pins}", path
     return None

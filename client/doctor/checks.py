@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from ipaddress import ip_address, ip_network
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,17 +20,17 @@ import psutil  # type: ignore[import-untyped]
 import typer
 
 from client import shown
-from client.calling import DEFAULT_URL, local_admin_token, whole_url
+from client.calling import DEFAULT_URL, insecure_allowed, local_admin_token, pin_for, whole_url
 from client.doctor import asking, judging
 from client.doctor.findings import COLOURS, Finding, Side, exit_code, lines, summary
 from common import PROTOCOL, __version__, fitness
 from common.api import CoordinatorApi
 from common.errors import LydianError
+from common.guarding import REFUSALS
 from common.link import BUDGET_S
 from common.messages import Link, MachineProbe, VersionView
+from common.networks import is_tailnet
 from common.tailscale import SOCKET, tailscale_status
-
-TAILNETS = (ip_network("100.64.0.0/10"), ip_network("fd7a:115c:a1e0::/48"))
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ class Examined:
 
     def __init__(self, wish: Wish) -> None:
         self.wish = wish
-        self.place = asking.Place(whole_url(wish.url or DEFAULT_URL))
+        url = wish.url or DEFAULT_URL
+        encrypted = pin_for(wish.token or local_admin_token(whole_url(url))) is not None
+        self.place = asking.Place(whole_url(url, encrypted=encrypted))
         self.addresses: list[str] = []
         self.held: set[str] = set()  # names of the steps on the way to the coordinator that held
         self.link: Link | None = None
@@ -72,7 +73,7 @@ class Examined:
     def token(self) -> tuple[str, str] | None:
         """The token for the calls, and where it was found; None: there is none."""
         if self.wish.token:
-            return self.wish.token.strip().partition("@")[0], "that was given"  # a join token may name a machine
+            return self.wish.token.strip(), "that was given"
         if admin := local_admin_token(self.place.url):
             return admin, "of the coordinator's state folder"
         workers = sorted((self.folder / "workers").glob("*"))
@@ -83,7 +84,10 @@ class Examined:
     def api(self) -> CoordinatorApi:
         """The coordinator, called with that token."""
         token = self.token[0] if self.token else None
-        return self._open.enter_context(CoordinatorApi(self.place.url, token, timeout_s=asking.CALL_S))
+        insecure = insecure_allowed()
+        return self._open.enter_context(
+            CoordinatorApi(self.place.url, token, pin=pin_for(token), insecure=insecure, timeout_s=asking.CALL_S)
+        )
 
     @cached_property
     def requirements(self) -> list[judging.Requirement]:
@@ -193,7 +197,8 @@ def _version(examined: Examined) -> Iterator[Finding]:
     try:
         theirs = examined.api.version()
     except LydianError as error:
-        yield _failure("version", f"what is at {examined.place.url} is no coordinator: {error}", error.advice)
+        told = str(error) if error.code in REFUSALS else f"what is at {examined.place.url} is no coordinator: {error}"
+        yield _failure("version", told, error.advice)
         return
     examined.held.add("version")
     yield judging.version(theirs, VersionView(version=__version__, protocol=PROTOCOL))
@@ -258,15 +263,7 @@ def _is_tailnet(examined: Examined) -> bool:
     host = examined.place.host
     if host.endswith(".ts.net"):
         return True
-    return any(_in_tailnet(each) for each in (*examined.addresses, host))
-
-
-def _in_tailnet(address: str) -> bool:
-    try:
-        known = ip_address(address.partition("%")[0])
-    except ValueError:  # a name
-        return False
-    return any(known in net for net in TAILNETS if known.version == net.version)
+    return any(is_tailnet(each) for each in (*examined.addresses, host))
 
 
 # ---------------------------------------------------------------- the table

@@ -11,10 +11,12 @@ from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from common.errors import LydianError
+from common.pins import split
 
 TOKEN = re.compile(r"lyd_([a-z]+)_[0-9a-f]+_[A-Za-z0-9_-]+")
 
-_PATHS = ("--allow", "--state-dir")
+_PATHS = ("--allow", "--state-dir", "--tls", "--tls-key")
+_NO_PATHS = {"--tls": ("self-made", "tailscale")}
 _NAMED_PATHS = ("--data",)
 _NOT_HERE = ("--help", "--version", "--install-completion", "--show-completion")
 _PORTS = {"http": 80, "https": 443}
@@ -52,7 +54,7 @@ def absolute(options: Iterable[str], folder: Path) -> list[str]:
 
 
 def _absolute(option: str, value: str, folder: Path) -> str:
-    if option in _PATHS:
+    if option in _PATHS and value not in _NO_PATHS.get(option, ()):
         return str(folder / Path(value).expanduser())
     name, sign, path = value.partition("=")
     if option in _NAMED_PATHS and sign:
@@ -84,13 +86,13 @@ def check_no_secret(options: Iterable[str]) -> None:
 
 
 def check_join_token(token: str) -> str:
-    """The token without the white space around it, if it looks like one that lets a worker join.
+    """The token, with its pins, without the white space around it, if it looks like one that lets a worker join.
 
     Raises:
-        LydianError: it does not (bad_token). The sentence does not show it.
+        LydianError: it does not (bad_token), or its pins are damaged (bad_pin). The sentence does not show it.
     """
-    bare = token.strip()
-    found = TOKEN.fullmatch(bare)
+    bare, pins = split(token.strip())
+    found = TOKEN.fullmatch(bare or "")
     if found is None or found[1] != "join":
         what = f"a token of scope {found[1]}" if found else "nothing like lyd_join_…" if bare else "empty"
         raise LydianError(
@@ -98,7 +100,7 @@ def check_join_token(token: str) -> str:
             code="bad_token",
             advice="`lydian token join` on the coordinator's machine prints one; its state folder has one, join.token.",
         )
-    return bare
+    return pins.behind(found[0])
 
 
 def grace(options: Iterable[str], default_s: float) -> float:

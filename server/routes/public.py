@@ -20,15 +20,19 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/version")
-async def version() -> VersionView:
-    """What this coordinator is and speaks."""
+async def version(request: Request, response: Response) -> VersionView:
+    """What this coordinator is and speaks; in the header `Lydian-Line`, how: `plain`, `tls` or `insecure`.
+
+    In a header, since a worker of the version before refuses a field that it does not know.
+    """
+    response.headers["Lydian-Line"] = request.app.state.line.word
     return VersionView(version=__version__, protocol=PROTOCOL)
 
 
 @router.get("/metrics")
-async def metrics(coordinator: CoordinatorDep, _: AdminDep) -> Response:
+async def metrics(request: Request, coordinator: CoordinatorDep, _: AdminDep) -> Response:
     """Workers, jobs and rounds for Prometheus, which sends the token as `authorization: credentials_file`."""
-    return Response(exposition(coordinator), media_type=CONTENT_TYPE_LATEST)
+    return Response(exposition(coordinator, request.app.state.line.certificate), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/openapi.json", include_in_schema=False)

@@ -119,7 +119,7 @@ class LocalFleet:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"{'https' if self.environment.get('LYDIAN_TLS') else 'http'}://{self.host}:{self.port}"
 
     def __enter__(self) -> Self:
         self.start_coordinator()
