@@ -156,7 +156,7 @@ def _run(settings: Settings, host: str | None, port: int, *, insecure: bool) -> 
     )
     logging.getLogger("uvicorn.error").addFilter(lambda record: failed_start(app) is None and not _is_cut_off(record))
     port = sockets[0].getsockname()[1]
-    server = Server(config, app, on_ready=lambda: _announce(settings, binding, port))
+    server = Server(config, app, on_ready=lambda: _announce(app, settings, binding, port))
     if status is not None and host is None and status.tun:
         server.follows = port
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends itself the signal again when it has stopped
@@ -171,13 +171,22 @@ def _is_cut_off(record: logging.LogRecord) -> bool:
     return record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
-def _announce(settings: Settings, binding: Binding, port: int) -> None:
+def _announce(app: FastAPI, settings: Settings, binding: Binding, port: int) -> None:
     url = binding.url(port)
-    join = (settings.state_dir / "join.token").read_text().strip()
-    if binding.pin is not None:
-        join = f"{join}@{binding.pin}"
+    app.state.coordinator.url = url
+    file = settings.state_dir / "join.token"
     typer.echo(f"{binding.reason}\nadmin token: {settings.state_dir / 'admin.token'}", err=True)
-    typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}\n", err=True)
+    if sys.stderr.isatty():  # a secret is for a person's eyes; a service's are a log, which others read and keep
+        join = file.read_text().strip()
+        if binding.pin is not None:
+            join = f"{join}@{binding.pin}"
+        typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}\n", err=True)
+    else:
+        typer.echo(
+            f"join token: {file}\non every machine that trains: LYDIAN_TOKEN=TOKEN lydian work {url}\n"
+            "`lydian token join` on this machine prints a TOKEN",
+            err=True,
+        )
     if other := binding.address_url(port):
         typer.echo(f"where the name is not resolved, {other}", err=True)
     typer.echo(f"ready {url}")

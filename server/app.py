@@ -21,12 +21,13 @@ from starlette.exceptions import HTTPException
 
 from common import __version__
 from common.errors import BadRequestError, LydianError, UnavailableError
-from server.auth import Scope, Tokens, guard_logs, token_file
+from server.auth import guard_logs, token_file
 from server.bodies import BodyLimits
 from server.coordinator import Coordinator
 from server.routes import jobs, models, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
+from server.tokens import Scope, Tokens
 
 log = logging.getLogger("lydian.app")
 
@@ -77,6 +78,7 @@ async def _start(settings: Settings, stack: AsyncExitStack) -> Coordinator:
     journal = Journal.open(settings.state_dir / "journal.sqlite", ballast_bytes=settings.reserve_bytes)
     stack.callback(journal.close)
     known = Tokens(journal)
+    stack.callback(known.keep_seen)
     scopes: tuple[Scope, ...] = ("admin", "join")
     for scope in scopes:
         token_file(settings.state_dir, f"{scope}.token", scope, known)

@@ -61,7 +61,8 @@ def test_a_worker_under_an_order_hears_of_it_at_once_and_gets_no_work_until_it_i
 
 
 EMPTY: dict[str, Any] = {
-    "assignment": None, "forget": [], "settled": [], "wanted": [], "unmask": [], "prepare": None, "order": "work"
+    "assignment": None, "forget": [], "settled": [], "wanted": [], "unmask": [], "prepare": None, "order": "work",
+    "renew": False,
 }  # fmt: skip
 
 

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
-from common.errors import ForbiddenError
-from server.auth import Principal, require
+from common.errors import ForbiddenError, NotFoundError
+from server.auth import READERS, SUBMITTERS, require, require_own
 from server.coordinator import Coordinator
+from server.tokens import Principal
 
 
 async def get_coordinator(request: Request) -> Coordinator:
@@ -18,6 +19,8 @@ async def get_coordinator(request: Request) -> Coordinator:
 
 
 CoordinatorDep = Annotated[Coordinator, Depends(get_coordinator)]
+
+OWN = "own"  # in a path, in place of a token's id: the caller's
 
 
 class TokenFirst(APIRoute):
@@ -40,7 +43,7 @@ class TokenFirst(APIRoute):
 
 async def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:
     """Whoever holds the token that came with the call."""
-    principal = coordinator.tokens.check(request.headers.get("Authorization"))
+    principal = coordinator.tokens.check(request.headers.get("Authorization"), address_of(request)[0])
     if principal.worker is not None:
         await coordinator.tailnet.admit(principal.worker, address_of(request))
     return principal
@@ -55,7 +58,7 @@ PrincipalDep = Annotated[Principal, Depends(get_principal)]
 
 
 async def get_admin(principal: PrincipalDep) -> Principal:
-    """A person or script with the admin token."""
+    """A person or script with a token of scope admin."""
     require(principal, "admin")
     return principal
 
@@ -80,8 +83,48 @@ async def get_newcomer(principal: PrincipalDep) -> Principal:
     return principal
 
 
+async def get_reader(principal: PrincipalDep) -> Principal:
+    """A person or script that may look."""
+    require(principal, *READERS)
+    return principal
+
+
+async def get_submitter(principal: PrincipalDep) -> Principal:
+    """A person or script that may submit jobs."""
+    require(principal, *SUBMITTERS)
+    return principal
+
+
+async def get_job_owner(
+    job: str, coordinator: CoordinatorDep, caller: Annotated[Principal, Depends(get_submitter)]
+) -> Principal:
+    """Whoever submitted the job that the path names, or an admin."""
+    known = coordinator.job(job).id
+    require_own(caller, known, coordinator.submitted_by[known])
+    return caller
+
+
+async def get_token_owner(token: str, coordinator: CoordinatorDep, caller: PrincipalDep) -> str:
+    """The id of the token that the path names, which is the caller's own, or any for an admin.
+
+    Who is no admin sees no token but its own: another's is not there.
+    """
+    require(caller, *READERS)
+    if token == OWN or (caller.scope != "admin" and token == caller.token_id):
+        return caller.token_id
+    if caller.scope != "admin":
+        raise NotFoundError(f"there is no token {token[:40]!r} for this caller", code="unknown_token")
+    return coordinator.tokens.find(token).id
+
+
 async def get_anyone(principal: PrincipalDep) -> Principal:
-    """Anyone with the admin token or a worker's."""
+    """Anyone but a worker that has not joined yet."""
+    require(principal, *READERS, "work")
+    return principal
+
+
+async def get_trainer(principal: PrincipalDep) -> Principal:
+    """Anyone with an admin token or a worker's: who may read the code that is trained with."""
     require(principal, "admin", "work")
     return principal
 
@@ -90,4 +133,9 @@ AdminDep = Annotated[Principal, Depends(get_admin)]
 WorkerDep = Annotated[str, Depends(get_worker)]
 ThisWorkerDep = Annotated[str, Depends(get_this_worker)]
 NewcomerDep = Annotated[Principal, Depends(get_newcomer)]
+ReaderDep = Annotated[Principal, Depends(get_reader)]
+SubmitterDep = Annotated[Principal, Depends(get_submitter)]
+JobOwnerDep = Annotated[Principal, Depends(get_job_owner)]
+TokenOwnerDep = Annotated[str, Depends(get_token_owner)]
 AnyoneDep = Annotated[Principal, Depends(get_anyone)]
+TrainerDep = Annotated[Principal, Depends(get_trainer)]
