@@ -23,7 +23,7 @@ PURE += worker/plan.py worker/simulation/claims.py common/sharding.py common/ran
 PURE += common/shamir.py common/fixed.py common/secure.py server/securing.py
 PURE += common/codecs.py common/forecast.py common/pace.py common/link.py common/fitness.py server/paths.py worker/manners.py worker/task_precision.py
 PURE += server/nova.py server/amplification.py common/cautions.py
-PURE += server/calendar.py server/attempts.py
+PURE += server/calendar.py server/attempts.py server/login.py
 PURE += server/evaluation.py worker/task_schedule.py client/partition/statistics.py
 PURE += client/service/units.py client/service/given.py client/doctor/judging.py client/doctor/findings.py
 

@@ -89,6 +89,8 @@ from server.events import Hub
 from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
 from server.inspection import Inspection, inspect
+from server.login import parse_rules
+from server.logins import Logins
 from server.naming import assignment_id, new_id, parse_assignment
 from server.probe import Probes
 from server.rounds import Aggregating, Job, Limits, Paused, Step, Task, Training
@@ -146,6 +148,7 @@ class Coordinator:
         self.accounting, self._seeds = Accounting(), Seeds(self.settings.state_dir)
         given = self.settings
         self.tailnet = Tailnet(given.tailscaled, self.journal, given.node_pin == "enforce", given.tailnet_s, self.clock)
+        self.logins = Logins(parse_rules(given.login), given.login_capability, given.tailscaled)
         self._watch: asyncio.Task[None] | None = None
         self._spans: dict[
             Key, tuple[float, float]

@@ -154,7 +154,7 @@ def test_an_order_may_name_a_worker_by_its_name(house: House) -> None:
 
 
 def test_a_name_that_two_workers_have_is_refused_with_their_ids(house: House) -> None:
-    ids = sorted(Caller(house, "gpu-box").id for _ in range(2))
+    ids = sorted(Caller(house, "gpu-box", start_id=f"s{number}").id for number in range(2))
     status, said = order(house, "drain", "gpu-box")
     assert (status, said["code"]) == (409, "ambiguous_name")
     assert said["sentence"] == f"2 workers are called gpu-box: {ids[0]}, {ids[1]}"

@@ -51,6 +51,8 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
         "TAILSCALED": "/run/ts.sock",
         "TAILNET_S": "5",
         "NODE_PIN": "warn",
+        "LOGIN": "alice@example.com=submit, tag:screen=read",
+        "LOGIN_CAPABILITY": "example.com/cap/lydian",
         "INSECURE": "true",
     }
     assert {field.name.upper() for field in fields(Settings)} == values.keys()
@@ -115,6 +117,9 @@ def test_the_variables_of_workers_clients_and_others_are_not_looked_at() -> None
         ("LYDIAN_RESERVE_BYTES", "-1", "it is bytes of disk, 0 or more"),
         ("LYDIAN_STRIKES", "0", "it is a number from 1 on"),
         ("LYDIAN_KEEP_MODELS", "all", "it is a number from 1 on"),
+        ("LYDIAN_LOGIN", "alice", "it is WHO=SCOPE, …"),
+        ("LYDIAN_LOGIN", "alice=root", "it is WHO=SCOPE, …"),
+        ("LYDIAN_LOGIN_CAPABILITY", "no domain", "it is the name of grants"),
         ("LYDIAN_INSECURE", "maybe", "it is true or false"),
     ],
 )

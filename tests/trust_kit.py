@@ -43,9 +43,9 @@ class Answer:
 class Served:
     """An application that runs, from the first line of this to `close`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **given: Any) -> None:
         quiet = {"poll_s": 0.01, "ttl_s": 3600.0, "reserve_bytes": 1 << 16}  # a busy machine ends no lease
-        settings = Settings(state_dir=folder, tailscaled=folder / "no-tailscaled", **quiet)
+        settings = Settings(**{"state_dir": folder, "tailscaled": folder / "no-tailscaled", **quiet, **given})
         self.folder, self.app, self._runner = folder, create_app(settings), asyncio.Runner()
         self._life = self.app.router.lifespan_context(self.app)
         self.run(self._life.__aenter__())

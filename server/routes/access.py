@@ -34,8 +34,7 @@ class TokenFirst(APIRoute):
         answer = super().get_route_handler()
 
         async def answer_known(request: Request) -> Response:
-            coordinator = await get_coordinator(request)
-            coordinator.tokens.check(request.headers.get("Authorization"))
+            await _caller(request, await get_coordinator(request))
             return await answer(request)
 
         return answer_known
@@ -43,10 +42,26 @@ class TokenFirst(APIRoute):
 
 async def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:
     """Whoever holds the token that came with the call."""
-    principal = coordinator.tokens.check(request.headers.get("Authorization"), address_of(request)[0])
+    principal = await _caller(request, coordinator, noted=True)
     if principal.worker is not None:
         await coordinator.tailnet.admit(principal.worker, address_of(request))
     return principal
+
+
+async def _caller(request: Request, coordinator: Coordinator, *, noted: bool = False) -> Principal:
+    """The holder of the call's token; without any, who may read without one, where that is switched on.
+
+    Raises:
+        UnauthenticatedError: neither.
+    """
+    header, address = request.headers.get("Authorization"), address_of(request)
+    if header is None:
+        status = coordinator.tailnet.status
+        name = status.name if status is not None else None
+        known = await coordinator.logins.principal(request.method, request.headers, address, name)
+        if known is not None:
+            return known
+    return coordinator.tokens.check(header, address[0] if noted else "")
 
 
 def address_of(request: Request) -> tuple[str, int]:

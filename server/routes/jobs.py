@@ -9,6 +9,7 @@ from fastapi.responses import Response, StreamingResponse
 from common.messages import JobRequest, JobView, LogEntry, Submitter
 from server import rounds, views
 from server.events import follow
+from server.logins import ASKED_EVERY_S, PREFIX
 from server.rounds import Job, Step
 from server.routes.access import CoordinatorDep, JobOwnerDep, ReaderDep, SubmitterDep, TokenFirst
 from server.routes.models import weights_response
@@ -82,12 +83,17 @@ async def get_events(
     last_event_id: Annotated[int, Header(ge=0, lt=2**63)] = 0,
 ) -> StreamingResponse:
     """Server-sent events: every fact after Last-Event-ID, then new ones as they happen, with `now` between them."""
-    known = coordinator.job(job).id
+    known, ends_at = coordinator.job(job).id, coordinator.clock() + ASKED_EVERY_S
+
+    def counts() -> bool:
+        """A token is looked up; who came without one is looked at anew when the stream is asked for again."""
+        if caller.token_id.startswith(PREFIX):
+            return coordinator.clock() < ends_at
+        return coordinator.tokens.counts(caller.token_id)
 
     def situation() -> str | None:
         current = coordinator.jobs[known]
-        ended = current.over or not coordinator.tokens.counts(caller.token_id)
-        return None if ended else views.now_of(coordinator, current).model_dump_json()
+        return None if current.over or not counts() else views.now_of(coordinator, current).model_dump_json()
 
     stream: AsyncIterator[bytes] = follow(coordinator.hub, coordinator.journal, known, last_event_id, situation)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
