@@ -723,9 +723,10 @@ class Coordinator:
                 if self._stopping:
                     raise UnavailableError("the coordinator is stopping", code="stopping")
                 changed = self._changed
-                if self.tokens.is_to_renew(worker_id, self.clock()):
+                newer = worker.registration.protocol >= ORDERS_SINCE
+                if newer and self.tokens.is_to_renew(worker_id, self.clock()):
                     return PollAnswer(order=worker.order, renew=True)
-                if worker.order != request.obeys and worker.registration.protocol >= ORDERS_SINCE:
+                if newer and worker.order != request.obeys:
                     return PollAnswer(order=worker.order)
                 if (answer := self._claim(worker, request)) is not None:
                     return answer.model_copy(update={"order": worker.order})

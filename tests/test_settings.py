@@ -73,6 +73,8 @@ def test_every_setting_is_read_from_its_own_variable() -> None:
         strikes=4,
         keep_models=6,
         tailscaled=Path("/run/ts.sock"),
+        login="alice@example.com=submit, tag:screen=read",
+        login_capability="example.com/cap/lydian",
         tailnet_s=5.0,
         node_pin="warn",
         insecure=True,
