@@ -67,7 +67,7 @@ class Tokens:
             calendar: what time it is; None: by this machine's clocks.
         """
         self._journal = journal
-        self._calendar = calendar or Calendar(time.time, time.monotonic, journal.calendar_reached())
+        self._calendar = calendar or Calendar(time.time, _steady, journal.calendar_reached())
         self._seen, self._fresh = journal.tokens_seen(), dict[str, Seen]()
         self._kept_at = time.monotonic()
         self._asked_at: dict[str, float] = {}  # worker id -> monotonic seconds
@@ -388,6 +388,11 @@ class Tokens:
     def _reload(self) -> None:
         self._known = {token.id: token for token in self._journal.tokens()}
         self._of_worker = {token.worker: token for token in self._known.values() if token.worker is not None}
+
+
+def _steady() -> float:
+    """Seconds that no setting of the clock changes; where the system tells, those of a machine asleep as well."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _written(token: StoredToken, secret: str) -> str:
