@@ -7,7 +7,7 @@ read (--out). What is said about it is on stderr.
 import os
 import re
 import sys
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,7 +39,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _DURATION = re.compile(r"([0-9]{1,9})([smhd])")
 
 
-class Scope(StrEnum):
+class Scope(Enum):
     """What a token may do. Each of the first three has what the ones before it have, and more."""
 
     read = "read"
