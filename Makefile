@@ -26,6 +26,7 @@ PURE += common/audit.py server/tally.py server/keeping.py
 PURE += common/pins.py common/networks.py
 PURE += server/nova.py server/amplification.py common/cautions.py
 PURE += server/hosts.py server/buckets.py
+PURE += server/calendar.py server/attempts.py server/login.py
 PURE += server/evaluation.py worker/task_schedule.py client/partition/statistics.py
 PURE += client/service/units.py client/service/given.py client/doctor/judging.py client/doctor/findings.py
 

@@ -27,13 +27,29 @@ DEFAULT_URL = "127.0.0.1:8470"  # http://, or https:// where a certificate is pi
 Url = Annotated[
     str, typer.Option("--url", metavar="URL", envvar="LYDIAN_URL", help="The coordinator. Better in LYDIAN_URL.")
 ]
+
+
+def _warn_of_argv(context: typer.Context, token: str | None) -> str | None:
+    source = context.get_parameter_source("token")
+    if token is not None and source is not None and source.name == "COMMANDLINE":
+        typer.echo(IN_ARGV, err=True)
+    return token
+
+
+IN_ARGV = (
+    "warning: a token on a command line is shown to every user of this machine by `ps`, and kept in the shell's "
+    "history: set LYDIAN_TOKEN, or LYDIAN_TOKEN_FILE to a file that holds it"
+)
+
 Token = Annotated[
     str | None,
     typer.Option(
         "--token",
         metavar="TEXT",
         envvar="LYDIAN_TOKEN",
-        help="Admin token. Better in LYDIAN_TOKEN; on the coordinator's own machine its file is found.",
+        callback=_warn_of_argv,
+        help="Token. Better in LYDIAN_TOKEN, or in a file that LYDIAN_TOKEN_FILE names; on the coordinator's own "
+        "machine its admin token is found.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -92,7 +108,7 @@ def coordinator(url: str, token: str | None) -> Iterator["CoordinatorApi"]:
     """
     from common.api import CoordinatorApi
 
-    token = token or local_admin_token(whole_url(url))
+    token = token or token_from_file() or local_admin_token(whole_url(url))
     pin = pin_for(token)
     address = whole_url(url, encrypted=pin is not None)
     try:
@@ -145,15 +161,51 @@ def local_admin_token(url: str) -> str | None:
 
     Only for a loopback address: the token is not shown to another machine.
     """
+    path = local_admin_file(url)
+    return path.read_text(encoding="utf-8").strip() or None if path is not None else None
+
+
+def local_admin_file(url: str) -> Path | None:
+    """The file of that token; None: there is none that can be read, or the address is another machine's."""
     host = urlsplit(url).hostname or ""
     if host != "localhost" and not is_loopback(host):
         return None
-    for folder in _state_folders():
-        try:
-            return (folder / "admin.token").read_text(encoding="utf-8").strip() or None
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            continue
-    return None
+    files = (folder / "admin.token" for folder in _state_folders())
+    return next((path for path in files if os.access(path, os.R_OK)), None)
+
+
+def token_from_file() -> str | None:
+    """The token in the file that LYDIAN_TOKEN_FILE names; None where it names none.
+
+    Raises:
+        LydianError: the file cannot be read (`token_file_unusable`).
+    """
+    named = os.environ.get("LYDIAN_TOKEN_FILE")
+    if not named:
+        return None
+    try:
+        return Path(named).expanduser().read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LydianError(
+            f"LYDIAN_TOKEN_FILE names {named}, which cannot be read: {error}",
+            code="token_file_unusable",
+            advice="Name a file with nothing but a token in it, or unset LYDIAN_TOKEN_FILE.",
+        ) from error
+
+
+def without_secret(arguments: Sequence[str]) -> list[str]:
+    """The arguments without their --token, which is put into LYDIAN_TOKEN, where `ps` does not show it to others."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, sign, value = word.partition("=")
+        if option != "--token":
+            kept.append(word)
+        elif sign or (value := next(words, "")):
+            os.environ["LYDIAN_TOKEN"] = value
+        else:
+            kept.append(word)  # without a value: whoever parses it says so
+    return kept
 
 
 def print_message(message: "Message") -> None:

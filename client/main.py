@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand
 
-from client import shown
+from client import shown, tokens
 from client.auditing import audit_app
 from client.calling import (
     DEFAULT_URL,
@@ -27,6 +27,7 @@ from client.calling import (
     print_message,
     print_messages,
     run_program,
+    without_secret,
 )
 from client.service.units import Side
 from common import __version__
@@ -57,8 +58,7 @@ Exit codes: 0 fine, 1 the request or the watched job failed, 2 wrong usage,
 """
 
 app = new_app(HELP)
-token_app = new_app("Tokens for workers.")
-app.add_typer(token_app, name="token")
+app.add_typer(tokens.app, name="token")
 app.add_typer(audit_app, name="audit")
 
 WORKER_COLUMNS = (
@@ -112,7 +112,7 @@ def work(context: typer.Context) -> None:
     """Train for a coordinator on this machine."""
     from client.running import become
 
-    become("worker", context.args)
+    become("worker", without_secret(context.args))
 
 
 @app.command(
@@ -638,24 +638,6 @@ def readmit(worker: WorkerArgument, url: Url = DEFAULT_URL, token: Token = None,
     """Give a worker work again that was set aside, drained or paused; its refused results are forgiven."""
     with coordinator(url, token) as api:
         _print_worker(api.readmit(worker), as_json=as_json)
-
-
-@token_app.command()
-def join(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
-    """Print a new token that lets a worker join."""
-    from common.messages import TokenRequest
-
-    with coordinator(url, token) as api:
-        answer = api.new_token(TokenRequest(scope="join"))
-    if as_json:
-        print_message(answer)
-    else:
-        typer.echo(answer.token)
-
-
-@token_app.callback()
-def about_tokens() -> None:
-    """Tokens for workers."""
 
 
 def main() -> NoReturn:

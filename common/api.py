@@ -44,11 +44,14 @@ from common.messages import (
     Registration,
     Reveal,
     Roster,
+    RotateAnswer,
+    RotateRequest,
     SecureKeys,
     SecureShares,
     Submission,
     TokenAnswer,
     TokenRequest,
+    TokenView,
     VersionView,
     Welcome,
     WorkerView,
@@ -66,6 +69,7 @@ M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 _JOBS, _LOG, _WORKERS = TypeAdapter(list[JobView]), TypeAdapter(list[LogEntry]), TypeAdapter(list[WorkerView])
+_TOKENS = TypeAdapter(list[TokenView])
 
 
 class CoordinatorApi:
@@ -365,6 +369,18 @@ class CoordinatorApi:
     def audit(self, after: int = 0, **wanted: str | int) -> AuditPage:
         """Rows of the audit record after row `after`. `wanted`: limit, job, worker, action."""
         return self._ask(AuditPage, "GET", "/v1/audit", params={"after": after, **wanted})
+
+    def tokens(self) -> list[TokenView]:
+        """All tokens that were ever made, without their secrets."""
+        return _understood(self._send("GET", "/v1/tokens"), _TOKENS.validate_json)
+
+    def rotate_token(self, token: str, request: RotateRequest) -> RotateAnswer:
+        """Give a token a second secret. By id or name, or a worker's; `own`: the one that this is called with."""
+        return self._ask(RotateAnswer, "POST", f"/v1/tokens/{_part(token)}/rotate", request)
+
+    def revoke_token(self, token: str) -> TokenView:
+        """Let a token count no more. By id or name, or a worker's."""
+        return self._ask(TokenView, "POST", f"/v1/tokens/{_part(token)}/revoke")
 
     def pull(self, job: str, target: Path, *, which: str = "newest", on_bytes: OnBytes | None = None) -> int:
         """Fetch a job's model: `newest`, `best` or a round's number. Returns bytes received; resumes what broke."""

@@ -63,7 +63,7 @@ class UnauthenticatedError(LydianError):
 
     status = 401
     code = "bad_token"
-    advice = "Set LYDIAN_TOKEN or give --token; `lydian token join` on the coordinator's machine prints a join token."
+    advice = "Set LYDIAN_TOKEN; `lydian token create` and `lydian token join` on the coordinator's machine make tokens."
 
 
 class ForbiddenError(LydianError):
@@ -71,7 +71,7 @@ class ForbiddenError(LydianError):
 
     status = 403
     code = "forbidden"
-    advice = "Use a token that may: the coordinator's admin.token for jobs, a join token for a new worker."
+    advice = "Use a token that may: of scope submit or admin for jobs, a join token for a new worker (`lydian token`)."
 
 
 class NotFoundError(LydianError):

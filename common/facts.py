@@ -22,6 +22,7 @@ from common.messages import (
     Progress,
     State,
     StepRef,
+    Submitter,
 )
 
 
@@ -34,6 +35,7 @@ class Submitted(Message):
     key: str = Field(description="the submitter's idempotency key")
     affordable: Count | None = Field(None, description="rounds within the privacy budget; None: there is none")
     planned_epsilon: float | None = Field(None, ge=0, description="what all its rounds would cost")
+    by: Submitter | None = Field(None, description="whose call it was; None: not noted")
 
     @model_validator(mode="before")
     @classmethod

@@ -636,7 +636,9 @@ class Welcome(Message):
     """The coordinator's answer to a registration."""
 
     worker_id: str
-    credential: str | None = Field(None, description="the worker's own token; None when it came with it")
+    credential: str | None = Field(
+        None, repr=False, description="what to call with from now on; None: the token that it came with"
+    )
     protocol: int
     heartbeat_s: float
     ttl_s: float
@@ -774,6 +776,7 @@ class PollAnswer(Message):
     unmask: "tuple[Unmask, ...]" = Field((), description="kept updates whose sum is to be unmasked: open its shares")
     prepare: Preparation | None = Field(None, description="a job to load before there is work of it; never with work")
     order: Order = Field("work", description="an operator's, which holds until another comes")
+    renew: bool = Field(False, description="register once more before anything else: a new credential waits")
 
 
 class Progress(Message):
@@ -937,6 +940,13 @@ class PrivacySpent(Message):
     noise_norm: float | None = Field(None, description="worker: norm that the noise on the mean was expected to have")
 
 
+class Submitter(Message):
+    """Who submitted a job."""
+
+    token: str = Field(max_length=200, description="the token's id")
+    name: str = Field("", max_length=200, description="what the token was called then")
+
+
 class JobView(Message):
     """One job as `lydian jobs` shows it."""
 
@@ -957,6 +967,7 @@ class JobView(Message):
     privacy: PrivacySpent | None = Field(None, description="of the newest round")
     warnings: tuple[str, ...] = Field((), description="what a person should know before trusting the result")
     slots: Count | None = Field(None, description="train.drift: shards that carry something; the others begin fresh")
+    submitted_by: Submitter | None = Field(None, description="None: it was submitted before that was noted")
     spec: JobSpec
 
 
@@ -1014,6 +1025,7 @@ class WorkerView(Message):
     hardware: Hardware
     data: tuple[str, ...]
     trust: Trust
+    labels: tuple[str, ...] = Field((), description="of the join token that let it in")
     assignment: str | None = None
     progress: Progress | None = None
     link: Link | None = Field(None, description="its line to the coordinator, as it measured it last")
@@ -1031,16 +1043,67 @@ class Probed(Message):
     bytes: Count
 
 
+TokenState = Literal["counts", "expired", "spent", "revoked"]
+Label = Name
+
+
 class TokenRequest(Message):
     """`POST /v1/tokens`."""
 
-    scope: Literal["join"] = "join"
+    scope: Literal["read", "submit", "admin", "join"] = "join"
+    name: Name | Literal[""] = Field("", description="for people, to know it by")
+    ttl_s: float | None = Field(None, gt=0, le=315_576_000, description="seconds that it counts; None: until revoked")
+    uses: int | None = Field(None, ge=1, le=1_000_000, description="join: workers that it lets in; None: any number")
+    labels: tuple[Label, ...] = Field((), max_length=16, description="join: what its workers are called")
+
+    @model_validator(mode="after")
+    def _only_workers_join(self) -> Self:
+        if self.scope != "join" and (self.uses is not None or self.labels):
+            raise ValueError(f"uses and labels are of join tokens, and this one is of scope {self.scope}")
+        return self
 
 
 class TokenAnswer(Message):
-    """A new token: shown once, kept only as its hash."""
+    """A token with a new secret: shown once, kept only as its hash."""
 
-    token: str
+    token: str = Field(repr=False)
+    id: str = ""
+    url: str = Field("", description="join: where workers reach the coordinator; empty: it does not know")
+
+
+class RotateRequest(Message):
+    """`POST /v1/tokens/{token}/rotate`."""
+
+    overlap_s: float = Field(
+        86_400.0, ge=0, le=31_557_600, description="seconds that the first secret counts on, unless the second is used"
+    )
+
+
+class TokenView(Message):
+    """A token as `lydian token list` shows it: never its secret."""
+
+    id: str
+    name: str
+    scope: str
+    state: TokenState
+    created_at: str = Field(description="ISO 8601, the coordinator's clock; so are the others")
+    expires_at: str | None = Field(None, description="None: never")
+    revoked_at: str | None = None
+    uses: int | None = Field(None, description="join: workers that it lets in; None: any number")
+    joined: Count = Field(0, description="join: workers that it has let in")
+    labels: tuple[str, ...] = ()
+    worker: str | None = Field(None, description="work: the worker's id")
+    rotating: bool = Field(False, description="a second secret was not used yet")
+    last_used_at: str | None = Field(None, description="about; None: not known to have been")
+    last_address: str | None = Field(None, description="where from")
+
+
+class RotateAnswer(Message):
+    """What became of a rotation."""
+
+    token: str | None = Field(None, repr=False, description="with its second secret; None: its worker fetches that")
+    id: str
+    reason: str
 
 
 class VersionView(Message):

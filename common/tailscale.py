@@ -15,7 +15,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -72,6 +72,17 @@ class Whois:
     node: TailnetNode | None
     why: str = ""  # there is no node
     asked: bool = True  # False: tailscaled could not be asked, so nothing is known
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who has an address, as far as rights may be given for it."""
+
+    stable_id: str
+    login: str  # of its user; empty for a tagged machine
+    tags: tuple[str, ...]
+    guest: bool  # shared from another tailnet
+    capabilities: Mapping[str, tuple[Any, ...]]  # what the tailnet's policy grants it on this machine: name -> values
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,36 @@ def tailscale_certificate(name: str, socket_path: Path = SOCKET) -> tuple[str | 
     if answer.status_code != httpx2.codes.OK or "BEGIN CERTIFICATE" not in answer.text:
         return None, f"tailscaled answered HTTP {answer.status_code}: {answer.text.strip()[:300]!r}"
     return answer.text, ""
+
+
+def person(address: str, port: int = 0, socket_path: Path = SOCKET) -> Person | None:
+    """Ask tailscaled who has an address, and what is granted to it here; None: nobody, or it cannot be told.
+
+    Args:
+        address: IPv4 or IPv6.
+        port: of the caller's end of a connection, where it comes from loopback; 0: asked for by its address alone.
+        socket_path: tailscaled's Unix socket.
+    """
+    asked = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    answer = _get(socket_path, "whois", {"addr": asked if port else address, "proto": "tcp"})
+    return None if isinstance(answer, _NoAnswer) else _parsed(answer, parse_person)
+
+
+def parse_person(body: Any) -> Person | None:  # noqa: ANN401 - whatever the daemon sent
+    """Read a whois as the LocalAPI sends it. Never raises; None when it names nobody, or tags that cannot be read."""
+    node, profile = _object(_object(body).get("Node")), _object(_object(body).get("UserProfile"))
+    stable_id, tags = _text(node.get("StableID")), node.get("Tags") or []
+    if not stable_id or not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        return None
+    granted = {name: tuple(values) for name, values in _object(_object(body).get("CapMap")).items()
+               if isinstance(values, list)}  # fmt: skip
+    return Person(
+        stable_id=stable_id,
+        login="" if tags else _text(profile.get("LoginName")),
+        tags=tuple(tags),
+        guest=bool(node.get("Sharer")),
+        capabilities=granted,
+    )
 
 
 def parse_node(body: Any) -> TailnetNode | None:  # noqa: ANN401 - whatever the daemon sent

@@ -263,7 +263,7 @@ def _run(settings: Settings, host: str | None, port: int) -> None:
     server = Server(
         config,
         app,
-        on_ready=lambda: _announce(settings, binding, line, port),
+        on_ready=lambda: _announce(app, settings, binding, line, port),
         certificate=certificate,
         handshake_s=settings.body_idle_s,
     )
@@ -287,16 +287,25 @@ def _is_cut_off(record: logging.LogRecord) -> bool:
     return record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
 
 
-def _announce(settings: Settings, binding: Binding, line: Line, port: int) -> None:
+def _announce(app: FastAPI, settings: Settings, binding: Binding, line: Line, port: int) -> None:
     url = binding.url(port)
-    join, pins = split((settings.state_dir / "join.token").read_text())
-    join = Pins(binding.pin).over(pins).behind(join or "")
+    app.state.coordinator.url = url
+    file = settings.state_dir / "join.token"
     typer.echo(f"{binding.reason}\nadmin token: {settings.state_dir / 'admin.token'}", err=True)
     if line.certificate is not None:
         typer.echo(line.certificate.about, err=True)
     if line.exposed:
         _warn(line.exposed)
-    typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}{_aloud(line)}\n", err=True)
+    if sys.stderr.isatty():  # a secret is for a person's eyes; a service's are a log, which others read and keep
+        token, pins = split(file.read_text())
+        join = Pins(binding.pin).over(pins).behind(token or "")
+        typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}{_aloud(line)}\n", err=True)
+    else:
+        typer.echo(
+            f"join token: {file}\non every machine that trains: LYDIAN_TOKEN=TOKEN lydian work {url}{_aloud(line)}\n"
+            "`lydian token join` on this machine prints a TOKEN",
+            err=True,
+        )
     if other := binding.address_url(port):
         typer.echo(f"where the name is not resolved, {other}", err=True)
     typer.echo(f"ready {url}")

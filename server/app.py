@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 from common import __version__
 from common.errors import BadRequestError, LydianError
 from common.pins import Pins
-from server.auth import Scope, Tokens, guard_logs, token_file
+from server.auth import guard_logs, token_file
 from server.bodies import BodyLimits
 from server.coordinator import Coordinator
 from server.gate import Gate, retry_after
@@ -33,6 +33,7 @@ from server.line import Line
 from server.routes import audit, jobs, models, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
+from server.tokens import Scope, Tokens
 
 log = logging.getLogger("lydian.app")
 
@@ -97,6 +98,7 @@ async def _start(settings: Settings, line: Line, stack: AsyncExitStack) -> Coord
     journal = Journal.open(settings.state_dir / "journal.sqlite", ballast_bytes=settings.reserve_bytes)
     stack.callback(journal.close)
     known = Tokens(journal)
+    stack.callback(known.keep_seen)
     scopes: tuple[Scope, ...] = ("admin", "join")
     for scope in scopes:
         token_file(settings.state_dir, f"{scope}.token", scope, known, Pins(certificate=line.pin))

@@ -1,100 +1,32 @@
-"""Tokens: who calls, and what they may.
+"""Tokens: what they look like, what each scope may do, the files that hold them, and logs without them.
 
-    lyd_<scope>_<id>_<43 characters>      scopes: admin (people), join (new workers), work (one worker each)
+    lyd_<scope>_<id>_<43 characters>            read, submit, admin (people), join (new workers), work (a worker each)
     lyd_<scope>_<id>_<43 characters>@<pins>     the same to us; tells who has it what we must be (common.pins)
 
 The id is public: to find a token, to revoke it, to speak of it. The rest is 256 random bits that are shown once; only
 their SHA-256 is kept, and no slow hash is needed, since nobody guesses 256 bits. No secret goes into an error or a log.
+server.tokens makes them and knows which ones count.
 """
 
-import hashlib
-import hmac
 import logging
 import os
 import re
-import secrets
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from common.errors import BadRequestError, ForbiddenError, LydianError, UnauthenticatedError
-from common.pins import NOTHING, SUFFIX, Pins
-from server.store import Journal, sync
+from common.errors import ForbiddenError, LydianError, UnauthenticatedError
+from common.messages import Submitter
+from common.pins import NOTHING, Pins
+from server.store import sync
+from server.tokens import Principal, Scope, Tokens
 
-Scope = Literal["admin", "join", "work"]
+READERS: tuple[Scope, ...] = ("read", "submit", "admin")
+"""Who may see jobs, workers, models and logs: each of these scopes has what the ones before it have, and more."""
+SUBMITTERS: tuple[Scope, ...] = ("submit", "admin")
 
-_TOKEN = re.compile(rf"lyd_(admin|join|work)_([0-9a-f]{{12}})_([A-Za-z0-9_-]{{43}}){SUFFIX}")
-_BEARER = re.compile(r"bearer +([^ ]+)", re.IGNORECASE)
 _ANYWHERE = re.compile(r"lyd_([a-z]+)_([0-9a-f]+)_[A-Za-z0-9_-]+")
 
 log = logging.getLogger("lydian.auth")
-
-
-@dataclass(frozen=True)
-class Principal:
-    """Who calls: the holder of one token."""
-
-    scope: str
-    token_id: str
-    worker: str | None  # the worker's id, for a work token
-
-
-class Tokens:
-    """The tokens of one coordinator: all in memory, each in the journal before it is given out."""
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
-        self._known = {token.id: token for token in journal.tokens()}
-
-    def issue(self, scope: Scope, worker: str | None = None) -> str:
-        """Make a token. It is returned this once and kept nowhere.
-
-        Args:
-            scope: what it may do.
-            worker: for `work`, and only for it: the worker's id.
-
-        Raises:
-            BadRequestError: a work token without a worker, or another one with.
-            NotFoundError: there is no such worker.
-        """
-        if (scope == "work") != (worker is not None):
-            raise BadRequestError(f"a token of scope {scope} for worker {worker}: a worker goes with scope work alone")
-        token_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
-        self._journal.token_add(token_id, scope, _hash(secret), worker)
-        self._reload()
-        return f"lyd_{scope}_{token_id}_{secret}"
-
-    def check(self, header: str | None) -> Principal:
-        """Who sent this `Authorization` header.
-
-        Raises:
-            UnauthenticatedError: there is no token in it (`no_token`), or one that does not count (`bad_token`).
-        """
-        if not header:
-            raise UnauthenticatedError("the call came without a token", code="no_token")
-        found = _BEARER.fullmatch(header.strip())
-        parts = _TOKEN.fullmatch(found[1]) if found else None
-        if parts is None:
-            raise UnauthenticatedError("the Authorization header is not of the form 'Bearer lyd_SCOPE_ID_SECRET'")
-        scope, token_id, secret = parts.groups()
-        known = self._known.get(token_id)
-        if known is None or known.scope != scope or not hmac.compare_digest(known.secret_hash, _hash(secret)):
-            raise UnauthenticatedError(f"the token lyd_{scope}_{token_id}_… is not known to this coordinator")
-        if known.revoked_at is not None:
-            raise UnauthenticatedError(f"the token lyd_{scope}_{token_id}_… was revoked at {known.revoked_at}")
-        return Principal(known.scope, known.id, known.worker)
-
-    def revoke(self, token_id: str) -> None:
-        """Let a token count no more, from the next call on. Twice is once.
-
-        Raises:
-            NotFoundError: there is no such token.
-        """
-        self._journal.token_revoke(token_id)
-        self._reload()
-
-    def _reload(self) -> None:
-        self._known = {token.id: token for token in self._journal.tokens()}
 
 
 def require(principal: Principal, *scopes: Scope) -> None:
@@ -108,6 +40,30 @@ def require(principal: Principal, *scopes: Scope) -> None:
             f"this takes a token of scope {' or '.join(scopes)}; lyd_{principal.scope}_{principal.token_id}_… "
             f"has scope {principal.scope}"
         )
+
+
+def require_own(principal: Principal, job: str, submitted_by: Submitter | None) -> None:
+    """Let only who submitted a job, and admins, change it.
+
+    The rule for all of these: what a caller may see and not change is answered with 403; what it may not even see is
+    not there, 404. Whoever may submit may see every job, so another's job is 403.
+
+    Args:
+        principal: who calls, of scope submit or admin.
+        job: its id.
+        submitted_by: who submitted it; None: an admin, or before that was noted.
+
+    Raises:
+        ForbiddenError: it is another's (`not_yours`).
+    """
+    if principal.scope == "admin" or (submitted_by is not None and submitted_by.token == principal.token_id):
+        return
+    raise ForbiddenError(
+        f"{job} was not submitted with lyd_{principal.scope}_{principal.token_id}_…, which may end, pause and resume "
+        "its own jobs alone",
+        code="not_yours",
+        advice="Use the token that it was submitted with, or one of scope admin.",
+    )
 
 
 def token_file(folder: Path, name: str, scope: Scope, tokens: Tokens, pins: Pins = NOTHING) -> str:
@@ -136,7 +92,7 @@ def token_file(folder: Path, name: str, scope: Scope, tokens: Tokens, pins: Pins
                     write_private(path, f"{pins.behind(bare)}\n")
                 return pins.behind(bare)
             log.warning("the token in %s is not known here as one of scope %s: a new one takes its place", path, scope)
-        token = pins.behind(tokens.issue(scope))
+        token = pins.behind(tokens.issue(scope, name=name))
         write_private(path, f"{token}\n")
     except OSError as error:
         raise LydianError(
@@ -172,10 +128,6 @@ def write_private(path: Path, text: str) -> None:
     sync(part)
     part.replace(path)
     sync(path.parent)
-
-
-def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- logs

@@ -40,6 +40,7 @@ from common.errors import (
 from common.facts import (
     Accepted,
     Evaluated,
+    Fact,
     HandedBack,
     HandedOut,
     Initialised,
@@ -72,14 +73,14 @@ from common.messages import (
     Slots,
     StepRef,
     Submission,
+    Submitter,
     TaskRef,
     Welcome,
 )
 from common.tasks import BUILTIN
 from common.weights import file_digest, read_layout
-from server import drift, folding, nova, privacy, rounds, securing, versions
+from server import attempts, drift, folding, nova, privacy, rounds, securing, versions
 from server.accounting import AccountantError, Accounting, Planned, example_level, worker_level
-from server.auth import Principal, Tokens
 from server.blobs import Blobs
 from server.buffering import Batch, Buffering, shards_for, size_of
 from server.cutting import Place, Sampled
@@ -90,6 +91,8 @@ from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
 from server.inspection import Inspection, inspect
 from server.keeping import Keeping, keeps_updates
+from server.login import parse_rules
+from server.logins import Logins
 from server.naming import assignment_id, new_id, parse_assignment
 from server.probe import Probes
 from server.quotas import Quotas
@@ -102,6 +105,7 @@ from server.settings import Settings
 from server.speeds import Speeds, ahead, counted, work_of
 from server.store import DiskBrokenError, Journal, StoredFact
 from server.tailnet import Tailnet
+from server.tokens import Principal, Tokens
 from server.unmasking import inspect_masked
 from server.uploads import Key, Uploads
 
@@ -131,10 +135,12 @@ class Coordinator:
     clock: Callable[[], float] = time.monotonic
     jobs: dict[str, Job] = field(default_factory=dict)  # by id, oldest first
     submitted_at: dict[str, str] = field(default_factory=dict)  # job id -> ISO time
+    submitted_by: dict[str, Submitter | None] = field(default_factory=dict)  # job id -> whose call it was
     models: dict[str, dict[int, ModelRef]] = field(default_factory=dict)  # job id -> round -> a model that is kept
     steps: dict[str, dict[int, StepRef]] = field(default_factory=dict)  # job id -> round -> the way to its model
     fleet: Fleet = field(default_factory=Fleet)
     speeds: Speeds = field(default_factory=Speeds)
+    url: str = ""  # that workers reach it by; empty: not known
 
     def __post_init__(self) -> None:
         self.fleet.timing = Timing(self.settings.ttl_s, self.settings.heartbeat_s)
@@ -144,11 +150,11 @@ class Coordinator:
         self._keeping = Keeping()
         self.probes, self.audit = Probes(), Recorder(self.journal, self.clock)
         self.quotas = Quotas(self.settings, self.clock)
-        self.submitters: dict[str, str] = {}  # job id -> id of the token that submitted it, of those of this process
         self._sums = Sums(self.journal, self._wake)
         self.accounting, self._seeds = Accounting(), Seeds(self.settings.state_dir)
         given = self.settings
         self.tailnet = Tailnet(given.tailscaled, self.journal, given.node_pin == "enforce", given.tailnet_s, self.clock)
+        self.logins = Logins(parse_rules(given.login), given.login_capability, given.tailscaled)
         self._watch: asyncio.Task[None] | None = None
         self._spans: dict[
             Key, tuple[float, float]
@@ -253,6 +259,7 @@ class Coordinator:
             self.jobs[stored.job] = rounds.new_job(stored.job, fact)
             self._by_key[fact.key] = stored.job
             self.submitted_at[stored.job] = stored.at
+            self.submitted_by[stored.job] = fact.by
         else:
             self.jobs[stored.job] = rounds.evolve(self.jobs[stored.job], fact, now)
         self._note(stored)
@@ -422,6 +429,12 @@ class Coordinator:
         self._changed.set()
         self._changed = asyncio.Event()
 
+    def tokens_changed(self) -> None:
+        """Let every waiting poll and every stream look again whether its caller's token counts."""
+        self._wake()
+        for job_id in self.jobs:
+            self.hub.touch(job_id)
+
     # ------------------------------------------------------------ jobs
 
     async def plan(self, request: JobRequest) -> Planned | None:
@@ -433,13 +446,13 @@ class Coordinator:
         """
         return None if request.key in self._by_key else await self.accounting.plan(request.spec)
 
-    def submit(self, request: JobRequest, planned: Planned | None = None, by: Principal | None = None) -> Job:
-        """Take a job. The same key again gives the job that was made for it.
+    def submit(self, request: JobRequest, planned: Planned | None = None, by: Submitter | None = None) -> Job:
+        """Take a job. The same key again gives the job that was made for it, to who submitted that.
 
         Args:
             request: the job.
             planned: what `plan` said of it.
-            by: whose it is, for the limits; None: nobody's.
+            by: whose call it is; None: nobody's that is noted.
 
         Raises:
             TooManyError: too many jobs are open.
@@ -449,10 +462,12 @@ class Coordinator:
             asked = request.spec
             if asked.aggregation.update == "auto":
                 asked = rounds.with_update(asked, job.spec.aggregation.update)
-            if job.spec != asked:
+            before = self.submitted_by[known]
+            if job.spec != asked or (by is not None and before is not None and by.token != before.token):
                 raise ConflictError(f"the key {request.key!r} was used for another job, {known}", code="key_reused")
             return job
-        self.quotas.admit_job(by, [self.submitters.get(job.id) for job in self._active()])
+        open_of = (self.submitted_by[job.id] for job in self._active())
+        self.quotas.admit_job(by, [one.token if one is not None else None for one in open_of])
         check_can_sum(request.spec)
         spec, digest = request.spec, None
         if unfit := nova.why_not(spec, partial(_source_of, request)):
@@ -475,12 +490,11 @@ class Coordinator:
             key=request.key,
             affordable=planned.affordable if planned else None,
             planned_epsilon=planned.epsilon if planned else None,
+            by=by,
         )
         for stored in self._keep_facts(job_id, Step((taken,), "submitted")):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
-        if by is not None:
-            self.submitters[job_id] = by.token_id
         log.info("%s: submitted", job_id)
         for sentence in cautions(spec):
             log.warning("%s: %s", job_id, sentence)
@@ -587,8 +601,14 @@ class Coordinator:
 
     # ------------------------------------------------------------ workers
 
-    def register(self, registration: Registration, known: str | None) -> Welcome:
-        """A worker introduces itself, for the first time (with a join token) or again (with its own)."""
+    def register(self, registration: Registration, known: str | None, joining: Principal | None = None) -> Welcome:
+        """A worker introduces itself, for the first time (with a join token) or again (with its own).
+
+        Args:
+            registration: what it says of itself.
+            known: its id, where it came with its own token.
+            joining: whose call it is, where it came with a join token.
+        """
         if registration.protocol not in PROTOCOLS:
             sides = "the coordinator" if registration.protocol > PROTOCOLS[-1] else "this worker"
             raise VersionSkewError(
@@ -598,10 +618,12 @@ class Coordinator:
             )
         self.quotas.admit_worker(registration, len(self.fleet.workers) if known is None else 0)
         now = self.clock()
-        worker_id = known or new_id(registration.name)
+        claim = f"{registration.name} {registration.place or registration.start_id}"
+        before = known or (self.tokens.joined_before(joining, claim) if joining is not None else None)
+        worker_id = before or new_id(registration.name)
         self._refuse_rival(worker_id, registration, now)
         self.journal.worker_put(worker_id, registration)
-        credential = None if known else self.tokens.issue("work", worker=worker_id)
+        credential = self.tokens.credential(worker_id, registration.name, joining, claim)
         for lease in self.fleet.register(worker_id, registration, now):
             if self._goes_on(lease, registration.holding):
                 self.fleet.grant(lease.job, lease.task, lease.attempt, worker_id, now, lease.claim_key)
@@ -609,7 +631,7 @@ class Coordinator:
                 self._give_back(lease, "expired", f"{registration.name} was started anew")
         self._run_queue()
         self._settle_all()
-        reason = f"welcome{' back' if known else ''}, {registration.name}"
+        reason = f"welcome{' back' if before else ''}, {registration.name}"
         return Welcome(
             worker_id=worker_id,
             credential=credential,
@@ -688,12 +710,19 @@ class Coordinator:
 
     def leave(self, worker_id: str, start_id: str) -> None:
         """A worker says goodbye: nobody waits for it."""
-        worker = self._called(worker_id, start_id)
+        self._part_with(self._called(worker_id, start_id), "said goodbye")
+
+    def cut_off(self, worker_id: str) -> None:
+        """A worker's token was revoked: what it held goes to others at once, and its calls under way end."""
+        if (worker := self.fleet.workers.get(worker_id)) is not None:
+            self._part_with(worker, "may not call any more: its token was revoked")
+
+    def _part_with(self, worker: Worker, why: str) -> None:
         worker.left = True
-        self.fleet.unask(worker_id)
-        lease = self.fleet.leases.get(worker_id)
+        self.fleet.unask(worker.id)
+        lease = self.fleet.leases.get(worker.id)
         if lease is not None:
-            self._give_back(lease, "released", f"{worker.name} said goodbye")
+            self._give_back(lease, "released", f"{worker.name} {why}")
         self._settle_all()
 
     async def poll(
@@ -711,7 +740,10 @@ class Coordinator:
                 if self._stopping:
                     raise UnavailableError("the coordinator is stopping", code="stopping")
                 changed = self._changed
-                if worker.order != request.obeys and worker.registration.protocol >= ORDERS_SINCE:
+                newer = worker.registration.protocol >= ORDERS_SINCE
+                if newer and self.tokens.is_to_renew(worker_id, self.clock()):
+                    return PollAnswer(order=worker.order, renew=True)
+                if newer and worker.order != request.obeys:
                     return PollAnswer(order=worker.order)
                 if (answer := self._claim(worker, request)) is not None:
                     return answer.model_copy(update={"order": worker.order})
@@ -737,6 +769,7 @@ class Coordinator:
         return self.fleet.seen(self._same(worker_id, start_id).id, self.clock())
 
     def _same(self, worker_id: str, start_id: str) -> Worker:
+        self.tokens.check_worker(worker_id)
         worker = self.worker(worker_id)
         if start_id != worker.registration.start_id:
             raise SupersededError(
@@ -888,6 +921,8 @@ class Coordinator:
         lease = self.fleet.lease_of(worker_id, job_id, task, beat.attempt)
         if lease is None and self._may_have_back(job, task, beat.attempt, worker_id):
             lease = self.fleet.grant(job_id, task, beat.attempt, worker_id, now)
+        if lease is None:
+            self._check_owner(job, task, beat.attempt, worker_id)
         if job.over:
             return HeartbeatAnswer(order="cancelled", reason=f"the job is {job.phase.state}: {job.reason}")
         if not rounds.is_open(job, task):  # closed by quorum: whatever comes now is late
@@ -925,6 +960,10 @@ class Coordinator:
         job_id, task = parse_assignment(name)
         job = self.job(job_id)
         self._check_owner(job, task, reason.attempt, worker_id)
+        if self.fleet.lease_of(worker_id, job_id, task, reason.attempt) is None and attempts.came_back(
+            self._attempts(job, task), reason.attempt, worker_id
+        ):
+            return  # its first answer was lost, or the coordinator knew before: said again it changes nothing
         self.fleet.release(worker_id, job_id, task, reason.attempt)
         self._uploads.drop((name, reason.attempt))
         back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail)
@@ -960,16 +999,21 @@ class Coordinator:
     # ------------------------------------------------------------ updates
 
     def _check_owner(self, job: Job, task: Task, attempt: int, worker_id: str) -> None:
-        """A worker reaches its own attempts alone; those of others are not there for it."""
+        """A worker reaches its own attempts alone; those of others are not there for it, closed ones too."""
         tries = rounds.tries_of(job, task)
-        if rounds.is_open(job, task) and not (
-            1 <= attempt <= tries.attempt and tries.workers[attempt - 1] == worker_id
-        ):
+        if rounds.is_open(job, task):
+            own = 1 <= attempt <= tries.attempt and tries.workers[attempt - 1] == worker_id
+        else:
+            own = attempts.was_given(self._attempts(job, task), attempt, worker_id)
+        if not own:
             raise NotFoundError(
                 f"attempt {attempt} at {task} was not given to this worker",
                 code="unknown_attempt",
                 advice="Poll for work.",
             )
+
+    def _attempts(self, job: Job, task: Task) -> list[Fact]:
+        return [stored.fact for stored in self.journal.attempts(job.id, task.kind, task.round, task.shard)]
 
     def held_ranges(self, worker_id: str, name: str, attempt: int) -> tuple[tuple[int, int], ...]:
         """The bytes of an upload that are here already."""
@@ -1057,6 +1101,7 @@ class Coordinator:
             return await self._restore(job, name, lost, submission)
         if (repeat := self._accepted_before(job, task, submission, worker_id)) is not None:
             return repeat
+        self._check_owner(job, task, submission.attempt, worker_id)
         try:
             rounds.judge(job, task, submission, worker_id)
             self._sums.check_update(job, task, submission.attempt)
@@ -1064,7 +1109,8 @@ class Coordinator:
                 return self._count_evaluation(job, task, submission, worker_id)
             return await self._look_and_count(job, task, name, submission, worker_id)
         except LateError:
-            if task.kind == "train":  # the fact is about an update
+            known = task.kind != "train" or attempts.was_late(self._attempts(job, task), submission.attempt, worker_id)
+            if not known:  # the fact is about an update
                 self._apply(job.id, rounds.late(task, submission.attempt, worker_id))
             raise
         except BadUpdateError as error:
@@ -1165,6 +1211,7 @@ class Coordinator:
         self, job_id: str, task: Task, submission: Submission, worker_id: str, digest: str, found: Inspection
     ) -> Receipt:
         """The bytes are good: decide once more, since time has passed, and let them count."""
+        self.tokens.check_worker(worker_id)
         job, now = self.jobs[job_id], self.clock()
         rounds.judge(job, task, submission, worker_id)
         if task.kind == "init":
@@ -1283,6 +1330,7 @@ class Coordinator:
         """A worker opened its shares of a frozen round."""
         job_id, task = parse_assignment(name)
         job = self.job(job_id)
+        self._check_owner(job, task, reveal.attempt, worker_id)
         if not (is_secure(job) and isinstance(job.inner, Aggregating) and job.inner.round == task.round):
             raise LateError(f"{task} needs no shares any more: {job.reason}")
         seal = self._sums.of(job)

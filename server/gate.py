@@ -21,11 +21,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from common.errors import LydianError, TooManyError, UnauthenticatedError, UnavailableError
 from common.tailscale import TailscaleStatus
 from server import hosts
-from server.auth import Principal
 from server.bodies import CLOSES
 from server.coordinator import Coordinator
 from server.headers import secured
 from server.quotas import Reason
+from server.tokens import Principal
 
 LET_IN = 1_024  # spellings that need no second look
 

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from typing import Literal, get_args
 
 from common.errors import TooLargeError, TooManyError
-from common.messages import Registration
+from common.messages import Registration, Submitter
 from common.streams import STREAMS
-from server.auth import Principal
 from server.buckets import Buckets, Rate, network_of
 from server.settings import Settings
+from server.tokens import Principal
 from server.uploads import Key
 
 Reason = Literal[
@@ -180,7 +180,7 @@ class Quotas:
 
     # ------------------------------------------------------------ jobs and workers
 
-    def admit_job(self, caller: Principal | None, submitters: Sequence[str | None]) -> None:
+    def admit_job(self, caller: Submitter | None, submitters: Sequence[str | None]) -> None:
         """Let a new job be taken.
 
         Args:
@@ -190,8 +190,8 @@ class Quotas:
         Raises:
             TooManyError: too many are open (`too_many_jobs`).
         """
-        who = name_of(caller) if caller is not None else "nobody"
-        own = submitters.count(caller.token_id) if caller is not None else 0
+        who = f"the token {caller.token}" if caller is not None else "nobody"
+        own = submitters.count(caller.token) if caller is not None else 0
         if len(submitters) >= self._settings.jobs:
             sentence = f"{len(submitters)} jobs are open, and {self._settings.jobs} are all that this coordinator takes"
         elif own >= self._settings.jobs_each:

@@ -9,7 +9,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
@@ -17,6 +26,7 @@ from common.errors import LydianError
 from common.places import coordinator_folder
 from common.tailscale import SOCKET
 from server.hosts import host_of
+from server.login import parse_rules
 
 PREFIX = "LYDIAN_"
 OPTIONS = ("state_dir", "host", "port", "insecure", "allow_host")  # of `lydian serve`
@@ -69,6 +79,18 @@ class Settings:
     node_pin: Literal["enforce", "warn"] = Field(
         default="enforce", description="enforce or warn: what becomes of a worker's calls from another tailnet machine"
     )
+    login: str = Field(
+        default="",
+        max_length=10_000,
+        description="WHO=SCOPE, …: logins or tags of the tailnet whose machines may read without a token, and their "
+        "scope (read, submit, admin); empty: nobody",
+    )
+    login_capability: str = Field(
+        default="",
+        max_length=255,
+        pattern=r"^([A-Za-z0-9.-]+/[A-Za-z0-9./_-]+)?$",
+        description="the name of grants of the tailnet that do the same, such as example.com/cap/lydian; empty: none",
+    )
     insecure: bool = Field(
         default=False, description="true or false: speak plain HTTP on addresses where others may listen"
     )
@@ -96,6 +118,12 @@ class Settings:
     report_bytes: Annotated[int, Field(ge=1_000, lt=2**53)] = Field(
         default=4 << 20, description="bytes, 1000 or more, that a worker's reports of an hour may have in the journal"
     )
+
+    @field_validator("login")
+    @classmethod
+    def _logins_are_rules(cls, text: str) -> str:
+        parse_rules(text)
+        return text
 
     @model_validator(mode="after")
     def _one_beat_may_be_lost(self) -> Self:

@@ -12,9 +12,9 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -30,7 +30,7 @@ from common.messages import Kind, Order, Registration, TailnetNode
 from server import audit
 from server.ballast import Ballast
 
-SCHEMA = 5  # of the file, in PRAGMA user_version
+SCHEMA = 6  # of the file, in PRAGMA user_version
 BUSY_TIMEOUT_S = 5.0  # for a backup or a person's sqlite3 that holds the file
 PAGE = 200  # facts read at a time
 MOST_WAITING = 1000  # rows of the audit record that wait for a transaction
@@ -58,6 +58,7 @@ CREATE TABLE facts (
 CREATE INDEX facts_by_job ON facts (job, id);
 CREATE UNIQUE INDEX accepted_once ON facts (job, round, shard) WHERE type = 'accepted' AND stands = 1;
 CREATE INDEX evaluations ON facts (job, round) WHERE type = 'evaluation';
+CREATE INDEX attempts ON facts (job, round, shard) WHERE type IN ('handed_out', 'handed_back', 'late');
 CREATE TABLE workers (
     id TEXT PRIMARY KEY,
     name TEXT NOT NULL,
@@ -82,7 +83,25 @@ CREATE TABLE tokens (
     secret_hash TEXT NOT NULL,
     worker TEXT REFERENCES workers (id),
     created_at TEXT NOT NULL,
-    revoked_at TEXT
+    revoked_at TEXT,
+    name TEXT NOT NULL DEFAULT '',
+    expires REAL, -- seconds since 1970 by server.calendar, NULL: never
+    uses INTEGER, -- join: how many workers it lets in, NULL: any number
+    labels TEXT NOT NULL DEFAULT '[]', -- JSON, of the workers that it lets in, or of the one whose it is
+    joined_by TEXT, -- work: the join token that let it in
+    claim TEXT, -- work: who joined, as that machine says it again
+    next_hash TEXT, -- of a second secret, which takes the first one's place when it is used
+    overlap_until REAL, -- as expires: until when the first one counts beside it, NULL: until the second is used
+    renew INTEGER NOT NULL DEFAULT 0 -- work: its worker is to fetch a second secret
+);
+CREATE TABLE token_seen (
+    id TEXT PRIMARY KEY, -- of a token
+    at TEXT NOT NULL,
+    address TEXT NOT NULL
+);
+CREATE TABLE calendar (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    reached REAL NOT NULL -- what server.calendar has reached
 );
 """
 
@@ -104,12 +123,33 @@ def _keep_sums(database: sqlite3.Connection) -> None:
     database.execute("CREATE INDEX IF NOT EXISTS sums_by_job ON sums (job, round, seal)")
 
 
+def _let_tokens_age(database: sqlite3.Connection) -> None:
+    present = {row[1] for row in database.execute("PRAGMA table_info(tokens)")}
+    for column in (
+        "name TEXT NOT NULL DEFAULT ''", "expires REAL", "uses INTEGER", "labels TEXT NOT NULL DEFAULT '[]'",
+        "joined_by TEXT", "claim TEXT", "next_hash TEXT", "overlap_until REAL", "renew INTEGER NOT NULL DEFAULT 0",
+    ):  # fmt: skip
+        if column.split()[0] not in present:
+            database.execute(f"ALTER TABLE tokens ADD COLUMN {column}")
+    database.execute(
+        "CREATE TABLE IF NOT EXISTS token_seen (id TEXT PRIMARY KEY, at TEXT NOT NULL, address TEXT NOT NULL)"
+    )
+    database.execute(
+        "CREATE TABLE IF NOT EXISTS calendar (id INTEGER PRIMARY KEY CHECK (id = 1), reached REAL NOT NULL)"
+    )
+    database.execute(
+        "CREATE INDEX IF NOT EXISTS attempts ON facts (job, round, shard)"
+        " WHERE type IN ('handed_out', 'handed_back', 'late')"
+    )
+
+
 # schema -> the step from it to the next one
 MIGRATIONS: dict[int, Callable[[sqlite3.Connection], None]] = {
     1: _count_strikes,
     2: _pin_nodes_and_keep_orders,
     3: _keep_sums,
     4: lambda database: audit.begin(database, _now()),
+    5: _let_tokens_age,
 }
 
 # Literal types, so that SQLite can use the partial indexes. Initialised is early among its job's facts: it needs none.
@@ -151,8 +191,25 @@ class StoredToken:
     scope: str
     secret_hash: str  # SHA-256, in hex
     worker: str | None
-    created_at: str
-    revoked_at: str | None
+    created_at: str = ""
+    revoked_at: str | None = None
+    name: str = ""
+    expires: float | None = None  # seconds since 1970 by server.calendar; None: never
+    uses: int | None = None  # join: how many workers it lets in; None: any number
+    labels: tuple[str, ...] = ()
+    joined_by: str | None = None  # work: the join token that let it in
+    claim: str | None = None  # work: who joined, as that machine says it again
+    next_hash: str | None = None  # of a second secret, which takes the first one's place when it is used
+    overlap_until: float | None = None  # until when the first one counts beside it; None: until the second is used
+    renew: bool = False  # work: its worker is to fetch a second secret
+
+
+@dataclass(frozen=True)
+class Seen:
+    """When a token was used last, and from where."""
+
+    at: str  # UTC, ISO 8601; for people
+    address: str
 
 
 @dataclass(frozen=True)
@@ -338,6 +395,12 @@ class Journal:
         values = {"job": job, "round": round_index, "shard": shard}
         return self._select(f"job = :job AND {_RESULTS[kind]} ORDER BY id", values)
 
+    def attempts(self, job: str, kind: Kind, round_index: int, shard: int) -> list[StoredFact]:
+        """What became of the attempts at one task, in order: handed out, handed back, or too late."""
+        condition = "job = :job AND round = :round AND shard = :shard AND type IN ('handed_out', 'handed_back', 'late')"
+        found = self._select(f"{condition} ORDER BY id", {"job": job, "round": round_index, "shard": shard})
+        return [stored for stored in found if getattr(stored.fact, "kind", "train") == kind]
+
     def _select(self, condition: str, values: dict[str, object]) -> list[StoredFact]:
         statement = f"SELECT id, at, job, body FROM facts WHERE {condition}"  # noqa: S608 - our own words, no values
         with _sentences(self.path):
@@ -504,27 +567,39 @@ class Journal:
 
     # ------------------------------------------------------------ tokens
 
-    def token_add(self, token_id: str, scope: str, secret_hash: str, worker: str | None = None) -> None:
-        """Keep a token by the hash of its secret.
+    def token_add(self, token: StoredToken) -> None:
+        """Keep a token by the hash of its secret; its first day is now.
 
         Raises:
             ConflictError: the id is taken (`token_id_taken`).
             NotFoundError: there is no such worker.
         """
-        statement = "INSERT INTO tokens (id, scope, secret_hash, worker, created_at) VALUES (?, ?, ?, ?, ?)"
+        row = _row(replace(token, created_at=_now()))
+        statement = f"INSERT INTO tokens ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})"  # noqa: S608
 
         def add() -> None:
             try:
-                self._database.execute(statement, (token_id, scope, secret_hash, worker, _now()))
+                self._database.execute(statement, row)
             except sqlite3.IntegrityError as error:
                 if error.sqlite_errorname == "SQLITE_CONSTRAINT_FOREIGNKEY":
-                    raise NotFoundError(f"there is no worker {worker!r}", code="unknown_worker") from error
-                raise ConflictError(f"there is a token {token_id!r} already", code="token_id_taken") from error
-            self.record(
-                "token.issued", token_id, detail=f"scope {scope}" + (f", for worker {worker}" if worker else "")
-            )
+                    raise NotFoundError(f"there is no worker {token.worker!r}", code="unknown_worker") from error
+                raise ConflictError(f"there is a token {token.id!r} already", code="token_id_taken") from error
+            about = f"scope {token.scope}" + (f", for worker {token.worker}" if token.worker else "")
+            self.record("token.issued", token.id, detail=about)
 
         self._write(add)
+
+    def token_put(self, token: StoredToken) -> None:
+        """Keep what has become of a token: its secrets, and until when they count. A revoked one stays revoked.
+
+        Raises:
+            NotFoundError: there is no such token.
+        """
+        row = _row(token)
+        changed = [name for name in row if name not in ("id", "created_at", "revoked_at")]
+        statement = f"UPDATE tokens SET {', '.join(f'{name} = :{name}' for name in changed)} WHERE id = :id"  # noqa: S608
+        if self._write(lambda: self._database.execute(statement, row)).rowcount == 0:
+            raise NotFoundError(f"there is no token {token.id!r}", code="unknown_token")
 
     def token_revoke(self, token_id: str) -> None:
         """Let a token count no more. Revoking it again changes nothing.
@@ -543,9 +618,33 @@ class Journal:
 
     def tokens(self) -> list[StoredToken]:
         """All tokens that were ever issued, revoked ones too."""
+        names = [field.name for field in fields(StoredToken)]
         with _sentences(self.path):
-            statement = "SELECT id, scope, secret_hash, worker, created_at, revoked_at FROM tokens ORDER BY rowid"
-            return [StoredToken(*row) for row in self._database.execute(statement).fetchall()]
+            statement = f"SELECT {', '.join(names)} FROM tokens ORDER BY rowid"  # noqa: S608
+            rows = [dict(zip(names, row, strict=True)) for row in self._database.execute(statement).fetchall()]
+        return [StoredToken(**row | {"labels": tuple(json.loads(row["labels"])), "renew": bool(row["renew"])})
+                for row in rows]  # fmt: skip
+
+    def tokens_seen(self) -> dict[str, Seen]:
+        """Token id -> its last use, as far as it was kept."""
+        with _sentences(self.path):
+            return {row[0]: Seen(*row[1:]) for row in self._database.execute("SELECT id, at, address FROM token_seen")}
+
+    def calendar_reached(self) -> float | None:
+        """What the calendar had reached when it was kept last, in seconds since 1970; None: never."""
+        with _sentences(self.path):
+            row = self._database.execute("SELECT reached FROM calendar").fetchone()
+        return float(row[0]) if row else None
+
+    def keep_seen(self, seen: Mapping[str, Seen], reached: float) -> None:
+        """Keep last uses, and what the calendar has reached: one commit for all of them."""
+
+        def keep() -> None:
+            rows = [(token_id, last.at, last.address) for token_id, last in seen.items()]
+            self._database.executemany("INSERT OR REPLACE INTO token_seen (id, at, address) VALUES (?, ?, ?)", rows)
+            self._database.execute("INSERT OR REPLACE INTO calendar (id, reached) VALUES (1, ?)", (reached,))
+
+        self._write(keep)
 
     # ------------------------------------------------------------ the file
 
@@ -575,6 +674,11 @@ class Journal:
             code="journal_damaged",
             advice="Start from a backup of the journal, or with another --state-dir.",
         )
+
+
+def _row(token: StoredToken) -> dict[str, object]:
+    """The columns of a token."""
+    return asdict(token) | {"labels": json.dumps(token.labels), "renew": int(token.renew)}
 
 
 def _now() -> str:

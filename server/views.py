@@ -29,6 +29,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "unmask": True,
             "prepare": True,
             "order": True,
+            "renew": True,
             "assignment": {
                 "steps": True,
                 "optimizer_of": True,
@@ -62,6 +63,7 @@ def job_view(coordinator: Coordinator, job: Job) -> JobView:
         privacy=job.spent,
         warnings=_warnings(job),
         slots=len(job.slots) if job.spec.train.drift != "none" else None,
+        submitted_by=coordinator.submitted_by[job.id],
         spec=job.spec,
     )
 
@@ -176,6 +178,7 @@ def _worker_view(coordinator: Coordinator, worker: Worker, jobs: Sequence["_JobN
         hardware=worker.registration.hardware,
         data=worker.registration.data,
         trust=worker.registration.trust,
+        labels=coordinator.tokens.labels_of(worker.id),
         assignment=_doing(lease) if lease else None,
         progress=lease.progress if lease else None,
         link=worker.link,

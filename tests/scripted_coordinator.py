@@ -43,6 +43,7 @@ class Call:
     name: str
     body: dict[str, Any]
     path: str
+    token: str = ""
 
 
 @dataclass
@@ -82,6 +83,7 @@ class ScriptedCoordinator:
         self.lost: set[str] = set()  # assignments whose accepted bytes are lost here
         self.holds: list[Hold] = []
         self.protocol = PROTOCOL
+        self.renewed: str | None = None  # what a worker that comes with its own credential is given
         self.along: bytes | None = None  # what comes with the work of a poll that would take a model
         self._changed = threading.Condition()
         coordinator = self
@@ -196,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise ConnectionAbortedError
         raw = self.rfile.read(length)
         body = self._submission() if name == "upload" else json.loads(raw) if raw else {}
-        self.plays.heard(Call(name, body, self.path))
+        self.plays.heard(Call(name, body, self.path, self.headers.get("Authorization", "")))
         if isinstance(twist, LydianError):
             self._answer(twist.status, twist.answer())
             return
@@ -232,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {"version": "0.0.9", "protocol": self.plays.protocol}
 
     def _register(self, _: dict[str, Any]) -> Answer:
-        credential = None if "lyd_work" in self.headers["Authorization"] else "lyd_work_x"
+        credential = self.plays.renewed if "lyd_work" in self.headers["Authorization"] else "lyd_work_x"
         welcome = {"worker_id": "w-1", "credential": credential, "protocol": PROTOCOL, "heartbeat_s": 0.05}
         return 200, {**welcome, "ttl_s": 40.0, "reason": "welcome"}
 

@@ -372,6 +372,21 @@ def test_a_kept_update_is_named_in_each_poll_until_it_is_settled(plays: Scripted
     assert worker.attempts() == set()
 
 
+def test_a_worker_that_is_asked_to_fetches_a_new_credential_and_keeps_it_before_it_uses_it(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    plays.renewed = "lyd_work_y"
+    plays.script["register"] += [lambda: None, UnavailableError("away")]  # the first try to fetch it is lost
+    plays.answer_poll(renew=True)
+    worker.start()
+    plays.wait_for("a poll with it", lambda: any(call.token == "Bearer lyd_work_y" for call in plays.of("poll")))
+    registered = plays.of("register")
+    assert [call.token for call in registered] == ["Bearer lyd_join_x", *["Bearer lyd_work_x"] * 2]
+    assert len({call.body["start_id"] for call in registered}) == 1, "the same process: its work goes on"
+    assert "lyd_work_y" in (worker.state / "identity.json").read_text()
+    assert "lyd_work_y" not in worker.said
+
+
 def test_a_wanted_update_is_sent_again_before_the_new_work(plays: ScriptedCoordinator, worker: Worker) -> None:
     plays.hand_out(assignment())
     worker.start()

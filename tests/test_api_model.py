@@ -372,9 +372,11 @@ class ApiMachine(RuleBasedStateMachine):
             newest, given = book.newest(name), book.tries[name][attempt - 1]
             if start_id != by.start_id:
                 return {"409 superseded"}
+            if not book.given(name, attempt, by.id):
+                return {"404 unknown_attempt"}
             if book.over:
                 return {"cancelled"}
-            if by is not work.player or not self.is_open(name) or given is not newest:
+            if not self.is_open(name) or given is not newest:
                 return {"superseded"}
             return {"continue"} if given.out or given.revived else {"continue", "superseded"}
 
@@ -414,7 +416,7 @@ class ApiMachine(RuleBasedStateMachine):
 
         def allowed() -> set[str]:
             upload = self.uploads.get(work.key)
-            if self.is_open(name) and not self.book_of(name).given(name, attempt, by.id):
+            if not self.book_of(name).given(name, attempt, by.id):
                 return {"404 unknown_attempt"}
             if not self.is_open(name) and self.lost(work, by) is None:
                 return {"410 late"}
@@ -446,8 +448,7 @@ class ApiMachine(RuleBasedStateMachine):
         name, attempt = work.key
 
         def allowed() -> set[str]:
-            stranger = self.is_open(name) and not self.book_of(name).given(name, attempt, by.id)
-            return {"404"} if stranger else {"200"}
+            return {"200"} if self.book_of(name).given(name, attempt, by.id) else {"404"}
 
         def then(answer: str, response: httpx2.Response) -> None:
             held = self.uploads.get(work.key)
@@ -489,6 +490,8 @@ class ApiMachine(RuleBasedStateMachine):
                 return {"repeat"} if bytes_allow() == {"counts"} else bytes_allow()
             if (attempt, by.id, digest) in book.results.get(name, []):
                 return {"repeat"}
+            if not book.given(name, attempt, by.id):
+                return {"404 unknown_attempt"}
             if (standing := book.standing(name)) is not None:
                 same = (standing.attempt, standing.digest) == (attempt, digest)
                 return {"409 incomplete"} if same else {"409 superseded"}
@@ -496,8 +499,6 @@ class ApiMachine(RuleBasedStateMachine):
                 return {"409 job_over"}
             if not self.is_open(name):
                 return {"410 late"}
-            if not book.given(name, attempt, by.id):
-                return {"404 unknown_attempt"}
             if work.given.kind == "train" and not 1 <= claimed <= most:
                 return {"422 bad_samples"}
             return {"counts"} if work.given.kind == "evaluate" else bytes_allow()
@@ -526,7 +527,7 @@ class ApiMachine(RuleBasedStateMachine):
                 if first.startswith("422") and first != "422 bad_samples"
                 else first
             ),
-            grows=lambda first: first.startswith("410") or first == "422 bad_samples",
+            grows=lambda first: first == "422 bad_samples",
             looks_at=work.key if work.given.kind != "evaluate" else None,
         )
         return call
@@ -536,8 +537,7 @@ class ApiMachine(RuleBasedStateMachine):
         body = Abandon.model_validate({"attempt": attempt, "code": code, "sentence": f"{by.name} says {code}"})
 
         def allowed() -> set[str]:
-            stranger = self.is_open(name) and not self.book_of(name).given(name, attempt, by.id)
-            return {"404 unknown_attempt"} if stranger else {"204"}
+            return {"204"} if self.book_of(name).given(name, attempt, by.id) else {"404 unknown_attempt"}
 
         def then(answer: str, response: httpx2.Response) -> None:
             if answer == "204":
@@ -547,7 +547,6 @@ class ApiMachine(RuleBasedStateMachine):
             lambda: self.house.begin("POST", f"/v1/updates/{name}/abandon", by.token, body),
             allowed,
             then,
-            grows=lambda first: True,
         )
 
     # ------------------------------------------------------------ anything, in any order

@@ -316,7 +316,7 @@ def test_an_address_needs_no_scheme(given: str, whole: str) -> None:
 
 
 def test_a_wrong_token_is_answered_by_the_coordinator(lydian: Lydian) -> None:
-    assert lydian("jobs", "--token", "wrong").err.startswith("no such token\n")
+    assert "\nno such token\n" in lydian("jobs", "--token", "wrong").err
 
 
 def test_a_missing_token_is_named_with_the_file_that_holds_it(
@@ -339,7 +339,7 @@ def test_the_admin_token_of_a_coordinator_on_this_machine_is_found(
     (folder / "admin.token").write_text(f"{ADMIN}\n")
     monkeypatch.delenv("LYDIAN_TOKEN")
     monkeypatch.setenv("LYDIAN_STATE_DIR" if named else "XDG_STATE_HOME", str(tmp_path))
-    assert lydian("token", "join") == (0, "lyd_join_new\n", "")
+    assert lydian("token", "join")[:2] == (0, "lyd_join_new\n")
 
 
 def test_the_admin_token_never_goes_to_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -424,6 +424,8 @@ def test_a_clock_that_is_wrong_is_only_a_warning(ahead: float, verdict: str, sai
     [
         (None, None, "warning", "no token"),
         ("lyd_admin_1_s", None, "ok", "is an admin's"),
+        ("lyd_submit_1_s", None, "ok", "may submit jobs"),
+        ("lyd_read_1_s", None, "ok", "may read"),
         ("lyd_join_1_s", ForbiddenError("no"), "ok", "lets a worker join"),
         ("lyd_work_1_s", ForbiddenError("no"), "ok", "is a worker's"),
         ("secret", ForbiddenError("no"), "ok", "is known"),

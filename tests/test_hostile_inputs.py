@@ -311,7 +311,19 @@ def question_cases() -> Iterator[Case]:
         yield Case(f"probe of {size[:9]}", 400, "bad_request", "GET", f"/v1/probe?bytes={size}")
     announced = {"Content-Length": str(LARGEST + 1)}
     yield Case("probe that brings too much", 413, "too_large", "PUT", "/v1/probe", body=b"x", headers=announced)
-    yield Case("a token for admins", 400, "bad_request", "POST", "/v1/tokens", body=b'{"scope": "admin"}', headers=JSON)
+    wrong: dict[str, dict[str, Any]] = {
+        "of a worker": {"scope": "work"}, "of no scope": {"scope": "root"}, "for no time": {"ttl_s": 0},
+        "for ever": {"ttl_s": math.inf}, "of NaN seconds": {"ttl_s": math.nan}, "for nobody": {"uses": 0},
+        "with uses for no join": {"scope": "read", "uses": 1}, "with a path for a label": {"labels": ["../x"]},
+        "with markup for a name": {"name": MARKUP[:20]}, "with 17 labels": {"labels": ["a"] * 17},
+    }  # fmt: skip
+    for name, fields in wrong.items():
+        yield Case(f"a token {name}", 400, "bad_request", "POST", "/v1/tokens", body=as_json(fields), headers=JSON)
+    for name, overlap in (("below 0", -1), ("for ever", math.inf), ("NaN", math.nan), ("a text", "x")):
+        body = as_json({"overlap_s": overlap})
+        yield Case(f"overlap {name}", 400, "bad_request", "POST", "/v1/tokens/own/rotate", body=body, headers=JSON)
+    for token in ("x" * 200, "%00", "lyd_admin_" + "0" * 12):
+        yield Case(f"token {token[:12]}", 404, "unknown_token", "POST", f"/v1/tokens/{token}/revoke")
 
 
 CALLS = [*name_cases(), *token_cases(), *job_cases(), *worker_cases(), *update_cases(), *question_cases()]

@@ -61,7 +61,8 @@ def test_a_worker_under_an_order_hears_of_it_at_once_and_gets_no_work_until_it_i
 
 
 EMPTY: dict[str, Any] = {
-    "assignment": None, "forget": [], "settled": [], "wanted": [], "unmask": [], "prepare": None, "order": "work"
+    "assignment": None, "forget": [], "settled": [], "wanted": [], "unmask": [], "prepare": None, "order": "work",
+    "renew": False,
 }  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def test_an_order_may_name_a_worker_by_its_name(house: House) -> None:
 
 
 def test_a_name_that_two_workers_have_is_refused_with_their_ids(house: House) -> None:
-    ids = sorted(Caller(house, "gpu-box").id for _ in range(2))
+    ids = sorted(Caller(house, "gpu-box", start_id=f"s{number}").id for number in range(2))
     status, said = order(house, "drain", "gpu-box")
     assert (status, said["code"]) == (409, "ambiguous_name")
     assert said["sentence"] == f"2 workers are called gpu-box: {ids[0]}, {ids[1]}"

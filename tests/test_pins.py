@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from common import pins
 from common.errors import LydianError
 from common.pins import Pins, certificate_pin, parse, pin_of, split
-from server.auth import _TOKEN
+from server.tokens import _TOKEN
 
 TOKEN = "lyd_join_0123456789ab_" + "x" * 43
 NODES = st.from_regex(r"[A-Za-z0-9]+", fullmatch=True).filter(lambda node: node != "sha256")

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import TooLargeError, TooManyError
-from server.auth import Principal
+from common.messages import Submitter
 from server.quotas import CUT_TO, HAND_BACKS, REASONS, REGISTRATION, STREAMS_A_WORKER, Quotas
 from server.settings import Settings
+from server.tokens import Principal
 from tests.rounds_kit import registration
 from tests.trust_kit import JSON, Fleet
 
@@ -111,12 +112,13 @@ def test_a_token_follows_so_many_event_streams_and_one_that_ends_frees_its_place
 
 def test_open_jobs_are_limited_for_each_token_and_in_all() -> None:
     limits, one, two = quotas(jobs=4, jobs_each=2), ONE.token_id, TWO.token_id
-    limits.admit_job(ONE, [one, two, two])
-    with pytest.raises(TooManyError, match=r"lyd_admin_1{12}_… has 2 open jobs, and 2 are all") as refused:
-        limits.admit_job(ONE, [one, one, None])
+    first, second = Submitter(token=one), Submitter(token=two)
+    limits.admit_job(first, [one, two, two])
+    with pytest.raises(TooManyError, match=r"the token 1{12} has 2 open jobs, and 2 are all") as refused:
+        limits.admit_job(first, [one, one, None])
     assert (refused.value.code, refused.value.retry_after_s) == ("too_many_jobs", 0)
-    limits.admit_job(TWO, [one, one, None])
-    for caller in (ONE, TWO, None):
+    limits.admit_job(second, [one, one, None])
+    for caller in (first, second, None):
         assert code_of(limits.admit_job, caller, [None] * 4) == "too_many_jobs"
     limits.admit_job(None, [None] * 3)
 

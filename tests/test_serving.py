@@ -5,13 +5,18 @@ The tailnet is a stand-in for tailscaled whose machines have addresses of loopba
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
+from fastapi import FastAPI
 
 from common.api import CoordinatorApi
 from common.errors import UnavailableError
 from common.messages import Registration, TokenRequest, WorkerView
+from server.__main__ import _announce
+from server.binding import Binding
+from server.settings import Settings
 from tests.acceptance.kit import Process, free_port, wait_for
 from tests.fake_tailscaled import FakeTailscaled, Peer
 from tests.rounds_kit import registration
@@ -78,11 +83,15 @@ def view(served: Served, name: str) -> WorkerView:
 
 def test_the_join_line_names_the_machine_and_every_join_token_does(served: Served) -> None:
     join = (served.state / "join.token").read_text().strip()
-    assert f"lydian work http://coordinator.tailnet.test:{served.port} --token {join}@n0CNTRL\n" in served.said
+    assert f"LYDIAN_TOKEN=TOKEN lydian work http://coordinator.tailnet.test:{served.port}\n" in served.said
+    assert f"join token: {served.state / 'join.token'}\n" in served.said
+    assert join not in served.said, "a service's log is read by others"
     assert f"where the name is not resolved, http://127.0.0.2:{served.port}\n" in served.said
     assert f"ready http://coordinator.tailnet.test:{served.port}\n" in served.said
     with served.api() as api:
-        token = api.new_token(TokenRequest()).token
+        made = api.new_token(TokenRequest())
+    assert made.url == f"http://coordinator.tailnet.test:{served.port}"
+    token = made.token
     assert token.endswith("@n0CNTRL")
     for given in (token, token.partition("@")[0]):  # a worker that does not know of pins sends it as it is
         assert served.join_from("127.0.0.3", given, registration(f"w{len(given)}")).status_code == 200
@@ -182,8 +191,21 @@ def test_without_tailscale_nothing_of_it_is_printed(tmp_path: Path) -> None:
     one = Served(tmp_path, daemon)
     try:
         assert "listening on 127.0.0.1 alone" in one.said
-        join = (one.state / "join.token").read_text().strip()
-        assert f"--token {join}\n" in one.said
+        assert f"LYDIAN_TOKEN=TOKEN lydian work http://127.0.0.1:{one.port}\n" in one.said
         assert "where the name" not in one.said
     finally:
         one.process.kill_all()
+
+
+def test_a_person_at_a_terminal_is_shown_the_whole_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = FastAPI()
+    app.state.coordinator = SimpleNamespace(url="")
+    (tmp_path / "join.token").write_text("lyd_join_x\n")
+    binding = Binding(("127.0.0.2",), "gpu-box", "here", pin="n0CNTRL")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    _announce(app, Settings(state_dir=tmp_path), binding, 8470)
+    shown = capsys.readouterr()
+    assert "    lydian work http://gpu-box:8470 --token lyd_join_x@n0CNTRL\n" in shown.err
+    assert (shown.out, app.state.coordinator.url) == ("ready http://gpu-box:8470\n", "http://gpu-box:8470")

@@ -31,7 +31,7 @@ from common.facts import (
 )
 from common.messages import Hardware, JobSpec, ModelFacts, Registration, TailnetNode, TorchBuild
 from server import store
-from server.store import SCHEMA, Journal, lock_folder
+from server.store import SCHEMA, Journal, StoredToken, lock_folder
 
 NODE = TailnetNode(stable_id="n1CNTRL", name="gpu.tailnet.test", owner="tag:lydian-worker", os="linux")
 ROOT = Path(__file__).parent.parent
@@ -526,8 +526,8 @@ def test_a_registration_that_cannot_be_read_names_its_worker(journal: Journal) -
 def test_a_token_is_revoked_once_and_stays_so(path: Path) -> None:
     with closing(Journal.open(path)) as journal:
         journal.worker_put("w1", registration())
-        journal.token_add("t1", "work", "00" * 32, "w1")
-        journal.token_add("t2", "join", "11" * 32)
+        journal.token_add(StoredToken("t1", "work", "00" * 32, "w1"))
+        journal.token_add(StoredToken("t2", "join", "11" * 32, None))
         journal.token_revoke("t1")
         revoked_at = journal.tokens()[0].revoked_at
         journal.token_revoke("t1")
@@ -539,11 +539,11 @@ def test_a_token_is_revoked_once_and_stays_so(path: Path) -> None:
 
 
 def test_a_token_needs_a_free_id_and_a_worker_that_is_there(journal: Journal) -> None:
-    journal.token_add("t1", "join", "00" * 32)
+    journal.token_add(StoredToken("t1", "join", "00" * 32, None))
     with pytest.raises(ConflictError, match="a token 't1' already"):
-        journal.token_add("t1", "join", "11" * 32)
+        journal.token_add(StoredToken("t1", "join", "11" * 32, None))
     with pytest.raises(NotFoundError, match="no worker 'w9'"):
-        journal.token_add("t2", "work", "11" * 32, "w9")
+        journal.token_add(StoredToken("t2", "work", "11" * 32, "w9"))
     with pytest.raises(NotFoundError, match="no token 't2'"):
         journal.token_revoke("t2")
     assert [token.secret_hash for token in journal.tokens()] == ["00" * 32]

@@ -45,9 +45,9 @@ class Answer:
 class Served:
     """An application that runs, from the first line of this to `close`."""
 
-    def __init__(self, folder: Path, **limits: Any) -> None:
-        given = {"poll_s": 0.01, "reserve_bytes": 1 << 16, "tailscaled": folder / "no-tailscaled", **ROOMY, **limits}
-        settings = Settings(state_dir=folder, **given)
+    def __init__(self, folder: Path, **given: Any) -> None:
+        quiet = {"poll_s": 0.01, "ttl_s": 3600.0, "reserve_bytes": 1 << 16}  # a busy machine ends no lease
+        settings = Settings(**{"state_dir": folder, "tailscaled": folder / "no-tailscaled", **quiet, **ROOMY, **given})
         self.folder, self.app, self._runner = folder, create_app(settings), asyncio.Runner()
         self._life = self.app.router.lifespan_context(self.app)
         self.run(self._life.__aenter__())
@@ -163,15 +163,18 @@ class Member:
 
 
 class Fleet(Served):
-    """Two workers and a job whose first round is open; each worker has a shard of it under way."""
+    """Two workers and a submitter's job whose first round is open; each worker has a shard of it under way."""
 
     def __init__(self, folder: Path, **limits: Any) -> None:
         super().__init__(folder, **limits)
         self._claims = 0
         self.one, self.two = self.member("one"), self.member("two")
+        issue = self.coordinator.tokens.issue
+        self.submitter, self.other_submitter = (issue("submit", name=name) for name in ("ada", "bob"))
+        self.reader = issue("read", name="screen")
         given = spec(task="mine", rounds=9, data={"shards": 12}).model_dump(mode="json")
         request = {"spec": given, "task_source": TASK_FILE, "key": "k"}
-        self.job = str(self.must("POST", "/v1/jobs", self.admin, request).json()["id"])
+        self.job = str(self.must("POST", "/v1/jobs", self.submitter, request).json()["id"])
         self.task = hashlib.sha256(TASK_FILE.encode()).hexdigest()
         self._build()
         self.model = self.coordinator.model(self.job, "newest").digest

@@ -218,6 +218,7 @@ class Agent:
         )
         if self.identity.credential is not None:
             self.api.use_token(self.identity.credential)
+        self._registration = registration
         with self._departure.may_leave():
             welcome = self._insist(lambda: self._introduce(registration))
         if welcome.credential is not None:
@@ -225,6 +226,21 @@ class Agent:
             self.api.use_token(welcome.credential)
         self._welcome = welcome
         log.info("%s (%s) at %s", welcome.reason, welcome.worker_id, self.api.url)
+
+    def _renew(self) -> None:
+        """Fetch a new credential. The old one counts until the new one is used, which is once it is on this disk."""
+        registration = self._registration.model_copy(update={"holding": plan.told([], self._kept())})
+        with self._departure.may_leave():
+            welcome = self._insist(lambda: self.api.register(registration))
+        if welcome.credential is None:
+            return
+        try:
+            self.identity.remember(welcome.worker_id, welcome.credential, self.identity.pins)
+        except LydianError as error:
+            log.warning("the new credential cannot be kept, so the old one counts on: %s", error)
+            return
+        self.api.use_token(welcome.credential)
+        log.info("%s has a new credential at %s", welcome.worker_id, self.api.url)
 
     def _introduce(self, registration: Registration) -> Welcome:
         try:
@@ -426,6 +442,8 @@ class Agent:
         """Do what the coordinator answered: forget, delete, send again, then the new work or what may become work."""
         url = self.identity.url
         self._lookout.obey(answer.order)
+        if answer.renew:
+            self._renew()
         with self._disk_trouble():
             for job in answer.forget:
                 self.spool.drop_job(job, url)

@@ -306,13 +306,14 @@ def token(given: str | None, where: str, answer: LydianError | None) -> Finding:
     Args:
         given: the token; None: there is none.
         where: it was found.
-        answer: to a call that takes an admin's token; None: it was taken.
+        answer: to a call that takes the token of whoever may read; None: it was taken.
     """
     if given is None:
         sentence = "no token was given or found, so neither it nor the line was tried"
         return _say("coordinator", "token", "warning", sentence, "set LYDIAN_TOKEN")
     if answer is None:
-        return _say("coordinator", "token", "ok", f"the token {where} is an admin's")
+        kind = {"read": "may read", "submit": "may submit jobs"}.get(_scope(given), "is an admin's")
+        return _say("coordinator", "token", "ok", f"the token {where} {kind}")
     if isinstance(answer, ForbiddenError):
         kind = {"join": "lets a worker join", "work": "is a worker's"}.get(_scope(given), "is known")
         return _say("coordinator", "token", "ok", f"the token {where} {kind}")

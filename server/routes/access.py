@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from fastapi import Depends, Request, Response
 from fastapi.routing import APIRoute
 
-from common.errors import ForbiddenError
+from common.errors import ForbiddenError, NotFoundError
 from server.audit import CALLER, Caller
-from server.auth import Principal, require
+from server.auth import READERS, SUBMITTERS, require, require_own
 from server.coordinator import Coordinator
+from server.tokens import Principal
 
 
 async def get_coordinator(request: Request) -> Coordinator:
@@ -22,6 +23,8 @@ async def get_coordinator(request: Request) -> Coordinator:
 STRANGER = "nobody"  # in the audit record: who calls without a token that counts
 
 CoordinatorDep = Annotated[Coordinator, Depends(get_coordinator)]
+
+OWN = "own"  # in a path, in place of a token's id: the caller's
 
 
 class TokenFirst(APIRoute):
@@ -35,9 +38,7 @@ class TokenFirst(APIRoute):
         answer = super().get_route_handler()
 
         async def answer_known(request: Request) -> Response:
-            coordinator = await get_coordinator(request)
-            CALLER.set(Caller(STRANGER, peer=address_of(request)[0]))
-            coordinator.tokens.check(request.headers.get("Authorization"))
+            await _caller(request, await get_coordinator(request))
             return await answer(request)
 
         return answer_known
@@ -45,14 +46,31 @@ class TokenFirst(APIRoute):
 
 async def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:
     """Whoever holds the token that came with the call."""
-    peer = address_of(request)[0]
-    CALLER.set(Caller(STRANGER, peer=peer))
-    principal = coordinator.tokens.check(request.headers.get("Authorization"))
-    caller = Caller(f"{principal.scope}:{principal.token_id}", principal.worker or "", peer)
-    CALLER.set(caller)
+    principal = await _caller(request, coordinator, noted=True)
     if principal.worker is not None:
         await coordinator.tailnet.admit(principal.worker, address_of(request))
-        CALLER.set(replace(caller, node=coordinator.tailnet.node_of(principal.worker)))
+        CALLER.set(replace(CALLER.get(), node=coordinator.tailnet.node_of(principal.worker)))
+    return principal
+
+
+async def _caller(request: Request, coordinator: Coordinator, *, noted: bool = False) -> Principal:
+    """The holder of the call's token; without any, who may read without one, where that is switched on.
+
+    Whoever it is goes into the audit record.
+
+    Raises:
+        UnauthenticatedError: neither.
+    """
+    header, address = request.headers.get("Authorization"), address_of(request)
+    CALLER.set(Caller(STRANGER, peer=address[0]))
+    principal = None
+    if header is None:
+        status = coordinator.tailnet.status
+        name = status.name if status is not None else None
+        principal = await coordinator.logins.principal(request.method, request.headers, address, name)
+    if principal is None:
+        principal = coordinator.tokens.check(header, address[0] if noted else "")
+    CALLER.set(Caller(f"{principal.scope}:{principal.token_id}", principal.worker or "", address[0]))
     return principal
 
 
@@ -65,7 +83,7 @@ PrincipalDep = Annotated[Principal, Depends(get_principal)]
 
 
 async def get_admin(principal: PrincipalDep) -> Principal:
-    """A person or script with the admin token."""
+    """A person or script with a token of scope admin."""
     require(principal, "admin")
     return principal
 
@@ -90,8 +108,50 @@ async def get_newcomer(principal: PrincipalDep) -> Principal:
     return principal
 
 
+async def get_reader(principal: PrincipalDep) -> Principal:
+    """A person or script that may look."""
+    require(principal, *READERS)
+    return principal
+
+
+async def get_submitter(principal: PrincipalDep) -> Principal:
+    """A person or script that may submit jobs."""
+    require(principal, *SUBMITTERS)
+    return principal
+
+
+async def get_job_owner(
+    job: str, coordinator: CoordinatorDep, caller: Annotated[Principal, Depends(get_submitter)]
+) -> Principal:
+    """Whoever submitted the job that the path names, or an admin."""
+    known = coordinator.job(job).id
+    require_own(caller, known, coordinator.submitted_by[known])
+    return caller
+
+
+async def get_token_owner(token: str, coordinator: CoordinatorDep, caller: PrincipalDep) -> str:
+    """The id of the token that the path names, which is the caller's own, or any for an admin.
+
+    Who is no admin sees no token but its own: another's is not there.
+    """
+    require(caller, *READERS)
+    if token == OWN:
+        return caller.token_id
+    if caller.scope != "admin":
+        if token in (caller.token_id, caller.name):
+            return caller.token_id
+        raise NotFoundError(f"there is no token {token[:40]!r} for this caller", code="unknown_token")
+    return coordinator.tokens.find(token).id
+
+
 async def get_anyone(principal: PrincipalDep) -> Principal:
-    """Anyone with the admin token or a worker's."""
+    """Anyone but a worker that has not joined yet."""
+    require(principal, *READERS, "work")
+    return principal
+
+
+async def get_trainer(principal: PrincipalDep) -> Principal:
+    """Anyone with an admin token or a worker's: who may read the code that is trained with."""
     require(principal, "admin", "work")
     return principal
 
@@ -100,4 +160,9 @@ AdminDep = Annotated[Principal, Depends(get_admin)]
 WorkerDep = Annotated[str, Depends(get_worker)]
 ThisWorkerDep = Annotated[str, Depends(get_this_worker)]
 NewcomerDep = Annotated[Principal, Depends(get_newcomer)]
+ReaderDep = Annotated[Principal, Depends(get_reader)]
+SubmitterDep = Annotated[Principal, Depends(get_submitter)]
+JobOwnerDep = Annotated[Principal, Depends(get_job_owner)]
+TokenOwnerDep = Annotated[str, Depends(get_token_owner)]
 AnyoneDep = Annotated[Principal, Depends(get_anyone)]
+TrainerDep = Annotated[Principal, Depends(get_trainer)]

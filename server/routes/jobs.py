@@ -8,66 +8,70 @@ from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from common.messages import JobRequest, JobView, LogEntry
+from common.messages import JobRequest, JobView, LogEntry, Submitter
 from server import rounds, views
 from server.events import follow
+from server.logins import ASKED_EVERY_S, PREFIX
 from server.rounds import Job, Step
-from server.routes.access import AdminDep, CoordinatorDep, TokenFirst
+from server.routes.access import CoordinatorDep, JobOwnerDep, ReaderDep, SubmitterDep, TokenFirst
 from server.routes.models import weights_response
+from server.tokens import Principal
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=TokenFirst)
 
 
 @router.post("", status_code=201)
-async def submit_job(request: JobRequest, coordinator: CoordinatorDep, caller: AdminDep) -> JobView:
+async def submit_job(request: JobRequest, coordinator: CoordinatorDep, caller: SubmitterDep) -> JobView:
     """Take a job. Idempotent by the request's key, so that a lost answer costs nothing."""
     planned = await coordinator.plan(request)
-    return views.job_view(coordinator, coordinator.submit(request, planned, caller))
+    by = Submitter(token=caller.token_id, name=caller.name)
+    return views.job_view(coordinator, coordinator.submit(request, planned, by))
 
 
 @router.get("")
-async def list_jobs(coordinator: CoordinatorDep, _: AdminDep) -> list[JobView]:
+async def list_jobs(coordinator: CoordinatorDep, _: ReaderDep) -> list[JobView]:
     """All jobs, oldest first."""
     return [views.job_view(coordinator, job) for job in coordinator.jobs.values()]
 
 
 @router.get("/{job}")
-async def get_job(job: str, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+async def get_job(job: str, coordinator: CoordinatorDep, _: ReaderDep) -> JobView:
     """One job."""
     return views.job_view(coordinator, coordinator.job(job))
 
 
 @router.post("/{job}/cancel")
-async def cancel_job(job: str, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+async def cancel_job(job: str, coordinator: CoordinatorDep, caller: JobOwnerDep) -> JobView:
     """End a job. POST, because it acts; twice is once."""
-    return _command(coordinator, job, rounds.cancel)
+    return _command(coordinator, job, rounds.cancel, caller)
 
 
 @router.post("/{job}/pause")
-async def pause_job(job: str, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+async def pause_job(job: str, coordinator: CoordinatorDep, caller: JobOwnerDep) -> JobView:
     """Hand out no more work of a job."""
-    return _command(coordinator, job, rounds.pause)
+    return _command(coordinator, job, rounds.pause, caller)
 
 
 @router.post("/{job}/resume")
-async def resume_job(job: str, coordinator: CoordinatorDep, _: AdminDep) -> JobView:
+async def resume_job(job: str, coordinator: CoordinatorDep, caller: JobOwnerDep) -> JobView:
     """Go on with a paused job."""
-    return _command(coordinator, job, rounds.resume)
+    return _command(coordinator, job, rounds.resume, caller)
 
 
-def _command(coordinator: CoordinatorDep, job: str, decide: Callable[[Job, str], Step]) -> JobView:
-    return views.job_view(coordinator, coordinator.command(job, decide, "a user"))
+def _command(coordinator: CoordinatorDep, job: str, decide: Callable[[Job, str], Step], caller: Principal) -> JobView:
+    who = caller.name if caller.scope == "submit" and caller.name else "a user"
+    return views.job_view(coordinator, coordinator.command(job, decide, who))
 
 
 @router.get("/{job}/logs")
-async def get_logs(job: str, coordinator: CoordinatorDep, _: AdminDep) -> list[LogEntry]:
+async def get_logs(job: str, coordinator: CoordinatorDep, _: ReaderDep) -> list[LogEntry]:
     """Every trouble of a job, with its traceback."""
     return list(views.log_entries(coordinator, coordinator.job(job)))
 
 
 @router.get("/{job}/model")
 async def get_model(
-    job: str, coordinator: CoordinatorDep, _: AdminDep, which: Annotated[str, Query(max_length=20)] = "newest"
+    job: str, coordinator: CoordinatorDep, _: ReaderDep, which: Annotated[str, Query(max_length=20)] = "newest"
 ) -> Response:
     """The job's model as safetensors: `newest`, `best`, or a round's number. Tied weights are in it once."""
     digest = coordinator.model(job, which).digest
@@ -79,15 +83,21 @@ async def get_model(
 async def get_events(
     job: str,
     coordinator: CoordinatorDep,
-    caller: AdminDep,
+    caller: ReaderDep,
     last_event_id: Annotated[int, Header(ge=0, lt=2**63)] = 0,
 ) -> StreamingResponse:
     """Server-sent events: every fact after Last-Event-ID, then new ones as they happen, with `now` between them."""
-    known = coordinator.job(job).id
+    known, ends_at = coordinator.job(job).id, coordinator.clock() + ASKED_EVERY_S
+
+    def counts() -> bool:
+        """A token is looked up; who came without one is looked at anew when the stream is asked for again."""
+        if caller.token_id.startswith(PREFIX):
+            return coordinator.clock() < ends_at
+        return coordinator.tokens.counts(caller.token_id)
 
     def situation() -> str | None:
         current = coordinator.jobs[known]
-        return None if current.over else views.now_of(coordinator, current).model_dump_json()
+        return None if current.over or not counts() else views.now_of(coordinator, current).model_dump_json()
 
     stream: AsyncIterator[bytes] = follow(coordinator.hub, coordinator.journal, known, last_event_id, situation)
     return EventsResponse(stream, coordinator.quotas.streaming(caller))

@@ -16,7 +16,7 @@ from common.errors import NotFoundError
 from common.ranges import content_range
 from server.blobs import Blobs
 from server.coordinator import Coordinator
-from server.routes.access import AnyoneDep, CoordinatorDep, TokenFirst
+from server.routes.access import AnyoneDep, CoordinatorDep, TokenFirst, TrainerDep
 
 router = APIRouter(tags=["models"], route_class=TokenFirst)
 
@@ -154,7 +154,7 @@ async def get_model(digest: DigestPath, coordinator: CoordinatorDep, _: AnyoneDe
 
 
 @router.get("/v1/tasks/{digest}")
-async def get_task(digest: DigestPath, coordinator: CoordinatorDep, _: AnyoneDep) -> Response:
+async def get_task(digest: DigestPath, coordinator: CoordinatorDep, _: TrainerDep) -> Response:
     """A user's task file."""
     missing = NotFoundError(f"the task file {digest[:12]}… is not kept here", code="unknown_task")
     if not any(digest == job.task_digest for job in coordinator.jobs.values()):

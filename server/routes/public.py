@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from common import PROTOCOL, __version__
 from common.messages import VersionView
 from server.metrics import exposition
-from server.routes.access import AdminDep, AnyoneDep, CoordinatorDep
+from server.routes.access import AnyoneDep, CoordinatorDep, ReaderDep
 
 router = APIRouter(tags=["about"])
 
@@ -30,7 +30,7 @@ async def version(request: Request, response: Response) -> VersionView:
 
 
 @router.get("/metrics")
-async def metrics(request: Request, coordinator: CoordinatorDep, _: AdminDep) -> Response:
+async def metrics(request: Request, coordinator: CoordinatorDep, _: ReaderDep) -> Response:
     """Workers, jobs and rounds for Prometheus, which sends the token as `authorization: credentials_file`."""
     return Response(exposition(coordinator, request.app.state.line.certificate), media_type=CONTENT_TYPE_LATEST)
 

@@ -15,7 +15,15 @@ from common.messages import (
 )
 from common.together import WITH_MODEL
 from server import views
-from server.routes.access import AdminDep, CoordinatorDep, NewcomerDep, ThisWorkerDep, TokenFirst, address_of
+from server.routes.access import (
+    AdminDep,
+    CoordinatorDep,
+    NewcomerDep,
+    ReaderDep,
+    ThisWorkerDep,
+    TokenFirst,
+    address_of,
+)
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"], route_class=TokenFirst)
 
@@ -25,13 +33,14 @@ async def register(
     registration: Registration, request: Request, coordinator: CoordinatorDep, caller: NewcomerDep
 ) -> Welcome:
     """Introduce a worker. POST: a join token makes a new worker; a worker's own credential updates it."""
-    welcome = coordinator.register(registration, caller.worker)
+    joining = caller if caller.scope == "join" else None
+    welcome = coordinator.register(registration, caller.worker, joining)
     await coordinator.tailnet.joined(welcome.worker_id, address_of(request))
     return welcome
 
 
 @router.get("")
-async def list_workers(coordinator: CoordinatorDep, _: AdminDep) -> list[WorkerView]:
+async def list_workers(coordinator: CoordinatorDep, _: ReaderDep) -> list[WorkerView]:
     """All workers that ever joined, by name."""
     await coordinator.tailnet.refresh()
     known = sorted(coordinator.fleet.workers.values(), key=lambda worker: (worker.name, worker.id))

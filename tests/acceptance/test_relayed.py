@@ -50,15 +50,13 @@ class TailnetFleet(LocalFleet):
         return process
 
     def join(self, name: str) -> None:
-        """Start a worker with the token of the line that the coordinator printed."""
-        assert self.coordinator is not None
-        found = re.search(r"lydian work \S+ --token (\S+)", self.coordinator.said())
-        assert found is not None
+        """Start a worker with a token that names the coordinator's machine."""
+        token = self.lydian("token", "join").stdout.strip()
         self.workers[name] = Process(
             ["-m", "worker", self.url, "--name", name, "--state-dir", str(self.folder / name), "--threads", "1",
              "--device", "cpu", "--trust", "any"],
             self.folder / f"{name}.log",
-            {"LYDIAN_TOKEN": found[1], "LYDIAN_TAILSCALED": str(self.daemon.path)},
+            {"LYDIAN_TOKEN": token, "LYDIAN_TAILSCALED": str(self.daemon.path)},
         )  # fmt: skip
 
     def lydian(self, *arguments: str) -> subprocess.CompletedProcess[str]:
