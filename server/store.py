@@ -598,8 +598,14 @@ class Journal:
         row = _row(token)
         changed = [name for name in row if name not in ("id", "created_at", "revoked_at")]
         statement = f"UPDATE tokens SET {', '.join(f'{name} = :{name}' for name in changed)} WHERE id = :id"  # noqa: S608
-        if self._write(lambda: self._database.execute(statement, row)).rowcount == 0:
-            raise NotFoundError(f"there is no token {token.id!r}", code="unknown_token")
+        first = "its first secret counts no more" if token.next_hash is None else "it has a second secret"
+
+        def put() -> None:
+            if self._database.execute(statement, row).rowcount == 0:
+                raise NotFoundError(f"there is no token {token.id!r}", code="unknown_token")
+            self.record("token.rotated", token.id, detail="its worker is to fetch one" if token.renew else first)
+
+        self._write(put)
 
     def token_revoke(self, token_id: str) -> None:
         """Let a token count no more. Revoking it again changes nothing.

@@ -30,7 +30,7 @@ from common.facts import Fact, Late, StateChanged
 from server import recorder
 from server.audit import NOBODY, Caller, actor_of
 from server.proof.__main__ import app
-from server.store import Journal
+from server.store import Journal, StoredToken
 from server.tally import Tally
 from tests.rounds_kit import registration
 from tests.trust_kit import JSON, Fleet, Served
@@ -300,6 +300,7 @@ def test_the_record_of_a_fleet_says_who_did_what_and_holds(fleet: Fleet) -> None
     fleet.must("POST", f"/v1/workers/{fleet.two.id}/pause", fleet.admin, None)
     fleet.must("POST", f"/v1/workers/{fleet.two.id}/readmit", fleet.admin, None)
     fleet.must("POST", "/v1/tokens", fleet.admin, {"scope": "join"})
+    fleet.must("POST", f"/v1/tokens/{fleet.submitter.split('_')[2]}/rotate", fleet.admin, {"overlap_s": 60})
     fleet.call("GET", f"/v1/jobs/{fleet.job}/model", fleet.admin)
     fleet.must("POST", f"/v1/jobs/{fleet.job}/cancel", fleet.admin, None)
     entries = record(fleet)
@@ -307,14 +308,15 @@ def test_the_record_of_a_fleet_says_who_did_what_and_holds(fleet: Fleet) -> None
     assert checker.facts == sum(1 for _ in fleet.coordinator.journal.facts())
     admin = f"admin:{fleet.admin.split('_')[2]}"
     by = {shown(entry).action: (entry.actor, entry.worker, entry.peer) for entry in entries}
-    for action in ("worker.paused", "worker.readmitted", "job.submitted", "job.cancelled", "model.pulled"):
+    for action in ("worker.paused", "worker.readmitted", "token.rotated", "job.cancelled", "model.pulled"):
         assert by[action] == (admin, "", "127.0.0.1"), action
+    assert by["job.submitted"] == (f"submit:{fleet.submitter.split('_')[2]}", "", "127.0.0.1")
     join = f"join:{fleet.join.split('_')[2]}"
     assert by["worker.joined"] == (join, "", "127.0.0.1")
     one = f"work:{fleet.one.token.split('_')[2]}"
     assert by["model.built"] == (one, fleet.one.id, "127.0.0.1")
     assert by["round.opened"] == ("coordinator", "", "")  # though a worker's call brought it about
-    assert len(said(entries, "token.issued")) == 5  # admin, join, two workers', and the new one
+    assert len(said(entries, "token.issued")) == 8  # admin, join, two submitters', a reader's, two workers', a new one
     assert shown(said(entries, "model.built")[0]).detail == fleet.model
 
 
@@ -444,7 +446,8 @@ def test_the_record_adds_no_transaction_to_any_change(tmp_path: Path) -> None:
             lambda: journal.worker_put("w", registration()),
             lambda: journal.worker_judged("w", 1, None),
             lambda: journal.worker_ordered("w", "pause"),
-            lambda: journal.token_add("t", "join", "h"),
+            lambda: journal.token_add(StoredToken("t", "join", "h", None)),
+            lambda: journal.token_put(StoredToken("t", "join", "h", None, next_hash="n")),
             lambda: journal.token_revoke("t"),
         ]
         assert [commits(journal, change) for change in changes] == [1] * len(changes)
@@ -452,7 +455,7 @@ def test_the_record_adds_no_transaction_to_any_change(tmp_path: Path) -> None:
             journal.record_soon(recorder.Event(NOBODY, "call.refused", "GET /"))
         assert commits(journal, lambda: journal.append("j", late)) == 1
         assert commits(journal, journal.record_waiting) == 0
-        assert journal.audit_page(0, 1)[1].seq == 1 + 3 + 5 + 5 + 3
+        assert journal.audit_page(0, 1)[1].seq == 1 + 3 + 6 + 5 + 3
 
 
 def test_a_change_that_fails_leaves_no_row_and_keeps_what_waits(tmp_path: Path) -> None:

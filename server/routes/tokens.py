@@ -20,7 +20,7 @@ async def create_token(request: TokenRequest, coordinator: CoordinatorDep, calle
     )
     token_id = token.split("_")[2]
     log.info("lyd_%s_%s_… was made with lyd_admin_%s_…", request.scope, token_id, caller.token_id)
-    pinned, url = coordinator.tailnet.pinned(token), coordinator.url if request.scope == "join" else None
+    pinned, url = coordinator.tailnet.pinned(token), coordinator.url if request.scope == "join" else ""
     return TokenAnswer(token=pinned, id=token_id, url=url)
 
 
