@@ -229,7 +229,9 @@ def _measure(api: CoordinatorApi, job: Job) -> Measured | None:
         LydianError: it did not finish (`not_measured`).
     """
     short = job.spec.model_copy(update={"rounds": MEASURED_ROUNDS, "name": "measurement", "target": None})
-    view = api.submit_job(JobRequest(spec=short, task_source=job.task_source, key=uuid4().hex))
+    view = api.submit_job(
+        JobRequest(spec=short, task_source=job.task_source, signatures=job.signatures, key=uuid4().hex)
+    )
     typer.echo(f"measuring: {view.id} trains {MEASURED_ROUNDS} rounds", err=True)
     events = list(api.events(view.id, on_wait=lambda why: typer.echo(why, err=True)))
     done = api.job(view.id)

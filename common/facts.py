@@ -22,6 +22,7 @@ from common.messages import (
     Progress,
     State,
     StepRef,
+    TaskSignature,
 )
 
 
@@ -31,6 +32,7 @@ class Submitted(Message):
     type: Literal["submitted"] = "submitted"
     spec: JobSpec
     task_digest: Digest | None = Field(None, description="of the user's task file; None for a built-in task")
+    signatures: tuple[TaskSignature, ...] = Field((), description="of the task file, as they came; nobody checked them")
     key: str = Field(description="the submitter's idempotency key")
     affordable: Count | None = Field(None, description="rounds within the privacy budget; None: there is none")
     planned_epsilon: float | None = Field(None, ge=0, description="what all its rounds would cost")

@@ -71,7 +71,6 @@ from common.messages import (
     Slots,
     StepRef,
     Submission,
-    TaskRef,
     Welcome,
 )
 from common.tasks import BUILTIN
@@ -455,6 +454,7 @@ class Coordinator:
         taken = Submitted(
             spec=spec,
             task_digest=digest,
+            signatures=request.signatures,
             key=request.key,
             affordable=planned.affordable if planned else None,
             planned_epsilon=planned.epsilon if planned else None,
@@ -774,7 +774,7 @@ class Coordinator:
         if job is None:
             return None
         self.fleet.ask_to_prepare(worker.id, request.claim_key, job.id, self.clock())
-        return Preparation(job=job.id, task=TaskRef(name=job.spec.task, digest=job.task_digest), spec=job.spec)
+        return Preparation(job=job.id, task=job.task, spec=job.spec)
 
     def _stands_on(self, held: Holding) -> bool:
         """Whether the round that is open or being averaged has this very update: its worker must keep its copy."""
@@ -828,7 +828,7 @@ class Coordinator:
             shards=shards,
             samples=samples,
             train_samples=job.facts.train_samples if job.facts else 0,
-            task=TaskRef(name=job.spec.task, digest=job.task_digest),
+            task=job.task,
             spec=job.spec,
             base=base,
             private_before=job.private_before if task.kind == "train" else (),

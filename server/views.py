@@ -30,6 +30,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "prepare": True,
             "order": True,
             "assignment": {
+                "task": {"signatures": True},
                 "steps": True,
                 "optimizer_of": True,
                 "state_shard": True,

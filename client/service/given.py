@@ -14,7 +14,7 @@ from common.errors import LydianError
 
 TOKEN = re.compile(r"lyd_([a-z]+)_[0-9a-f]+_[A-Za-z0-9_-]+")
 
-_PATHS = ("--allow", "--state-dir")
+_PATHS = ("--allow", "--signers", "--state-dir")
 _NAMED_PATHS = ("--data",)
 _NOT_HERE = ("--help", "--version", "--install-completion", "--show-completion")
 _PORTS = {"http": 80, "https": 443}
