@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common.messages import Trust
+from worker.caging import Cage
 from worker.manners import Rules
+from worker.signers import Signers
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,12 @@ class Options:
     data: Mapping[str, str] = field(default_factory=dict)  # name -> folder
     trust: Trust = "none"
     trusted: tuple[str, ...] = ()  # digests of task files
+    signers: Signers = field(default_factory=Signers)  # whose signatures of task files count, with trust signed
     stall_s: float = 600.0  # without a sign of life from the child
     join_token: str | None = None  # for the first time, and when the coordinator has forgotten this worker
     pin: str | None = None  # StableID of the coordinator's machine, from the join token
     checkpoint_every_s: float = 30.0  # 0: never
     grace_s: float = 60.0  # to finish what is under way after the first SIGTERM
     rules: Rules = field(default_factory=Rules)  # when and how it may use this machine
+    cage: Cage | None = None  # what a task file's code gets to see of this machine
     gpu_memory: float = 1.0  # the most of the device's memory that the child takes: a share up to 1, or bytes
