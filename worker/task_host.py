@@ -344,9 +344,12 @@ class Task:
 class FromSource(SourceFileLoader):
     """Runs a file's text as it was read once, and never a compiled copy that somebody has put beside it."""
 
-    def __init__(self, name: str, path: str) -> None:
-        super().__init__(name, path)
-        self.text = Path(path).read_bytes()
+    text = b""
+
+    def read(self) -> bytes:
+        """Read the file; what is run from now on is this."""
+        self.text = Path(self.path).read_bytes()
+        return self.text
 
     def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002 - importlib's signature
         """The text, compiled."""
@@ -372,9 +375,6 @@ def import_task(file: Path, config: dict[str, Any], terms: dict[str, Any] | None
     if file.suffix != ".py":
         raise TaskError("bad_task", f"{file.name} is not a Python file: its name must end in .py")
     loader = FromSource("lydian_task", str(file))
-    found = hashlib.sha256(loader.text).hexdigest()
-    if allowed and found != allowed:
-        raise TaskError("not_trusted", f"{file.name} is {found[:12]}… and not {allowed[:12]}…, which may run here")
     spec = importlib.util.spec_from_file_location("lydian_task", file, loader=loader)
     assert spec is not None  # noqa: S101 - it has a loader
     seen = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -384,7 +384,10 @@ def import_task(file: Path, config: dict[str, Any], terms: dict[str, Any] | None
     task = Task(file=file, module=module, config=config, digest="", terms=terms or {})
     sys.modules[spec.name] = task.module  # dataclasses and typing look their module up while it is imported
     with task.watched(""):
-        seen.update(loader.text)
+        seen.update(loader.read())
+        found = hashlib.sha256(loader.text).hexdigest()
+        if allowed and found != allowed:
+            raise TaskError("not_trusted", f"{file.name} is {found[:12]}… and not {allowed[:12]}…, which may run here")
         loader.exec_module(task.module)
     missing = [f"{hook}({arguments})" for hook, arguments in REQUIRED_HOOKS.items() if not task.has(hook)]
     if missing:

@@ -87,8 +87,7 @@ def test_a_worker_with_the_default_policy_runs_nothing_that_a_hostile_coordinato
         plays.welcome = "\x1b[2Jwelcome <script>alert(1)</script>\n12:00:00 all is well"
         plays.files[f"/v1/tasks/{digest}"] = Answer(body=evil, headers=(("ETag", f'"{digest}"'),))
         elsewhere = [(("Location", "file:///etc/passwd"),), (("Location", f"{other.url}/v1/workers/w-1/poll"),)]
-        for number, place in enumerate(elsewhere):
-            plays.files[f"/v1/models/{number:064x}"] = Answer(302, headers=place)
+        plays.files[f"/v1/models/{0:064x}"] = Answer(302, headers=elsewhere[0])
         plays.files["/v1/models/" + "c" * 64] = Answer(body=b"other bytes", headers=(("ETag", '"' + "c" * 64 + '"'),))
         evils = {
             "a task file that nobody listed": work(1, task=theirs),
@@ -104,16 +103,17 @@ def test_a_worker_with_the_default_policy_runs_nothing_that_a_hostile_coordinato
             "a model with a header of 2^60 bytes": model(plays, 9, struct.pack("<Q", 1 << 60) + b"{}"),
             "a model of 2^42 bytes that has none": model(plays, 10, struct.pack("<Q", len(header)) + header),
             "a model of other bytes": work(11, base={"digest": "c" * 64, "size": 11}),
-            "a model at file://": work(12, base={"digest": f"{0:064x}", "size": 10}),
             "a redirect of a poll": Answer(307, headers=elsewhere[1]),
             "an answer without end": Answer(pieces=HUGE),
             "an answer that unpacks to more": Answer(body=gzip.compress(b" " * (1 << 27)),
                                                      headers=(("Content-Encoding", "gzip"),)),
+            "a model at file://, asked for again and again": work(12, base={"digest": f"{0:064x}", "size": 10}),
         }  # fmt: skip
         plays.answers.extend(evils.values())
         with started(tmp_path, plays.url) as worker:
+            wait_for("the worker to join", lambda: plays.asked_for("/v1/workers"))
             wait_for("all of it to be answered", lambda: not plays.answers and len(plays.abandoned()) >= 6)
-            wait_for("the last of it to be refused", lambda: "was not asked for" in worker.said())
+            wait_for("the last of it to be refused", lambda: "points to 'file:///etc" in worker.said())
             said = worker.said()
             assert worker.terminate() == 0
         # Nothing ran, nothing was written but into its own folders, and nobody else heard of it.
@@ -133,6 +133,7 @@ def test_a_worker_with_the_default_policy_runs_nothing_that_a_hostile_coordinato
         assert f"points to '{elsewhere[1][0][1]}' and is not followed" in said
         assert "points to 'file:///etc/passwd' and is not followed" in said
         assert f"answered more than {64 << 20} bytes" in said
+        assert "packed as 'gzip', which was not asked for" in said
         assert "\x1b" not in said
         assert "\n12:00:00 all is well" not in said
         assert "Traceback" not in said
