@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(Answer(body={"order": "continue", "reason": "go on"}))
         elif self.path in plays.files:
             self._answer(self._ranged(plays.files[self.path]))
-        elif self.path.endswith(("/abandon", "/leave")):
+        elif self.path.partition("?")[0].endswith(("/abandon", "/leave")):
             self._answer(Answer(204))
         else:
             self._answer(Answer(404, {"code": "unknown", "sentence": "there is nothing", "advice": ""}))

@@ -121,7 +121,7 @@ def test_a_worker_with_the_default_policy_runs_nothing_that_a_hostile_coordinato
         assert not plays.asked_for(f"/v1/tasks/{digest}")
         assert {path.name for path in tmp_path.iterdir()} == {"state", "home", "tmp", "cwd", "w.log"}
         for place in ("home", "tmp", "cwd"):
-            assert list((tmp_path / place).rglob("*")) == []
+            assert [path for path in (tmp_path / place).rglob("*") if not path.is_dir()] == []
         assert not other.calls
         assert plays.sent < HUGE
         # Each is told in a sentence, which obeys nobody.
