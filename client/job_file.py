@@ -1,7 +1,7 @@
 """A job in TOML and flags, made into a JobSpec, or refused with every fault named.
 
-Pure but for `read_job`, which reads the job file and the task file. Settings come in layers, each a flat table from a
-key's path to its value and to where it was said; a later layer wins:
+Pure but for `read_job`, which reads the job file, the task file and its signatures. Settings come in layers, each a
+flat table from a key's path to its value and to where it was said; a later layer wins:
 
     the task's defaults < job file < flags < --set  ──merge──▶ one layer ──build_spec──▶ JobSpec
 """
@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from client.job_keys import Key, KeyPath, job_keys, key_at, nearest, nearest_of, sections
+from client.signing import read_signatures
 from client.task_file import is_task_file, read_task, task_name
 from common.errors import BadJobError, BadTaskError
-from common.messages import JobSpec
+from common.messages import JobSpec, TaskSignature
 from common.tasks import BUILTIN
 
 TASK: KeyPath = ("task",)
@@ -45,6 +46,7 @@ class Job:
 
     spec: JobSpec
     task_source: str | None
+    signatures: tuple[TaskSignature, ...] = ()  # that were found beside the task file
 
 
 def read_job(file: Path | None, flags: Layer, sets: Layer) -> Job:
@@ -69,7 +71,8 @@ def read_job(file: Path | None, flags: Layer, sets: Layer) -> Job:
     said_in_file = file is not None and task is written.get(TASK)
     path = (file.parent if file and said_in_file else Path()) / Path(task.value).expanduser()
     source = read_task(path)
-    return Job(build_spec({**given, TASK: Setting(task_name(path), task.origin)}), source)
+    spec = build_spec({**given, TASK: Setting(task_name(path), task.origin)})
+    return Job(spec, source, read_signatures(path, source))
 
 
 # ---------------------------------------------------------------- layers

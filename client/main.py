@@ -640,6 +640,40 @@ def readmit(worker: WorkerArgument, url: Url = DEFAULT_URL, token: Token = None,
         _print_worker(api.readmit(worker), as_json=as_json)
 
 
+@app.command("sign")
+def sign_task(
+    task: Annotated[Path | None, typer.Argument(metavar="TASK.py", help="The task file, which you have read.")] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="LYDIAN_SIGNING_KEY", help="Your key (default: the only one there is)."),
+    ] = None,
+    new_key: Annotated[
+        Path | None, typer.Option("--new-key", metavar="FILE", help="Make a key, and print its public line.")
+    ] = None,
+) -> None:
+    """Sign a task file, so that workers with --trust signed run it; the signature is written to TASK.py.sig.
+
+    `lydian submit` sends it with the job. Give the public line of your key to the owners of the workers.
+
+    \b
+    Examples:
+      lydian sign --new-key ~/.config/lydian/ada.key
+      lydian sign my_task.py
+    """
+    from client import signing
+
+    if (task is None) == (new_key is None):
+        raise typer.BadParameter("name a TASK.py to sign, or --new-key FILE to make a key: one of the two")
+    if new_key is not None:
+        made = signing.new_key(new_key.expanduser())
+        typer.echo(f"the key is in {new_key}, not encrypted: whoever reads that file can sign as {made.name}", err=True)
+        typer.echo(made.line)
+    elif task is not None:
+        written, signer = signing.sign_file(task, key)
+        typer.echo(f"signed as {signer.name} (key {signer.id}); workers list {signer.line}", err=True)
+        typer.echo(str(written))
+
+
 def main() -> NoReturn:
     """Run `lydian`."""
     run_program(app, "lydian")

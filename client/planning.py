@@ -241,7 +241,9 @@ def _measure(api: CoordinatorApi, job: Job) -> Measured | None:
     rules = job.spec.round.model_copy(update={"keep_updates": 0})
     changes = {"rounds": MEASURED_ROUNDS, "name": "measurement", "target": None, "round": rules}
     short = job.spec.model_copy(update=changes)
-    view = api.submit_job(JobRequest(spec=short, task_source=job.task_source, key=uuid4().hex))
+    view = api.submit_job(
+        JobRequest(spec=short, task_source=job.task_source, signatures=job.signatures, key=uuid4().hex)
+    )
     typer.echo(f"measuring: {view.id} trains {MEASURED_ROUNDS} rounds", err=True)
     events = list(api.events(view.id, on_wait=lambda why: typer.echo(why, err=True)))
     done = api.job(view.id)

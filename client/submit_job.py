@@ -18,6 +18,7 @@ from client.job_keys import Key, KeyPath, job_keys
 from client.watching import watch
 from common.cautions import cautions
 from common.messages import JobRequest
+from common.signing import whos
 from common.tasks import BUILTIN
 
 PROGRAM = "submit_job"
@@ -83,9 +84,11 @@ def submit(
         LydianError: the job is wrong, or the coordinator refused it or is away.
     """
     job = read_what(what, flags, sets)
-    request = JobRequest(spec=job.spec, task_source=job.task_source, key=key or uuid4().hex)
+    request = JobRequest(spec=job.spec, task_source=job.task_source, signatures=job.signatures, key=key or uuid4().hex)
     with coordinator(url, token) as api:
         view = api.submit_job(request)
+        if job.signatures:
+            typer.echo(f"sent with what {whos(job.signatures)} signed", err=True)
         for sentence in cautions(job.spec):
             typer.echo(f"caution: {sentence}", err=True)
         if as_json:

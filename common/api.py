@@ -1,4 +1,5 @@
-"""Every HTTP call of the protocol, from the caller's side. Only this module and common.transfers know httpx2.
+"""Every HTTP call of the protocol, from the caller's side. Only this module, common.transfers and
+common.answers know httpx2.
 
 Calls return messages and raise the errors of common.errors: what the coordinator answered, as the class it was, or
 UnavailableError with the code `unreachable` when no answer came. No call retries by itself, except `events`, which is a
@@ -23,6 +24,7 @@ import httpx2
 from pydantic import TypeAdapter
 
 from common import guarding
+from common.answers import whole
 from common.audit import AuditPage
 from common.errors import BadRequestError, LydianError, TooManyError, UnavailableError
 from common.link import measure
@@ -61,6 +63,7 @@ from common.ranges import Ranges, content_range, parse_ranges
 from common.together import SUBMISSION, WITH_MODEL, answer_and_model, submission_header
 from common.transfers import CONNECT_S, IDLE_S, Download, OnBytes, Upload, raise_for, reaching
 
+MOST_TASK_BYTES = 4 << 20  # of a task file: as many characters as a job may bring, each of four bytes
 PROBE_BLOCK = 256 << 10  # bytes
 PROBE_IDLE_S = 10.0  # without a byte, after which a measurement is given up
 POLL_SLACK_S = 15.0  # a long poll may take this much longer than was asked for before the line counts as dead
@@ -106,7 +109,8 @@ class CoordinatorApi:
         self._look = guarding.plain_trace(self.url)
         self._client = httpx2.Client(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {bare}"} if bare else {},
+            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {bare}"} if bare else {}),
+            follow_redirects=False,  # they would take the token along
             timeout=httpx2.Timeout(timeout_s, connect=CONNECT_S),
             limits=httpx2.Limits(max_keepalive_connections=20, keepalive_expiry=60.0),
             verify=self._trusted(),
@@ -209,7 +213,7 @@ class CoordinatorApi:
 
     def download_task(self, digest: str, target: Path, *, stop: threading.Event | None = None) -> int:
         """Fetch a user's task file to `target`, verified like a model."""
-        return self._download(f"/v1/tasks/{digest}", target, digest=digest, stop=stop)
+        return self._download(f"/v1/tasks/{digest}", target, digest=digest, most=MOST_TASK_BYTES, stop=stop)
 
     def upload(
         self,
@@ -249,8 +253,12 @@ class CoordinatorApi:
             "Content-Type": "application/octet-stream",
         }
         path = f"/v1/updates/{assignment}?attempt={submission.attempt}"
-        with reaching(self.url):
-            answer = self._client.put(path, content=data, headers=headers, timeout=httpx2.Timeout(300.0))
+        timeout = httpx2.Timeout(300.0)
+        with (
+            reaching(self.url),
+            self._client.stream("PUT", path, content=data, headers=headers, timeout=timeout) as stream,
+        ):
+            answer = whole(stream)
         raise_for(answer)
         return _understood(answer, Receipt.model_validate_json)
 
@@ -295,8 +303,12 @@ class CoordinatorApi:
         block = memoryview(os.urandom(min(size, PROBE_BLOCK)))  # repeated: no help to a compressor all the same
         body = (bytes(block[: size - at]) for at in range(0, size, PROBE_BLOCK))
         timeout = httpx2.Timeout(PROBE_IDLE_S, connect=CONNECT_S)
-        with reaching(self.url):
-            answer = self._client.put("/v1/probe", content=body, headers={"Content-Length": str(size)}, timeout=timeout)
+        headers = {"Content-Length": str(size)}
+        with (
+            reaching(self.url),
+            self._client.stream("PUT", "/v1/probe", content=body, headers=headers, timeout=timeout) as stream,
+        ):
+            answer = whole(stream)
         raise_for(answer)
         _check_probe(_understood(answer, Probed.model_validate_json).bytes, size)
 
@@ -445,8 +457,8 @@ class CoordinatorApi:
         if body is not None:
             options["content"] = body.model_dump_json()
             options["headers"] = {"Content-Type": "application/json"}
-        with reaching(self.url):
-            answer = self._client.request(method, path, **options)
+        with reaching(self.url), self._client.stream(method, path, **options) as stream:
+            answer = whole(stream)
         raise_for(answer)
         return answer
 

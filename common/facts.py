@@ -23,6 +23,7 @@ from common.messages import (
     State,
     StepRef,
     Submitter,
+    TaskSignature,
 )
 
 
@@ -32,6 +33,7 @@ class Submitted(Message):
     type: Literal["submitted"] = "submitted"
     spec: JobSpec
     task_digest: Digest | None = Field(None, description="of the user's task file; None for a built-in task")
+    signatures: tuple[TaskSignature, ...] = Field((), description="of the task file, as they came; nobody checked them")
     key: str = Field(description="the submitter's idempotency key")
     affordable: Count | None = Field(None, description="rounds within the privacy budget; None: there is none")
     planned_epsilon: float | None = Field(None, ge=0, description="what all its rounds would cost")

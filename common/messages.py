@@ -13,6 +13,7 @@ from common.robustness import CUTTING, WEIGHING, Robust, least_updates
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,63}$")]
 Attribute = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]{0,62}$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256, in hex")]
+KeyId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$", description="of a signer's key: the first of its SHA-256")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Metrics = dict[str, tuple[float, float]]
 """Metric name -> (sum, count), so that means over workers are exact: the mean is sum / count."""
@@ -25,7 +26,9 @@ OVER: frozenset[str] = frozenset({"finished", "failed", "cancelled"})
 TOGETHER = 1 << 20
 """Bytes of a model or an update up to which it travels in the call that speaks of it: a round trip less. One that is
 larger travels alone, since it may have to be resumed."""
-Trust = Literal["none", "listed", "any"]
+Trust = Literal["none", "listed", "signed", "any"]
+SIGNATURES = 16
+"""Signatures that a task file may come with."""
 Order = Literal["work", "drain", "pause"]
 """An operator's to a worker: nothing but work; finish what is under way and take no more; out of the way at once."""
 
@@ -510,12 +513,28 @@ class JobSpec(Message):
         return beyond[0] if beyond else ""
 
 
+class TaskSignature(Message):
+    """What somebody's key says of a task file (common.signing). The coordinator passes it on, and checks nothing."""
+
+    name: Name = Field(description="of the key")
+    key: KeyId
+    digest: Digest = Field(description="of the file that was signed")
+    signature: str = Field(pattern=r"^[A-Za-z0-9_-]{86}$", description="Ed25519, in base64url")
+
+
 class JobRequest(Message):
     """`POST /v1/jobs`. The same key again gives the same job."""
 
     spec: JobSpec
     task_source: str | None = Field(None, max_length=1 << 20, description="the task file's text, unless built in")
+    signatures: tuple[TaskSignature, ...] = Field((), max_length=SIGNATURES, description="of the task file")
     key: str = Field(min_length=1, max_length=200, description="idempotency key")
+
+    @model_validator(mode="after")
+    def _of_a_file(self) -> Self:
+        if self.signatures and self.task_source is None:
+            raise ValueError("signatures are of a task file, and none was sent: leave them out for a built-in task")
+        return self
 
 
 # ---------------------------------------------------------------- the machine
@@ -627,6 +646,7 @@ class Registration(Message):
     data: tuple[Name, ...] = Field((), description="names of data folders that the worker's owner offers")
     trust: Trust = Field("none", description="which task files that are not built in this worker runs")
     trusted: tuple[Digest, ...] = Field((), max_length=10_000, description="the task files that are listed")
+    signers: tuple[KeyId, ...] = Field((), max_length=1_000, description="whose signatures count, with trust signed")
     place: str = Field("", max_length=64, description="machine and state folder, hashed: a copied folder has another")
     holding: tuple[Holding, ...] = Field((), max_length=10_000, description="what its spool has from an earlier life")
     no_masks: str = Field("", max_length=500, description="why it cannot mask its updates ([secure]); empty: it can")
@@ -653,6 +673,9 @@ class TaskRef(Message):
 
     name: Name
     digest: Digest | None = Field(None, description="of the user's task file; None for a built-in task")
+    signatures: tuple[TaskSignature, ...] = Field(
+        (), max_length=SIGNATURES, description="that came with the file: what a worker with --trust signed goes by"
+    )
 
 
 class ModelRef(Message):

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import httpx2
 
-from common.errors import BadUpdateError, LydianError, TooManyError, UnavailableError, from_answer
+from common.answers import check_not_elsewhere, whole
+from common.errors import BadUpdateError, LydianError, TooLargeError, TooManyError, UnavailableError, from_answer
 from common.guarding import tls_trouble
 from common.ranges import Ranges, content_range, gaps
 from common.staging import Staging
@@ -181,8 +182,11 @@ class Upload(Transfer):
             "Content-Type": "application/octet-stream",
         }
         body = self._read(start, stop)
-        with reaching(self._url):
-            answer = self._client.request("PUT", self._path, content=body, headers=headers, timeout=self._timeout)
+        with (
+            reaching(self._url),
+            self._client.stream("PUT", self._path, content=body, headers=headers, timeout=self._timeout) as stream,
+        ):
+            answer = whole(stream)
         raise_for(answer)
 
     def _read(self, start: int, stop: int) -> Iterator[bytes]:
@@ -212,13 +216,14 @@ class Download(Transfer):
         *,
         digest: str | None = None,
         size: int | None = None,
+        most: int | None = None,
         stop: threading.Event | None = None,
         on_bytes: OnBytes | None = None,
         idle_s: float = IDLE_S,
     ) -> None:
-        """What is not known beforehand of digest and size, the coordinator is asked for."""
+        """What is not known beforehand of digest and size, the coordinator is asked for; `most` bytes are taken."""
         super().__init__(client, url, path, stop, on_bytes=on_bytes, idle_s=idle_s)
-        self._target, self._digest, self._size = target, digest or "", size
+        self._target, self._digest, self._size, self._most = target, digest or "", size, most
         self._named = digest is not None
         self.received = 0  # bytes over the wire
         self._staging: Staging | None = None
@@ -309,6 +314,11 @@ class Download(Transfer):
             raise LydianError(
                 f"{self._path} was answered without its length or its digest",
                 advice="Is this URL a coordinator, and no proxy between?",
+            )
+        if self._most is not None and (len(total) > 18 or int(total) > self._most):
+            raise TooLargeError(
+                f"{self._path} has {total[:18]} bytes, it says, and at most {self._most} are taken",
+                advice="Is this URL a coordinator? Nothing was fetched.",
             )
         self._digest, self._size = digest, int(total)
 
@@ -476,9 +486,10 @@ def unreachable(url: str, error: httpx2.TransportError) -> UnavailableError:
 
 def raise_for(answer: httpx2.Response) -> None:
     """Turn an error answer into the error it carries."""
+    check_not_elsewhere(answer)
     if answer.status_code < 400:
         return
-    answer.read()
+    answer = whole(answer)
     try:
         body = json.loads(answer.content)
     except ValueError:

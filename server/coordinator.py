@@ -74,7 +74,6 @@ from common.messages import (
     StepRef,
     Submission,
     Submitter,
-    TaskRef,
     Welcome,
 )
 from common.tasks import BUILTIN
@@ -487,6 +486,7 @@ class Coordinator:
         taken = Submitted(
             spec=spec,
             task_digest=digest,
+            signatures=request.signatures,
             key=request.key,
             affordable=planned.affordable if planned else None,
             planned_epsilon=planned.epsilon if planned else None,
@@ -828,7 +828,7 @@ class Coordinator:
         if job is None:
             return None
         self.fleet.ask_to_prepare(worker.id, request.claim_key, job.id, self.clock())
-        return Preparation(job=job.id, task=TaskRef(name=job.spec.task, digest=job.task_digest), spec=job.spec)
+        return Preparation(job=job.id, task=job.task, spec=job.spec)
 
     def _stands_on(self, held: Holding) -> bool:
         """Whether the round that is open or being averaged has this very update: its worker must keep its copy."""
@@ -882,7 +882,7 @@ class Coordinator:
             shards=shards,
             samples=samples,
             train_samples=job.facts.train_samples if job.facts else 0,
-            task=TaskRef(name=job.spec.task, digest=job.task_digest),
+            task=job.task,
             spec=job.spec,
             base=base,
             private_before=job.private_before if task.kind == "train" else (),

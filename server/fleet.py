@@ -325,13 +325,31 @@ def workers_needed(job: Job, serving: int) -> int:
     return min(serving, max(int(data.shards * data.fraction), 1))
 
 
+def _distrust(worker: Worker, job: Job, digest: str) -> str:
+    """Why its owner lets this worker not run the job's task file, as far as can be told here; empty: it may.
+
+    Whether a signature is right only the worker finds out: here it is only looked whose it says that it is.
+    """
+    registration = worker.registration
+    if registration.trust == "any" or (registration.trust != "none" and digest in registration.trusted):
+        return ""
+    if registration.trust == "none":
+        return f"{worker.name} runs built-in tasks only (--trust none)"
+    if registration.trust == "listed":
+        return f"{worker.name} has not listed task {digest[:12]}…"
+    if not job.signatures:
+        return f"{worker.name} runs signed tasks only (--trust signed), and task {digest[:12]}… is not signed"
+    if any(signature.key in registration.signers for signature in job.signatures):
+        return ""
+    signed = ", ".join(f"{signature.name} (key {signature.key})" for signature in job.signatures)
+    return f"{worker.name} lists no key of who signed task {digest[:12]}…: {signed}"
+
+
 def why_not(worker: Worker, job: Job) -> str | None:
     """Why this worker cannot do this job's work; None: it can."""
     registration = worker.registration
-    if job.task_digest is not None and registration.trust == "none":
-        return f"{worker.name} runs built-in tasks only (--trust none)"
-    if job.task_digest is not None and registration.trust == "listed" and job.task_digest not in registration.trusted:
-        return f"{worker.name} has not listed task {job.task_digest[:12]}…"
+    if job.task_digest is not None and (distrust := _distrust(worker, job, job.task_digest)):
+        return distrust
     if registration.protocol < 2 and job.spec.beyond_protocol_1:
         missing = job.spec.beyond_protocol_1
         return f"{worker.name} speaks protocol {registration.protocol}, which has no {missing}: upgrade it"

@@ -56,6 +56,8 @@ from common.messages import (
     State,
     StepRef,
     Submission,
+    TaskRef,
+    TaskSignature,
 )
 from server import amplification, buffering, nova, outliers
 from server.buffering import Batch
@@ -271,6 +273,12 @@ class Job:
     planned_epsilon: float | None = None  # of all rounds
     spent: PrivacySpent | None = None  # by the newest round
     private_before: tuple[PrivateSteps, ...] = ()  # example-level privacy: what the worst-off sample has been through
+    signatures: tuple[TaskSignature, ...] = ()  # of the task file
+
+    @property
+    def task(self) -> TaskRef:
+        """The task, as workers are told of it."""
+        return TaskRef(name=self.spec.task, digest=self.task_digest, signatures=self.signatures)
 
     @property
     def rounds(self) -> int:
@@ -1198,7 +1206,7 @@ def means(metrics: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, flo
 def new_job(job_id: str, fact: Submitted) -> Job:
     """A job, from its first fact."""
     job = Job(job_id, fact.spec, fact.task_digest, Queued(), "in the queue")
-    return replace(job, affordable=fact.affordable, planned_epsilon=fact.planned_epsilon)
+    return replace(job, affordable=fact.affordable, planned_epsilon=fact.planned_epsilon, signatures=fact.signatures)
 
 
 def evolve(job: Job, fact: Fact, now: float) -> Job:

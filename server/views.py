@@ -31,6 +31,7 @@ def poll_answer(answer: PollAnswer, protocol: int) -> str:
             "order": True,
             "renew": True,
             "assignment": {
+                "task": {"signatures": True},
                 "steps": True,
                 "optimizer_of": True,
                 "state_shard": True,

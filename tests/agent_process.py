@@ -37,7 +37,7 @@ def become(asked: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(asked["environment"])
+    os.environ.update({"LYDIAN_CHILD_ENV": "FAKE_CHILD", **asked["environment"]})
     if "FAKE_SENSES" in os.environ:
         fake_senses.install(Path(os.environ["FAKE_SENSES"]))
     app(asked["arguments"], prog_name="lydian work")

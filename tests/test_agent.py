@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from common.errors import (
     ConflictError,
@@ -32,6 +33,7 @@ from common.errors import (
     VersionSkewError,
 )
 from common.messages import Assignment, JobSpec
+from common.signing import Signer, sign
 from tests.acceptance.kit import LocalFleet, of_type
 from tests.privileges import needs_mounts
 from tests.scripted_coordinator import MODEL, Garble, Hold, Lose, ScriptedCoordinator, assignment
@@ -1062,6 +1064,42 @@ def test_a_task_that_is_not_trusted_is_not_loaded(plays: ScriptedCoordinator, wo
     assert plays.wait_call("poll", 2).body["loaded"] == []
     assert worker.asked() == []
     assert "--trust" in worker.said
+
+
+def test_other_bytes_under_a_listed_digest_are_never_run(plays: ScriptedCoordinator, worker: Worker) -> None:
+    file = worker.control.parent / "mine.py"
+    file.write_text("def model(config): ...\n")
+    listed = {"name": "mine", "digest": hashlib.sha256(file.read_bytes()).hexdigest()}
+    plays.hand_out(assignment(task=listed))  # its bytes are the model's, under any address
+    worker.start("--trust", "listed", "--allow", str(file))
+    wait_until("it to be dropped", lambda: "given up after 5 times" in worker.said or "dropped:" in worker.said)
+    assert "their SHA-256 is" in worker.said
+    assert worker.asked() == []
+    assert not list((worker.state / "tasks").rglob("*.py"))
+
+
+def test_a_signer_that_is_taken_out_of_the_list_counts_no_more_at_the_next_work(
+    plays: ScriptedCoordinator, worker: Worker
+) -> None:
+    private, source = Ed25519PrivateKey.generate(), b"def model(config): ..."
+    digest = hashlib.sha256(source).hexdigest()
+    signature = sign(digest, "ada", private)
+    file = worker.state / "tasks" / digest / "mine.py"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(source)
+    signers = worker.control.parent / "signers.txt"
+    ada = Signer("ada", private.public_key().public_bytes_raw())
+    signers.write_text(f"{ada.line}\n")
+    task = {"name": "mine", "digest": digest, "signatures": [signature.model_dump()]}
+    plays.hand_out(assignment(task=task))
+    worker.start("--trust", "signed", "--signers", str(signers))
+    plays.wait_for("the update", lambda: WORK in plays.accepted)
+    assert plays.wait_call("register").body["signers"] == [ada.id]
+    signers.write_text("# nobody\n")
+    plays.hand_out(assignment(2, task=task))
+    assert plays.wait_call("abandon").body["code"] == "not_trusted"
+    assert f"signed by ada (key {ada.id}), whose key is not listed here" in plays.of("abandon")[0].body["sentence"]
+    assert len(worker.trained()) == 2  # begin and end, of the first
 
 
 def test_a_signal_ends_the_loading_of_a_job_at_once(plays: ScriptedCoordinator, worker: Worker) -> None:

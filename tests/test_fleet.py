@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.messages import NEW_IN_TRAIN, Assignment, PollAnswer, Progress, TaskRef, TrainSection
+from common.messages import NEW_IN_TRAIN, Assignment, PollAnswer, Progress, TaskRef, TaskSignature, TrainSection
 from server import fleet as fleets
 from server import rounds
 from server.fleet import Fleet, Lease, Timing, standing
@@ -315,6 +315,34 @@ def test_a_users_task_goes_only_to_workers_that_trust_it() -> None:
     begun = rounds.replace(job, phase=rounds.Initialising())
     assert some.choose("none", [begun], 0.0) is None
     assert some.choose("any", [begun], 0.0) == (begun, Task("init", 0))
+
+
+def test_a_signed_task_goes_to_workers_that_list_a_key_of_who_signed_it_or_the_file() -> None:
+    signed = TaskSignature(name="ada", key="a" * 16, digest=digest(1), signature="A" * 86)
+    job = rounds.replace(Play(spec(), task_digest=digest(1)).job, signatures=(signed,))
+    some = Fleet()
+    some.register("of-ada", registration("of-ada", trust="signed", signers=("b" * 16, "a" * 16)), 0.0)
+    some.register("of-bob", registration("of-bob", trust="signed", signers=("b" * 16,)), 0.0)
+    some.register("of-file", registration("of-file", trust="signed", trusted=(digest(1),)), 0.0)
+    some.register("listed", registration("listed", trust="listed", signers=("a" * 16,)), 0.0)
+    assert some.serving(job, 0.0) == ["of-ada", "of-file"]
+    assert "of-bob lists no key of who signed task 000000000000…: ada (key aaaaaaaaaaaaaaaa)" in str(
+        fleets.why_not(some.workers["of-bob"], job)
+    )
+    unsigned = rounds.replace(job, signatures=())
+    assert "is not signed" in str(fleets.why_not(some.workers["of-ada"], unsigned))
+    assert job.task == TaskRef(name=job.spec.task, digest=digest(1), signatures=(signed,))
+
+
+def test_a_worker_of_protocol_1_hears_of_no_signatures() -> None:
+    signed = TaskSignature(name="ada", key="a" * 16, digest=digest(1), signature="A" * 86)
+    task = TaskRef(name="mine", digest=digest(1), signatures=(signed,))
+    work = Assignment(id="j.init.0.0", attempt=1, job="j", kind="init", round=0, shards=1, task=task,
+                      spec=spec(), ttl_s=1, max_bytes=1)  # fmt: skip
+    assert json.loads(poll_answer(PollAnswer(assignment=work), 1))["assignment"]["task"] == {
+        "name": "mine", "digest": digest(1)
+    }  # fmt: skip
+    assert len(json.loads(poll_answer(PollAnswer(assignment=work), 2))["assignment"]["task"]["signatures"]) == 1
 
 
 def test_private_data_is_trained_by_workers_that_offer_it() -> None:

@@ -22,6 +22,7 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(child, "HOST", Path(__file__).with_name("fake_child.py"))
     monkeypatch.setenv("FAKE_CHILD", str(folder))
+    monkeypatch.setenv("LYDIAN_CHILD_ENV", "FAKE_CHILD")
     return folder
 
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import py_compile
 import queue
 import threading
 from collections import namedtuple
@@ -101,6 +103,33 @@ def child(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Child]:
 @pytest.fixture
 def desk(child: Child, tmp_path: Path) -> Desk:
     return Desk(child, tmp_path)
+
+
+# ---------------------------------------------------------------- which text is run
+
+PLAIN = "def model(config): ...\ndef dataset(config, split): ...\n"
+
+
+def test_a_compiled_copy_that_somebody_put_beside_a_task_file_is_not_run(desk: Desk) -> None:
+    file, ran = desk.folder / "my_task.py", desk.folder / "ran"
+    file.write_text(f"open({str(ran)!r}, 'w')\n" + PLAIN)
+    planted = Path(py_compile.compile(str(file), doraise=True))
+    about = file.stat()
+    file.write_text("#" * (about.st_size - len(PLAIN) - 1) + "\n" + PLAIN)
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))  # of the time and size that the copy was made of
+    assert planted.exists()
+    assert file.stat().st_size == about.st_size
+    desk.ask("open", task=str(file), config={}, allowed=hashlib.sha256(file.read_bytes()).hexdigest())
+    assert not ran.exists()
+
+
+def test_a_text_that_is_not_the_one_that_was_allowed_is_not_run(desk: Desk) -> None:
+    file, ran = desk.folder / "my_task.py", desk.folder / "ran"
+    file.write_text(f"open({str(ran)!r}, 'w')\n" + PLAIN)
+    with pytest.raises(TaskFailure, match=r"my_task\.py is [0-9a-f]{12}… and not 000000000000…") as caught:
+        desk.ask("open", task=str(file), config={}, allowed="0" * 64)
+    assert caught.value.code == "not_trusted"
+    assert not ran.exists()
 
 
 # ---------------------------------------------------------------- order and batches

@@ -3,7 +3,6 @@
 import logging
 import os
 import re
-import sys
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -20,11 +19,15 @@ from common.tailscale import SOCKET
 from worker import manners, plan
 from worker import pin as tailnet_pin
 from worker.agent import Agent
+from worker.cage import Wish
+from worker.caging import keep_to_itself, open_cage
 from worker.fitting import UnfitError
 from worker.hardware import usable_cores
 from worker.identity import Identity, default_folder, trust_file, trusted_digests
+from worker.logs import plain, to_stderr
 from worker.manners import Rules
 from worker.options import Options
+from worker.signers import Signers, checked
 from worker.spool import Spool
 
 EXIT_RIVAL = 4
@@ -41,7 +44,17 @@ class TrustChoice(StrEnum):
 
     none = "none"
     listed = "listed"
+    signed = "signed"
     any = "any"
+
+
+class SandboxChoice(StrEnum):
+    """What a task file's code runs in."""
+
+    none = "none"
+    auto = "auto"
+    bwrap = "bwrap"
+    user = "user"
 
 
 def _say_version(wanted: bool) -> None:
@@ -86,7 +99,31 @@ def work(
     ),
     allow: Annotated[
         list[Path] | None,
-        typer.Option(help="Add a task file to the list that --trust listed goes by; may be repeated."),
+        typer.Option(help="Add a task file to the list of --trust listed and signed; may be repeated."),
+    ] = None,
+    signer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Whose signed task files run with --trust signed; may be repeated."),
+    ] = None,
+    signers: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same, one key a line; looked at before each work.")
+    ] = None,
+    sandbox: Annotated[
+        SandboxChoice,
+        typer.Option(help="What task files run in; auto: the strongest that works.", envvar="LYDIAN_SANDBOX"),
+    ] = SandboxChoice.none,
+    sandbox_net: Annotated[
+        bool, typer.Option("--sandbox-net", help="bwrap: leave them the network, to download data.")
+    ] = False,
+    child_user: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whom they run as, where the worker is root.")
+    ] = None,
+    child_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Address space of each of their processes; not with CUDA.")
+    ] = None,
+    child_env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A variable that they get besides; repeatable.", envvar="LYDIAN_CHILD_ENV"),
     ] = None,
     checkpoint_every: Annotated[
         float, typer.Option(min=0, help="Seconds between two checkpoints of the work under way (0: none).")
@@ -182,16 +219,13 @@ def work(
 
     `lydian work http://gpu-box:8470 --trust listed --allow my_task.py`
 
+    `lydian work http://gpu-box:8470 --trust signed --signers ~/signers.txt`
+
     `lydian work http://gpu-box:8470 --only-idle --hours mon-fri@19:00-08:00 --hours sat,sun@00:00-24:00`
 
     `lydian work http://gpu-box:8470 --max-temperature 80 --max-power 200 --max-gpu-memory 50%`
     """
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    to_stderr(logging.DEBUG if verbose else logging.INFO)
     for chatty in ("httpx2", "httpcore2", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -201,6 +235,7 @@ def work(
             device=device,
             threads=threads or usable_cores(),
             trust=trust.value,
+            signers=checked(trust.value, Signers(tuple(signer or ()), signers)),
             stall_s=stall_timeout,
             join_token=bare,
             pins=pins.Pins(certificate=pins.certificate_pin(pin) if pin else None).over(named),
@@ -218,9 +253,12 @@ def work(
             ),
             gpu_memory=manners.amount("--max-gpu-memory", max_gpu_memory).number if max_gpu_memory else 1.0,
         )
-        _agent(url, name, state_dir, data or [], allow or [], options, tailscaled).run()
+        wish = Wish(
+            sandbox.value, child_user, sandbox_net, _bytes("--child-memory", child_memory), tuple(child_env or ())
+        )
+        _agent(url, name, state_dir, data or [], allow or [], options, tailscaled, wish).run()
     except LydianError as error:
-        typer.echo(error.lines(), err=True)
+        typer.echo(plain(error.lines()), err=True)
         raise typer.Exit(exit_code(error)) from error
 
 
@@ -229,6 +267,15 @@ def _share(flag: str, text: str) -> float:
     if not found.share:
         raise LydianError(f"{flag} {text} is no share", code="bad_amount", advice=f"e.g. {flag} 25% or {flag} 0.25.")
     return found.number
+
+
+def _bytes(flag: str, text: str | None) -> int:
+    if text is None:
+        return 0
+    found = manners.amount(flag, text)
+    if found.share:
+        raise LydianError(f"{flag} {text} is a share", code="bad_amount", advice=f"e.g. {flag} 16G.")
+    return int(found.number)
 
 
 def exit_code(error: LydianError) -> int:
@@ -248,6 +295,7 @@ def _agent(
     allow: list[Path],
     options: Options,
     tailscaled: Path,
+    wish: Wish,
 ) -> Agent:
     shown = name or machine_name()
     folder = state_dir or default_folder(shown)
@@ -263,13 +311,16 @@ def _agent(
     wanted = options.pins.over(identity.pins)
     if said := tailnet_pin.check(url, wanted.node, tailscaled):
         log.info("%s", said)
-    options = replace(options, name=shown, data=data_folders(data), trusted=trusted_digests(folder), pins=wanted)
+    folders = data_folders(data)
+    options = replace(options, name=shown, data=folders, trusted=trusted_digests(folder), pins=wanted)
     api = CoordinatorApi(url, options.join_token, pin=wanted.certificate, insecure=options.insecure)
     if options.insecure and url.startswith("http:") and not is_plainly_sheltered(url):
         log.warning("INSECURE: %s is plain HTTP, as --insecure allows: others on the way may read all of it", url)
     api.check_line()
     if wanted:
         identity.repin(wanted)
+    options = replace(options, cage=open_cage(wish, folder, folders))
+    keep_to_itself()
     os.environ.pop("LYDIAN_TOKEN", None)  # nothing that this process starts needs it
     if options.rules.measuring:  # the driver is asked about a GPU by its number: CUDA must count as it does
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")

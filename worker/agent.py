@@ -212,6 +212,7 @@ class Agent:
             data=tuple(sorted(self.options.data)),
             trust=self.options.trust,
             trusted=self.options.trusted,
+            signers=tuple(signer.id for signer in self.options.signers.now()),
             place=self.identity.place,
             holding=plan.told(unsent, self._kept()),
             no_masks=unavailable()[:WHY_LIMIT],

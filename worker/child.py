@@ -32,8 +32,9 @@ from typing import IO, Any, Self, cast
 import psutil  # type: ignore[import-untyped]
 
 from common.errors import LydianError
-from common.fitness import PCI_ORDER
 from common.messages import Progress, TorchBuild
+from worker.cage import environment as kept_of
+from worker.caging import Cage, LeftOddError
 
 HOST = Path(__file__).with_name("task_host.py")
 HELLO_TIMEOUT_S = 180.0  # importing torch from a cold, slow disk takes a minute
@@ -95,9 +96,9 @@ class Exited:
 class Child:
     """One training process. Any thread may call stop() and kill() while another waits in ask()."""
 
-    def __init__(self, log_path: Path) -> None:
+    def __init__(self, log_path: Path, cage: Cage | None = None) -> None:
         """Use Child.start."""
-        self.log_path = log_path
+        self.log_path, self._cage = log_path, cage
         self._inbox: queue.Queue[dict[str, Any] | Exited] = queue.Queue()
         self._asking = threading.RLock()  # one command at a time
         self._writing = threading.Lock()  # guards stdin and _busy
@@ -121,6 +122,7 @@ class Child:
         log_path: Path,
         environment: Mapping[str, str] | None = None,
         gpu_memory: float = 1.0,
+        cage: Cage | None = None,
     ) -> "Child":
         """Start a training process. Returns at once; `hello` or the first ask() waits until it is ready.
 
@@ -129,20 +131,28 @@ class Child:
             threads: CPU threads that it computes with, all processes together; 0 leaves torch's choice.
             log_path: its prints, warnings and stacks are appended here; the folder is made.
             gpu_memory: the most of the device's memory that it may take: a share up to 1, or bytes.
-            environment: its environment, this process's if None; LYDIAN_* (tokens!) never reaches it either way.
+            environment: of which it gets what worker.cage lets through; this process's if None.
+            cage: its surroundings; None: this process's own.
 
         Raises:
             OSError: the log cannot be opened or the process not started.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        child = cls(log_path)
+        child = cls(log_path, cage)
         child._meeting.unlink(missing_ok=True)
         command = [sys.executable, "-P", "-u", str(HOST), "--device", device, "--threads", str(threads)]
         command += ["--store", str(child._meeting), *(["--gpu-memory", str(gpu_memory)] if gpu_memory != 1 else [])]
+        given = os.environ if environment is None else environment
+        if cage is None:
+            variables = kept_of(given, given.get("LYDIAN_CHILD_ENV", "").split())
+        else:
+            cage.prepare()
+            variables = cage.environment(given)
+            command = cage.command([*command, "--limits", cage.limits()])
         launched: queue.Queue[subprocess.Popen[bytes] | OSError] = queue.Queue()
         child._keeper = threading.Thread(
             target=child._keep,
-            args=(command, {**scrubbed(environment), MARK: child._mark}, launched),
+            args=(command, {**variables, MARK: child._mark}, launched),
             name="child-keeper",
             daemon=True,
         )
@@ -162,7 +172,8 @@ class Child:
     @property
     def _meeting(self) -> Path:
         """The file where several ranks find each other."""
-        return self.log_path.with_suffix(".ranks")
+        usual = self.log_path.with_suffix(".ranks")
+        return usual if self._cage is None else self._cage.meeting(usual)
 
     @property
     def pid(self) -> int:
@@ -214,20 +225,31 @@ class Child:
             answered = False
             try:
                 with self._writing:
-                    self._write(command)
+                    self._write(command if self._cage is None else self._cage.lend(command))
                     self._busy = True
                 event = self._await_answer(command, on_progress, stall_s)
                 answered = True
+                self._take(command, event)
             finally:
                 with self._writing:
                     self._busy = False
                 if not answered:
                     self.kill()  # what a child without an answer sends next would belong to nothing
+                if self._cage is not None:
+                    self._cage.have_back()
             if event["event"] == "stopped":
                 raise TaskStopped(f"{command['do']} was stopped on {build.device}")
             if event["event"] == "error":
                 raise self._failure(event["code"], event["sentence"], event["detail"])
             return {name: value for name, value in event.items() if name != "event"}
+
+    def _take(self, command: dict[str, Any], event: dict[str, Any]) -> None:
+        """Have the files of a command that is done."""
+        if self._cage is not None and event["event"] == "done":
+            try:
+                self._cage.take(command)
+            except LeftOddError as error:
+                raise self._failure("task_failed", str(error)) from error
 
     def stop(self) -> None:
         """Ask the command under way to stop at its next step. Without one, nothing happens."""
@@ -280,10 +302,12 @@ class Child:
         launched: "queue.Queue[subprocess.Popen[bytes] | OSError]",
     ) -> None:
         """Start the process, wait for its end, and bury it with its group."""
+        surroundings = {} if self._cage is None else {"cwd": self._cage.home, **self._cage.identity()}
         try:
             with self.log_path.open("ab") as log:
                 process = subprocess.Popen(
                     command,
+                    **surroundings,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -308,6 +332,9 @@ class Child:
         kill_marked(self._mark)
         with suppress(OSError):  # the next start removes it, or says why it cannot
             self._meeting.unlink()
+        if self._cage is not None:
+            self._cage.clear()
+            code = self._cage.exit_code(code)
         with self._writing:
             cast("io.FileIO", process.stdin).close()
         reader.join(DRAIN_TIMEOUT_S)
@@ -411,10 +438,13 @@ class Child:
 
     def _speakers(self) -> list[int]:
         """The processes that run the task: torchrun's children, where it is torchrun."""
-        if self._hello is None or self._hello.ranks == 1:
-            return [self._process.pid]
         with suppress(psutil.NoSuchProcess):
-            return [child.pid for child in psutil.Process(self._process.pid).children() if carries(child, self._mark)]
+            process = psutil.Process(self._process.pid)
+            if self._cage is not None and self._cage.sandbox == "bwrap":
+                process = inmost(process)
+            if self._hello is None or self._hello.ranks == 1:
+                return [process.pid]
+            return [child.pid for child in process.children() if carries(child, self._mark)]
         return []
 
     def _fatal(self, code: str, sentence: str, detail: str = "") -> TaskFailure:
@@ -431,14 +461,11 @@ class Child:
         return TaskFailure(code, sentence, "\n".join(part for part in (detail, log) if part))
 
 
-def scrubbed(environment: Mapping[str, str] | None) -> dict[str, str]:
-    """The child's environment: no token of ours, sets of strings that iterate alike, cards in nvidia-smi's order."""
-    kept = {
-        name: value
-        for name, value in (os.environ if environment is None else environment).items()
-        if not name.startswith("LYDIAN_")
-    }
-    return {"CUDA_DEVICE_ORDER": PCI_ORDER, **kept, "PYTHONHASHSEED": "0"}
+def inmost(process: psutil.Process) -> psutil.Process:
+    """The training process of a bubblewrap, which is two processes itself: one outside, and the first one inside."""
+    while (inner := process.children()) and str(HOST) not in process.cmdline()[:5]:
+        process = inner[0]
+    return process
 
 
 def kill_group(group: int) -> None:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 
 from common.messages import Trust
 from common.pins import NOTHING, Pins
+from worker.caging import Cage
 from worker.manners import Rules
+from worker.signers import Signers
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Options:
     data: Mapping[str, str] = field(default_factory=dict)  # name -> folder
     trust: Trust = "none"
     trusted: tuple[str, ...] = ()  # digests of task files
+    signers: Signers = field(default_factory=Signers)  # whose signatures of task files count, with trust signed
     stall_s: float = 600.0  # without a sign of life from the child
     join_token: str | None = None  # for the first time, and when the coordinator has forgotten this worker
     pins: Pins = NOTHING  # what the coordinator must turn out to be
@@ -25,4 +28,5 @@ class Options:
     checkpoint_every_s: float = 30.0  # 0: never
     grace_s: float = 60.0  # to finish what is under way after the first SIGTERM
     rules: Rules = field(default_factory=Rules)  # when and how it may use this machine
+    cage: Cage | None = None  # what a task file's code gets to see of this machine
     gpu_memory: float = 1.0  # the most of the device's memory that the child takes: a share up to 1, or bytes

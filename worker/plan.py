@@ -54,6 +54,7 @@ from common.messages import (
     VersionView,
 )
 from common.sharding import derived_seed
+from common.signing import Signer, why_unsigned
 
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
@@ -70,21 +71,35 @@ class Refusal:
     sentence: str
 
 
-def refusal(task: TaskRef, *, builtin: Collection[str], trust: Trust, trusted: Collection[str]) -> Refusal | None:
+def refusal(
+    task: TaskRef,
+    *,
+    builtin: Collection[str],
+    trust: Trust,
+    trusted: Collection[str],
+    signers: Sequence[Signer] = (),
+) -> Refusal | None:
     """Whether the worker's owner allows this task. None: it may run.
 
     Args:
-        task: a built-in task by name, or a user's file by digest.
+        task: a built-in task by name, or a user's file by digest, with the signatures that came with it.
         builtin: names of the built-in tasks of this version.
-        trust: none (built-in tasks only), listed (digests in `trusted` too), any.
+        trust: none (built-in tasks only), listed (digests in `trusted` too), signed (those, and files that one of
+            `signers` signed), any.
         trusted: the digests that the owner listed.
+        signers: whose signatures count.
     """
     if task.digest is None:
         if task.name in builtin:
             return None
         return Refusal("unknown_task", f"this worker's version has no built-in task {task.name}: upgrade it")
-    if trust == "any" or (trust == "listed" and task.digest in trusted):
+    if trust == "any" or (trust in ("listed", "signed") and task.digest in trusted):
         return None
+    if trust == "signed":
+        unsigned = why_unsigned(task, signers)
+        how = "read the file, then have it signed by whom this worker lists, start the worker with --signer and the"
+        how += " key of who signed it, or with --allow FILE"
+        return Refusal("not_trusted", f"{unsigned}: {how}") if unsigned else None
     how = "started with --trust none" if trust == "none" else "has not listed this file"
     return Refusal(
         "not_trusted",

@@ -38,9 +38,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -75,6 +75,7 @@ task_parts = beside("task_parts")
 task_terms = beside("task_terms")
 task_drift = beside("task_drift")
 task_private = beside("task_private")
+task_cage = beside("task_cage")
 
 is_out_of_memory = task_device.is_out_of_memory
 
@@ -340,13 +341,30 @@ class Task:
             raise explain(error, hook, self.has(hook), self.file, self.config) from error
 
 
-def import_task(file: Path, config: dict[str, Any], terms: dict[str, Any] | None = None) -> Task:
+class FromSource(SourceFileLoader):
+    """Runs a file's text as it was read once, and never a compiled copy that somebody has put beside it."""
+
+    text = b""
+
+    def read(self) -> bytes:
+        """Read the file; what is run from now on is this."""
+        self.text = Path(self.path).read_bytes()
+        return self.text
+
+    def get_code(self, fullname: str) -> CodeType:  # noqa: ARG002 - importlib's signature
+        """The text, compiled."""
+        code: CodeType = self.source_to_code(self.text, self.path)
+        return code
+
+
+def import_task(file: Path, config: dict[str, Any], terms: dict[str, Any] | None = None, allowed: str = "") -> Task:
     """Import a task file by its path. Files beside it can be imported by it.
 
     Args:
         file: the task file.
         config: what its functions get.
         terms: see Task.
+        allowed: SHA-256 of the text that may be run, in hex; empty: whatever it is.
 
     Raises:
         TaskError: it cannot be imported, or lacks model() or dataset(); code bad_task.
@@ -354,9 +372,11 @@ def import_task(file: Path, config: dict[str, Any], terms: dict[str, Any] | None
     folder = str(file.parent)
     if folder not in sys.path:
         sys.path.append(folder)  # last, so that a file beside the task never hides the standard library or torch
-    spec = importlib.util.spec_from_file_location("lydian_task", file)
-    if spec is None or spec.loader is None:
+    if file.suffix != ".py":
         raise TaskError("bad_task", f"{file.name} is not a Python file: its name must end in .py")
+    loader = FromSource("lydian_task", str(file))
+    spec = importlib.util.spec_from_file_location("lydian_task", file, loader=loader)
+    assert spec is not None  # noqa: S101 - it has a loader
     seen = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     if terms:
         seen.update(json.dumps(terms, sort_keys=True).encode())
@@ -364,8 +384,11 @@ def import_task(file: Path, config: dict[str, Any], terms: dict[str, Any] | None
     task = Task(file=file, module=module, config=config, digest="", terms=terms or {})
     sys.modules[spec.name] = task.module  # dataclasses and typing look their module up while it is imported
     with task.watched(""):
-        seen.update(file.read_bytes())
-        spec.loader.exec_module(task.module)
+        seen.update(loader.read())
+        found = hashlib.sha256(loader.text).hexdigest()
+        if allowed and found != allowed:
+            raise TaskError("not_trusted", f"{file.name} is {found[:12]}… and not {allowed[:12]}…, which may run here")
+        loader.exec_module(task.module)
     missing = [f"{hook}({arguments})" for hook, arguments in REQUIRED_HOOKS.items() if not task.has(hook)]
     if missing:
         raise TaskError("bad_task", f"{file.name} does not define {' and '.join(missing)}")
@@ -1227,14 +1250,16 @@ class Host:
         except Exception as error:  # noqa: BLE001 - a full disk, a torn file, a bug of ours: told to the agent, not lost
             return failure(unexpected(error, name))
 
-    def open(self, task: str, config: dict[str, Any], terms: dict[str, Any] | None = None) -> dict[str, Any]:
+    def open(
+        self, task: str, config: dict[str, Any], terms: dict[str, Any] | None = None, allowed: str = ""
+    ) -> dict[str, Any]:
         """Import the task file; forget the one before, its model and its data."""
         self._events.progress("loading")
         self._task, self._splits, self._said, self._computes = None, {}, None, None
         self._measures = None
         self._forget_model()
         self._many = task_stacked.Many(self, sys.modules[__name__])
-        self._task = import_task(Path(task).resolve(), config, terms)
+        self._task = import_task(Path(task).resolve(), config, terms, allowed)
         if "drift" in self._task.terms and self._task.has("optimizer"):
             raise self._unfit(f"{self._task.file.name} has its own optimizer(): leave it out")
         return {}
@@ -1889,6 +1914,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--gpu-memory", type=float, default=1.0)
     parser.add_argument("--store", type=Path, help="where several processes find each other")
+    parser.add_argument("--limits", default="", help="see task_cage.enter")
     parser.add_argument("--parent", type=int, help="torchrun's number, for its ranks")
     options = parser.parse_args()
 
@@ -1902,7 +1928,7 @@ def main() -> int:
             Events(take_pipes()[1]).send(failure(TaskError("worker_error", f"--device: {error}")))
             return 1
         if len(devices) > 1:
-            more = ["--gpu-memory", str(options.gpu_memory)]
+            more = ["--gpu-memory", str(options.gpu_memory), "--limits", options.limits]
             return int(task_ranks.launch(HERE, devices, options.threads, options.store, more))
         options.device = devices[0]
     return train_for_the_agent(options)
@@ -1931,6 +1957,7 @@ def train_for_the_agent(options: argparse.Namespace) -> int:
     except TaskError as error:
         events.send(failure(error))
         return 1
+    task_cage.enter(options.limits)
     sys.meta_path.insert(0, HouseHidden)
     sys.dont_write_bytecode = True  # the task file's folder is not ours to write into
     events.send({"event": "hello", "torch": build})

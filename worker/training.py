@@ -18,7 +18,7 @@ from common.api import CoordinatorApi
 from common.codecs import codec
 from common.deltas import apply_step, encode_update, kept_size
 from common.drift import weight_of
-from common.errors import BadJobError, BadUpdateError
+from common.errors import BadJobError, BadUpdateError, LydianError
 from common.messages import Assignment, ModelFacts, Preparation, Progress, Submission, TaskRef
 from common.sharding import Partition, order_of
 from common.slots import Carried, write_correction, write_slot
@@ -100,6 +100,7 @@ class Trainer:
                 threads=self._options.threads,
                 log_path=self._log_path,
                 gpu_memory=self._options.gpu_memory,
+                cage=self._options.cage,
             )
         return self._child
 
@@ -182,7 +183,8 @@ class Trainer:
             self._ran.add(work.task.digest)
         config = plan.child_config(work.spec, defaults, self._options.data)
         terms = plan.client_terms(work.spec)
-        self._ask(child, {"do": "open", "task": str(path), "config": config, "terms": terms}, watch)
+        allowed = {} if work.task.digest is None else {"allowed": work.task.digest}
+        self._ask(child, {"do": "open", "task": str(path), "config": config, "terms": terms, **allowed}, watch)
         self._opened = work.job
         return child
 
@@ -208,7 +210,11 @@ class Trainer:
             TaskFailure: the owner does not (not_trusted), or this version has no such task (unknown_task).
         """
         options = self._options
-        refused = plan.refusal(task, builtin=BUILTIN, trust=options.trust, trusted=options.trusted)
+        try:
+            signers = options.signers.now() if options.trust == "signed" else ()
+        except LydianError as error:  # the owner's list was spoilt since the start
+            raise TaskFailure("not_trusted", f"{options.name} runs no task file: {error}", "") from error
+        refused = plan.refusal(task, builtin=BUILTIN, trust=options.trust, trusted=options.trusted, signers=signers)
         if refused is not None:
             raise TaskFailure(refused.code, refused.sentence, "")
 

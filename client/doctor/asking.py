@@ -37,6 +37,7 @@ CALL_S = 10.0  # for an answer of the coordinator
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONGESTION = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 PORTS = {"http": 80, "https": 443}
+CHILD_ENV = "LYDIAN_CHILD_ENV"  # which variables a training process has besides: the probe starts one
 IP_MTU, IPV6_MTU = 14, 24  # linux/in.h, linux/in6.h: what the kernel knows of the path's MTU
 
 
@@ -111,7 +112,9 @@ def probe(device: str) -> MachineProbe:
         LydianError: it cannot be started, or its answer not be read.
     """
     command = python_module("worker.probe", ["--device", device])
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LYDIAN_")}
+    environment = {
+        name: value for name, value in os.environ.items() if name == CHILD_ENV or not name.startswith("LYDIAN_")
+    }
     try:
         ended = subprocess.run(
             command, env=environment, cwd=Path.cwd(), capture_output=True, text=True, timeout=PROBE_S, check=False

@@ -15,7 +15,7 @@ from common.pins import split
 
 TOKEN = re.compile(r"lyd_([a-z]+)_[0-9a-f]+_[A-Za-z0-9_-]+")
 
-_PATHS = ("--allow", "--state-dir", "--tls", "--tls-key")
+_PATHS = ("--allow", "--signers", "--state-dir", "--tls", "--tls-key")
 _NO_PATHS = {"--tls": ("self-made", "tailscale")}
 _NAMED_PATHS = ("--data",)
 _NOT_HERE = ("--help", "--version", "--install-completion", "--show-completion")

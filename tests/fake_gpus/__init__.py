@@ -72,6 +72,7 @@ def machine(
     played = {"driver": driver, "error": error, "gpus": list(gpus)}
     return {
         "PYTHONPATH": path,
+        "LYDIAN_CHILD_ENV": "FAKE_GPUS FAKE_TORCH",
         "FAKE_GPUS": json.dumps(played),
         "FAKE_TORCH": json.dumps({**torch, "sees": sees}),
     }
