@@ -177,6 +177,11 @@ def _announce(settings: Settings, binding: Binding, port: int) -> None:
     if binding.pin is not None:
         join = f"{join}@{binding.pin}"
     typer.echo(f"{binding.reason}\nadmin token: {settings.state_dir / 'admin.token'}", err=True)
+    if not sys.stderr.isatty():  # a log, which more people read than the token is for
+        join = "TOKEN"
+        typer.echo(
+            f"a join token: `lydian token join` prints one; {settings.state_dir / 'join.token'} has one", err=True
+        )
     typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}\n", err=True)
     if other := binding.address_url(port):
         typer.echo(f"where the name is not resolved, {other}", err=True)
