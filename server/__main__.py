@@ -174,11 +174,12 @@ def _is_cut_off(record: logging.LogRecord) -> bool:
 def _announce(settings: Settings, binding: Binding, port: int) -> None:
     url = binding.url(port)
     join = (settings.state_dir / "join.token").read_text().strip()
+    if not sys.stderr.isatty():  # a log, which more people read than the token is for
+        join = "TOKEN"
     if binding.pin is not None:
         join = f"{join}@{binding.pin}"
     typer.echo(f"{binding.reason}\nadmin token: {settings.state_dir / 'admin.token'}", err=True)
-    if not sys.stderr.isatty():  # a log, which more people read than the token is for
-        join = "TOKEN"
+    if not sys.stderr.isatty():
         typer.echo(
             f"a join token: `lydian token join` prints one; {settings.state_dir / 'join.token'} has one", err=True
         )
