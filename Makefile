@@ -34,7 +34,7 @@ empty :=
 comma := ,
 space := $(empty) $(empty)
 
-.PHONY: help demo test check coverage chaos test-mixed-torch test-previous bench clean distclean
+.PHONY: help demo test check coverage fuzz sbom chaos test-mixed-torch test-previous bench clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -54,16 +54,24 @@ TESTS_AT_ONCE ?= 3
 test: $(READY) ## every test but the ones that build a second environment
 	@$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist worksteal -m "not mixed_torch"
 
-check: $(READY) ## style, types and the arrows between the packages
+check: $(READY) ## style, types, the arrows between the packages, and what bandit has to say
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python -m tests.scan
 
 coverage: $(READY) ## what the tests reach; the pure modules must be complete
 	@$(BIN)/coverage run -m pytest -m "not mixed_torch"
 	@$(BIN)/coverage report
 	@$(BIN)/coverage report --include="$(subst $(space),$(comma),$(PURE))" --fail-under=100
+
+SECONDS ?= 60
+fuzz: $(READY) ## try every parser for SECONDS, led by coverage; needs Python 3.11 and pip install -e '.[fuzz]'
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+sbom: $(READY) ## what is installed here, as CycloneDX: build/sbom.json
+	@$(BIN)/python deploy/sbom.py build/sbom.json
 
 chaos: $(READY) ## break everything, with the full numbers of docs/reliability.md; takes an hour, most of it as root
 	@LYDIAN_FAULTS=full $(BIN)/python -m pytest -s -o timeout=7200 -m grows

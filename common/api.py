@@ -495,10 +495,15 @@ def _ranges(answer: httpx2.Response) -> Ranges:
 
 def _event(line: str) -> dict[str, Any]:
     """One event of a stream. A damaged one breaks the stream, which goes on after the last that was whole."""
+    damaged = UnavailableError(f"an event cannot be read: {line[:80]!r}", code="unreadable")
     try:
         event: dict[str, Any] = json.loads(line)
-    except ValueError as error:
-        raise UnavailableError(f"an event cannot be read: {line[:80]!r}", code="unreadable") from error
+    except (ValueError, RecursionError) as error:
+        raise damaged from error
+    if not isinstance(event, dict) or not isinstance(event.get("type"), str):
+        raise damaged
+    if type(event.get("id", 0)) is not int:  # to go on after; JSON's true is an int to isinstance
+        raise damaged
     return event
 
 

@@ -195,6 +195,8 @@ class DiskFullError(LydianError):
     advice = "Free space in the state folder, or start with another --state-dir."
 
 
+SAID = 8_000  # characters of a sentence that are believed: ours have 2,000 at most
+
 _FAMILY: tuple[type[LydianError], ...] = (
     SupersededError, JobOverError, BadJobError, BadTaskError, BadUpdateError,  # told apart by code, first
     BadRequestError, UnauthenticatedError, ForbiddenError, NotFoundError, TooSlowError, TooLargeError, ConflictError,
@@ -209,16 +211,21 @@ def from_answer(status: int, body: Any) -> LydianError:  # noqa: ANN401 - whatev
         status: the HTTP status.
         body: the decoded JSON body; anything that is not ours becomes a plain sentence with the status.
     """
-    if not isinstance(body, dict) or not {"code", "sentence"} <= body.keys():
-        sentence = f"the other side answered HTTP {status}: {str(body)[:300]}"
+    if not isinstance(body, dict) or not (body.get("code") is not None and body.get("sentence")):
+        sentence = f"the other side answered HTTP {status}: {_shown(body, 300)}"
         return LydianError(sentence, advice="Is this URL a coordinator?")
-    code, sentence, advice = str(body["code"]), str(body["sentence"]), str(body.get("advice", ""))
+    code, sentence, advice = (_shown(body.get(name, ""), SAID) for name in ("code", "sentence", "advice"))
     by_code = [kind for kind in _FAMILY if kind.code == code]
     by_status = [kind for kind in reversed(_FAMILY) if kind.status == status]
     kind = (by_code + by_status + [LydianError])[0]
     if not by_code and status == BadUpdateError.status and code in BAD_UPDATE_CODES:
         kind = BadUpdateError
     return kind(sentence, advice=advice, code=code)
+
+
+def _shown(said: object, most: int) -> str:
+    """What the other side said as it can be printed and logged: cut, and without half a surrogate pair."""
+    return str(said)[:most].encode(errors="replace").decode()
 
 
 BAD_UPDATE_CODES = frozenset({

@@ -286,7 +286,7 @@ def _status(socket_path: Path, *, peers: bool) -> TailscaleStatus | _NoAnswer:
 def _parsed(answer: httpx2.Response, parse: Callable[[Any], T | None]) -> T | None:
     """What an answer says; None: it is an error, or says nothing of the kind."""
     if answer.status_code == httpx2.codes.OK:
-        with contextlib.suppress(ValueError):  # not JSON says nothing
+        with contextlib.suppress(ValueError, RecursionError):  # not JSON, or too deep, says nothing
             return parse(answer.json())
     return None
 

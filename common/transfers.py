@@ -492,7 +492,7 @@ def raise_for(answer: httpx2.Response) -> None:
     answer = whole(answer)
     try:
         body = json.loads(answer.content)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or deeper than can be read
         if answer.request.method == "HEAD":  # a HEAD has no body to say more
             raise _with_wait(_bare(answer), answer) from None
         body = answer.text

@@ -161,14 +161,14 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
     """A body or a parameter that is not of the call's shape: every fault in one sentence."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for it
     faults = [f"{'.'.join(str(part) for part in e['loc'][1:]) or 'body'}: {e['msg']}" for e in error.errors()]
     return await _answer_error(request, BadRequestError("; ".join(faults)[:2000]))
 
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     """What the framework refuses by itself: no such path, no such method, a body or a range that cannot be read."""
-    assert isinstance(error, HTTPException)  # noqa: S101
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for it
     sentence = f"{request.method} {request.url.path}: {error.detail}"
     if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
         refusal = BadRequestError(sentence, code="no_such_call", advice="docs/protocol.md lists the calls.")

@@ -966,6 +966,8 @@ class Coordinator:
             return  # its first answer was lost, or the coordinator knew before: said again it changes nothing
         self.fleet.release(worker_id, job_id, task, reason.attempt)
         self._uploads.drop((name, reason.attempt))
+        if reason.attempt in rounds.tries_of(job, task).blamed:
+            return  # it failed before: twice is once
         back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail)
         self._apply(job_id, rounds.hand_back(job, back, self._limits))
         self._fail_if_nobody_can(job_id)
@@ -1275,8 +1277,10 @@ class Coordinator:
         return update
 
     def _refuse(self, job_id: str, task: Task, attempt: int, worker_id: str, error: LydianError) -> None:
-        """A result that must not count: the task is handed out again, and the worker gets a strike."""
+        """A result that must not count: the task is handed out again, and the worker gets a strike. Once an attempt."""
         self.fleet.release(worker_id, job_id, task, attempt)
+        if attempt in rounds.tries_of(self.jobs[job_id], task).blamed:
+            return  # or one worker could end a job by saying one wrong thing five times
         self._strike(self.worker(worker_id), str(error))
         back = self._back(task, attempt, worker_id, error.code, str(error))
         self._apply(job_id, rounds.hand_back(self.jobs[job_id], back, self._limits))

@@ -513,7 +513,7 @@ class _Outputs:
         self._step: StepWriter | None = None
         if rules.down is not None:
             assert targets.step is not None  # noqa: S101 - Targets says so
-            assert targets.residual is not None  # noqa: S101
+            assert targets.residual is not None  # noqa: S101 - as before
             writer = StepWriter(layout, rules.down, targets.step, targets.residual, previous=residual)
             self._step = stack.enter_context(writer)
         self._model.write(layout.header)

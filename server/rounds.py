@@ -126,6 +126,7 @@ class Tries:
     expiries: int = 0
     out: bool = False
     claim_key: str = ""  # of the newest attempt
+    blamed: frozenset[int] = frozenset()  # attempts that are among the failures: each once, however often it is said
 
     @property
     def attempt(self) -> int:
@@ -520,10 +521,11 @@ def hand_back(job: Job, back: HandedBack, limits: Limits) -> Step:
 
 
 def _counted(tries: Tries, back: HandedBack) -> Tries:
-    failed = back.code not in NOT_THE_TASKS_FAULT | NOT_FOR_THIS_WORKER
+    failed = back.code not in NOT_THE_TASKS_FAULT | NOT_FOR_THIS_WORKER and back.attempt not in tries.blamed
     return replace(
         tries,
         failures=tries.failures + failed,
+        blamed=tries.blamed | {back.attempt} if failed else tries.blamed,
         expiries=tries.expiries + (back.code == "expired"),
         out=tries.out and back.attempt != tries.attempt,
     )
@@ -657,7 +659,7 @@ def _open(
     sampled: Sampled | None = None,
 ) -> Opened:
     assert job.facts is not None  # noqa: S101 - Initialised came before
-    assert job.model is not None  # noqa: S101
+    assert job.model is not None  # noqa: S101 - as before
     if job.spec.round.mode == "async":
         phase = job.inner if isinstance(job.inner, buffering.Buffering) else None
         return buffering.open_version(job.spec, job.facts, job.model.digest, round_index, places, phase)

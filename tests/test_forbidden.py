@@ -37,13 +37,19 @@ FORBIDDEN = {
     "asyncio.create_subprocess_shell", "pty.spawn",
     # Names that somebody else can take first, and archives that write where they want.
     "tempfile.mktemp", "shutil.unpack_archive",
+    # TLS without a look at who is there, and hashes that two files can share.
+    "ssl._create_unverified_context", "ssl.CERT_NONE", "hashlib.md5", "hashlib.sha1",
+    # Parsers of XML follow entities: to files, and to a gigabyte of text.
+    "xml.etree", "xml.sax", "xml.dom", "xmlrpc",
 }  # fmt: skip
 METHODS = {
     "exec_module": "runs a file",
+    "extract": "writes where the archive says",
     "extractall": "writes where the archive says",
     "load_module": "runs a file",
     "subprocess_shell": "a shell",
 }
+STRONG = {"sha256", "sha512", "blake2b"}
 BUILTINS = {name for name in FORBIDDEN if "." not in name and name in {"eval", "exec", "compile"}}
 
 # (finding, file) -> why this one file may.
@@ -156,6 +162,10 @@ def _of_call(call: ast.Call, names: Names) -> Iterator[str]:
         None in given and any(n.startswith("subprocess.") for n in called)
     ):
         yield "a shell, or options that may ask for one"
+    if "verify" in false:
+        yield "verify=False: TLS without a look at who is there"
+    if "hashlib.new" in called and text_of(call.args[0] if call.args else given.get("name", call)) not in STRONG:
+        yield "hashlib.new of a hash that is weak, or not known here"
     by_name = {"importlib.import_module", "__import__", "importlib.__import__", "builtins.__import__"}
     if called & by_name and (not call.args or text_of(call.args[0]) is None):
         yield "an import of what is only known at run time"
@@ -240,6 +250,13 @@ CAUGHT = [
     "from os import system as run\nrun('ls')",
     "from tempfile import mktemp",
     "import tarfile\ntarfile.open('x').extractall()",
+    "import zipfile\nzipfile.ZipFile('x').extract('y')",
+    "import httpx2\nhttpx2.Client(verify=False)",
+    "import ssl\ncontext.verify_mode = ssl.CERT_NONE",
+    "import hashlib\nhashlib.new('md5')",
+    "import hashlib\nhashlib.new(name)",
+    "import hashlib as h\nweak = h.sha1\nweak(b'')",
+    "from xml.etree import ElementTree",
     "spec.loader.exec_module(module)",
     "command = [python, '-c', 'import pickle; pickle.load(open(0))']",
     "program = 'import torch\\n' + 'torch.load(1)'",
@@ -261,6 +278,8 @@ INNOCENT = [
     "code = 2\ncode + 1",
     "def load(path): ...\nload('x')",
     "from yaml import safe_load",
+    "import hashlib\nhashlib.new('sha256')\nhashlib.sha256(b'')",
+    "import httpx2\nhttpx2.Client(verify=context)",
 ]
 
 

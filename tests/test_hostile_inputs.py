@@ -477,3 +477,23 @@ def test_a_spoilt_update_is_refused_and_its_work_is_given_out_again(tmp_path: Pa
         assert (again["id"], again["attempt"]) == (fleet.work["id"], fleet.work["attempt"] + 1)
     finally:
         fleet.close()
+
+
+@pytest.mark.parametrize("call", ["submit", "abandon"])
+def test_one_wrong_thing_said_many_times_is_one_strike_and_ends_no_job(tmp_path: Path, call: str) -> None:
+    fleet = Fleet(tmp_path / "state")
+    try:
+        attempt = fleet.work["attempt"]
+        lie = {"attempt": attempt, "digest": "0" * 64, "samples": 10**12}
+        failed = {"attempt": attempt, "code": "task_failed", "sentence": "no luck"}
+        for _ in range(20):
+            target = f"/v1/updates/{fleet.work['id']}/{call}"
+            fleet.call("POST", target, fleet.one.token, as_json(lie if call == "submit" else failed), JSON)
+        job = fleet.call("GET", f"/v1/jobs/{fleet.job}", fleet.admin).json()
+        assert job["state"] == "training", job["reason"]
+        worker = fleet.coordinator.worker(fleet.one.id)
+        assert (worker.strikes, worker.set_aside) == (1 if call == "submit" else 0, None)
+        said = [fact for fact in fleet.rows()["facts"] if "handed_back" in fact]
+        assert len(said) == 1
+    finally:
+        fleet.close()

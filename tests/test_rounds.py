@@ -373,6 +373,19 @@ def test_five_failures_of_a_task_fail_the_job_with_the_last_sentence() -> None:
     assert "task_failed happened" in play.job.reason
 
 
+def test_an_attempt_that_is_said_to_have_failed_again_and_again_failed_once() -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    play.give(task, "a")
+    for _ in range(2 * LIMITS.failures):
+        play.back(task, "bad_samples")
+    assert not play.job.over
+    assert rounds.tries_of(play.job, task).failures == 1
+    play.give(task, "b")
+    play.back(task, "bad_samples")
+    assert rounds.tries_of(play.job, task).failures == 2
+
+
 def test_lost_leases_count_apart_from_failures() -> None:
     play = training()
     task = Task("train", 1, 0)

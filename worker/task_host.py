@@ -57,7 +57,7 @@ def beside(name: str) -> ModuleType:
     """A file of the child beside this one, as a module: by its path, since none of our packages may be imported."""
     spec = importlib.util.spec_from_file_location(name, HERE.with_name(f"{name}.py"))
     assert spec is not None  # noqa: S101 - it is a .py file
-    assert spec.loader is not None  # noqa: S101
+    assert spec.loader is not None  # noqa: S101 - as before
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module

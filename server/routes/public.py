@@ -7,6 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from common import PROTOCOL, __version__
 from common.messages import VersionView
+from server.document import described
 from server.metrics import exposition
 from server.routes.access import AnyoneDep, CoordinatorDep, ReaderDep
 
@@ -38,5 +39,4 @@ async def metrics(request: Request, coordinator: CoordinatorDep, _: ReaderDep) -
 @router.get("/openapi.json", include_in_schema=False)
 async def openapi(request: Request, _: AnyoneDep) -> dict[str, Any]:
     """The OpenAPI document."""
-    document: dict[str, Any] = request.app.openapi()
-    return document
+    return described(request.app)
