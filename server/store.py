@@ -576,7 +576,8 @@ class Journal:
             NotFoundError: there is no such worker.
         """
         row = _row(replace(token, created_at=_now()))
-        statement = f"INSERT INTO tokens ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})"  # noqa: S608
+        columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+        statement = f"INSERT INTO tokens ({columns}) VALUES ({values})"  # noqa: S608 - names of StoredToken's fields
 
         def add() -> None:
             try:
@@ -597,8 +598,8 @@ class Journal:
             NotFoundError: there is no such token.
         """
         row = _row(token)
-        changed = [name for name in row if name not in ("id", "created_at", "revoked_at")]
-        statement = f"UPDATE tokens SET {', '.join(f'{name} = :{name}' for name in changed)} WHERE id = :id"  # noqa: S608
+        changed = ", ".join(f"{name} = :{name}" for name in row if name not in ("id", "created_at", "revoked_at"))
+        statement = f"UPDATE tokens SET {changed} WHERE id = :id"  # noqa: S608 - names of StoredToken's fields
         first = "its first secret counts no more" if token.next_hash is None else "it has a second secret"
 
         def put() -> None:
@@ -627,7 +628,8 @@ class Journal:
         """All tokens that were ever issued, revoked ones too."""
         names = [field.name for field in fields(StoredToken)]
         with _sentences(self.path):
-            statement = f"SELECT {', '.join(names)} FROM tokens ORDER BY rowid"  # noqa: S608
+            columns = ", ".join(names)
+            statement = f"SELECT {columns} FROM tokens ORDER BY rowid"  # noqa: S608 - names of StoredToken's fields
             rows = [dict(zip(names, row, strict=True)) for row in self._database.execute(statement).fetchall()]
         return [StoredToken(**row | {"labels": tuple(json.loads(row["labels"])), "renew": bool(row["renew"])})
                 for row in rows]  # fmt: skip
