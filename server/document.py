@@ -26,6 +26,8 @@ OWN_ERRORS: dict[tuple[str, str], tuple[int, ...]] = {
     ("post", "/v1/jobs/{job}/cancel"): (409,),
     ("post", "/v1/jobs/{job}/pause"): (409,),
     ("post", "/v1/jobs/{job}/resume"): (409,),
+    ("post", "/v1/tokens/{token}/rotate"): (409,),
+    ("post", "/v1/tokens/{token}/revoke"): (409,),
     ("get", "/v1/jobs/{job}/model"): (416,),
     ("get", "/v1/models/{digest}"): (416,),
     ("get", "/v1/tasks/{digest}"): (416,),
@@ -99,7 +101,7 @@ def _describe(method: str, path: str, call: dict[str, Any]) -> None:
         answers[str(status)] = _answer(what, kinds)
     if path.endswith("/poll"):
         answers["200"]["content"][WITH_MODEL] = {}
-    for status in _errors(method, path, call):
+    for status in _errors(method, path):
         answers[str(status)] = _error(status, with_body=method != "head")
     if path not in WITHOUT_TOKEN:
         call["security"] = [{"token": []}]
@@ -116,13 +118,12 @@ def _describe(method: str, path: str, call: dict[str, Any]) -> None:
         call["parameters"] = [*call["parameters"], RANGE]
 
 
-def _errors(method: str, path: str, call: dict[str, Any]) -> Iterator[int]:
+def _errors(method: str, path: str) -> Iterator[int]:
     """What a call may be refused with, by what it is."""
+    yield from (400, 403, 429)  # by its Host and Origin, and by how often it is made (server.gate)
     if path in WITHOUT_TOKEN:
         return
-    yield from (401, 403, 503)
-    if call.get("parameters") or "requestBody" in call:
-        yield 400
+    yield from (401, 503)
     if "{" in path:
         yield 404
     if method in ("post", "put"):

@@ -56,7 +56,7 @@ BUILTINS = {name for name in FORBIDDEN if "." not in name and name in {"eval", "
 _SHELL = "a shell, or options that may ask for one"
 ALLOWED = {
     ("exec_module", "worker/task_host.py"): "runs a task file, in the child: built in, or one that the owner trusts",
-    ("types.CodeType", "worker/task_host.py"): "names what a loader of importlib returns: of the text whose digest counts",
+    ("types.CodeType", "worker/task_host.py"): "what a loader of importlib returns: of the text that was hashed",
     (_SHELL, "worker/child.py"): "the options are the sandbox's user, groups and folder",
     (_SHELL, "worker/caging.py"): "the same",
     (_SHELL, "bench/cage.py"): "the same",
