@@ -20,6 +20,7 @@ from functools import partial
 from typing import NoReturn, Self, TypeVar
 
 from common import PROTOCOL, __version__
+from common.advice import advise
 from common.cautions import cautions
 from common.drift import check_rate_sum, farthest
 from common.errors import (
@@ -66,6 +67,7 @@ from common.messages import (
     Registration,
     Reveal,
     Roster,
+    Scene,
     SecureKeys,
     SecureShares,
     Slots,
@@ -906,7 +908,7 @@ class Coordinator:
         self._check_owner(job, task, reason.attempt, worker_id)
         self.fleet.release(worker_id, job_id, task, reason.attempt)
         self._uploads.drop((name, reason.attempt))
-        back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail)
+        back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail, reason.scene)
         self._apply(job_id, rounds.hand_back(job, back, self._limits))
         self._fail_if_nobody_can(job_id)
 
@@ -916,8 +918,17 @@ class Coordinator:
         back = self._back(lease.task, lease.attempt, lease.worker, code, sentence)
         self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
 
-    def _back(self, task: Task, attempt: int, worker_id: str, code: str, sentence: str, detail: str = "") -> HandedBack:
-        known = self.fleet.workers.get(worker_id)
+    def _back(
+        self,
+        task: Task,
+        attempt: int,
+        worker_id: str,
+        code: str,
+        sentence: str,
+        detail: str = "",
+        scene: Scene | None = None,
+    ) -> HandedBack:
+        known, told = self.fleet.workers.get(worker_id), advise(code, sentence, detail, scene)
         return HandedBack(
             kind=task.kind,
             round=task.round,
@@ -928,6 +939,9 @@ class Coordinator:
             code=code,
             sentence=sentence,
             detail=detail,
+            cause=told.cause,
+            advice=told.words,
+            scene=scene,
         )
 
     def _fail_if_nobody_can(self, job_id: str) -> None:

@@ -309,6 +309,7 @@ class Simulator:
                 "code": failure.code,
                 "sentence": failure.sentence[:SENTENCE_LIMIT],
                 "detail": failure.detail[-DETAIL_LIMIT:],
+                "scene": failure.scene,
             }
         )
         try:
