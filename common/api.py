@@ -67,7 +67,15 @@ _JOBS, _LOG, _WORKERS = TypeAdapter(list[JobView]), TypeAdapter(list[LogEntry]),
 class CoordinatorApi:
     """One coordinator, as a worker or a person calls it. Threads may share it."""
 
-    def __init__(self, url: str, token: str | None = None, *, timeout_s: float = 30.0, idle_s: float = IDLE_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        idle_s: float = IDLE_S,
+        connect_s: float = CONNECT_S,
+    ) -> None:
         """Connect to nobody yet.
 
         Args:
@@ -75,12 +83,13 @@ class CoordinatorApi:
             token: whose calls these are; see `use_token`.
             timeout_s: seconds that an answer may take.
             idle_s: seconds without a byte after which a transfer breaks, to be resumed.
+            connect_s: seconds that a connection may take to come about.
         """
         self.url, self._idle_s = url.rstrip("/"), idle_s
         self._client = httpx2.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=httpx2.Timeout(timeout_s, connect=CONNECT_S),
+            timeout=httpx2.Timeout(timeout_s, connect=connect_s),
             limits=httpx2.Limits(max_keepalive_connections=20, keepalive_expiry=60.0),
         )
 
