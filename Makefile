@@ -24,7 +24,7 @@ PURE += common/shamir.py common/fixed.py common/secure.py common/signing.py serv
 PURE += common/codecs.py common/forecast.py common/pace.py common/link.py common/fitness.py server/paths.py worker/manners.py worker/task_precision.py
 PURE += common/audit.py server/tally.py server/keeping.py
 PURE += common/pins.py common/networks.py
-PURE += server/nova.py server/amplification.py common/cautions.py
+PURE += server/nova.py server/amplification.py common/cautions.py common/advice.py
 PURE += server/hosts.py server/buckets.py
 PURE += server/calendar.py server/attempts.py server/login.py
 PURE += server/evaluation.py worker/task_schedule.py client/partition/statistics.py
@@ -34,7 +34,7 @@ empty :=
 comma := ,
 space := $(empty) $(empty)
 
-.PHONY: help demo test check coverage fuzz sbom chaos test-mixed-torch test-previous bench clean distclean
+.PHONY: help demo test check coverage fuzz sbom chaos test-mixed-torch test-previous docs bench clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -85,6 +85,9 @@ test-previous: $(READY) ## workers and a journal of the version before (PREVIOUS
 	@rm -rf build/previous && mkdir -p build/previous
 	@git archive $(PREVIOUS) | tar -x -C build/previous
 	@LYDIAN_PREVIOUS=$(abspath build/previous) $(BIN)/python -m pytest tests/acceptance/test_previous.py
+
+docs: $(READY) ## write docs/reference from the code: after a new command, key, error, metric or call
+	@$(BIN)/python -m docs.generate
 
 bench: $(READY) ## measure everything beside what the machine could do; writes docs/performance.md, takes half an hour
 	@$(BIN)/lydian bench --markdown docs/performance.md

@@ -71,11 +71,16 @@ class Ending(IntEnum):
     """Ctrl-C."""
 
 
-def new_app(help_text: str | None = None) -> typer.Typer:
-    """A typer application in the manner of all of ours: plain help, no tracebacks of ours in boxes."""
+def new_app(help_text: str | None = None, *, completes: bool = False) -> typer.Typer:
+    """A typer application in the manner of all of ours: plain help, no tracebacks of ours in boxes.
+
+    Args:
+        help_text: of a group of commands.
+        completes: with --install-completion and --show-completion.
+    """
     return typer.Typer(
         help=help_text,
-        add_completion=False,
+        add_completion=completes,
         no_args_is_help=help_text is not None,
         rich_markup_mode=None,  # rich costs more start-up than all the rest
         pretty_exceptions_enable=False,

@@ -29,6 +29,10 @@ from client.calling import (
     run_program,
     without_secret,
 )
+from client.commands.export import export
+from client.commands.init import init
+from client.commands.top import top
+from client.completing import complete_jobs, complete_workers
 from client.service.units import Side
 from common import __version__
 from common.privacy import shown_epsilon
@@ -44,8 +48,10 @@ Examples:
   lydian simulate digits --clients 1000              the same with very many virtual clients
   lydian serve                                       start the coordinator
   lydian work http://gpu-box:8470 --token TOKEN      train for it, on every machine
+  lydian init my-model                               begin with a job.toml and a task.py
   lydian doctor http://gpu-box:8470                  see what keeps this machine from it, and what to do
   lydian submit fashion-mnist --rounds 20 --watch    send a job and watch it
+  lydian top                                         see the fleet and its jobs live
   lydian pull JOB -o model.safetensors --best        fetch the model
 
 \b
@@ -57,7 +63,7 @@ Exit codes: 0 fine, 1 the request or the watched job failed, 2 wrong usage,
 3 no coordinator answers, 4 the watched job was cancelled, 130 interrupted.
 """
 
-app = new_app(HELP)
+app = new_app(HELP, completes=True)
 app.add_typer(tokens.app, name="token")
 app.add_typer(audit_app, name="audit")
 
@@ -66,10 +72,15 @@ WORKER_COLUMNS = (
     "SPEED", "REASON",
 )  # fmt: skip
 
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
-JobOrNone = Annotated[str | None, typer.Argument(metavar="JOB", help="The job's id.")]
-WorkerArgument = Annotated[str, typer.Argument(metavar="WORKER", help="The worker's id or name.")]
-WorkerOption = Annotated[str | None, typer.Option("--worker", metavar="WORKER", help="A worker's id or name instead.")]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.", autocompletion=complete_jobs)]
+JobOrNone = Annotated[str | None, typer.Argument(metavar="JOB", help="The job's id.", autocompletion=complete_jobs)]
+WorkerArgument = Annotated[
+    str, typer.Argument(metavar="WORKER", help="The worker's id or name.", autocompletion=complete_workers)
+]
+WorkerOption = Annotated[
+    str | None,
+    typer.Option("--worker", metavar="WORKER", help="A worker's id or name instead.", autocompletion=complete_workers),
+]
 
 
 class PassedOn(TyperCommand):
@@ -79,6 +90,18 @@ class PassedOn(TyperCommand):
         """Take them all as they are."""
         ctx.args = args
         return args
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:  # noqa: ANN401
+        """Of `submit`, its flags: a key of a job each. The others are programs that load too much for a Tab."""
+        if self.name != "submit":
+            return []
+        from typer.main import get_command
+
+        from client.submit_job import make_app
+
+        inner = get_command(make_app(ctx.command_path))
+        found: list[Any] = inner.shell_complete(type(ctx)(inner, info_name="submit"), incomplete)
+        return found
 
 
 def _show_version(wanted: bool) -> None:
@@ -189,7 +212,14 @@ def demo(
     task: Annotated[str, typer.Option(help="A built-in task, or your own FILE.py.")] = "digits",
     keep: Annotated[bool, typer.Option("--keep", help="Keep the folder with state and logs.")] = False,
 ) -> None:
-    """Train on this machine: a coordinator, some workers, real data, and everything stopped at the end."""
+    """Train on this machine: a coordinator, some workers, real data, and everything stopped at the end.
+
+    \b
+    Examples:
+      lydian demo
+      lydian demo --rounds 10 --workers 4
+      lydian demo --task my_task.py --keep
+    """
     from client.demo import run_demo
 
     run_demo(rounds=rounds, workers=workers, task=task, keep=keep)
@@ -295,6 +325,12 @@ def chaos(
     \b
     Kinds: kill-worker, kill-coordinator, kill-both, kill-at-point, stop-worker, stop-coordinator,
     cut, stall, half-close, corrupt, clock-jump (needs libfaketime), disk-full, power-cut (need root).
+
+    \b
+    Examples:
+      lydian chaos
+      lydian chaos --faults 200 --seed 7
+      lydian chaos --kinds kill-worker,cut --seconds 60
     """
     from client.chaos.run import Wish, run_chaos
 
@@ -380,6 +416,9 @@ def submit(context: typer.Context) -> None:
     make_app(program)(context.args, prog_name=program)
 
 
+app.command()(init)
+
+
 @app.command()
 def plan(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="A job file, a built-in task, or the id of a job.")],
@@ -453,7 +492,13 @@ def partition(
 
 @app.command()
 def jobs(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
-    """List the jobs, oldest first."""
+    """List the jobs, oldest first.
+
+    \b
+    Examples:
+      lydian jobs
+      lydian jobs --json | jq -r '.[] | select(.state == "training") | .id'
+    """
     with coordinator(url, token) as api:
         found = api.jobs()
     if as_json:
@@ -471,6 +516,12 @@ def watch(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json
     """Watch a job until it is over; Ctrl-C leaves it running.
 
     With --json every fact is one JSON object on a line; a closed round has type "round", and the last line type "job".
+
+    \b
+    Examples:
+      lydian watch digits-4f2a
+      lydian watch digits-4f2a | tee watch.log
+      lydian watch digits-4f2a --json | jq -r 'select(.type == "round") | .seconds'
     """
     from client import watching
 
@@ -481,23 +532,34 @@ def watch(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json
 
 @app.command()
 def logs(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
-    """Print every trouble of a job, with its traceback."""
+    """Print every trouble of a job: what to do about it, the machine then, and its traceback.
+
+    \b
+    Examples:
+      lydian logs digits-4f2a
+      lydian logs digits-4f2a --json | jq -r '.[] | [.worker, .cause, .advice] | @tsv'
+    """
+    from client.troubles import trouble_lines
+
     with coordinator(url, token) as api:
         entries = api.logs(job)
     if as_json:
         print_messages(entries)
         return
     for entry in entries:
-        typer.echo(shown.one_line(f"{entry.at}  {entry.worker}  {entry.where}: {entry.sentence} ({entry.code})"))
-        if entry.detail:
-            typer.echo(shown.printable(entry.detail.rstrip()))
+        typer.echo("\n".join(trouble_lines(entry)))
     if not entries:
         typer.echo(f"{job} had no trouble", err=True)
 
 
 @app.command()
 def cancel(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
-    """End a job; the models of its closed rounds stay."""
+    """End a job; the models of its closed rounds stay.
+
+    \b
+    Examples:
+      lydian cancel digits-4f2a
+    """
     with coordinator(url, token) as api:
         _print_job(api.cancel(job), as_json=as_json)
 
@@ -553,27 +615,44 @@ def resume(
 @app.command()
 def pull(
     job: JobArgument,
-    target: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where the model goes (safetensors).")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE|FOLDER/", help="Where the model goes (default: a folder named as the job)."
+        ),
+    ] = None,
     number: Annotated[
         int | None, typer.Option("--round", min=0, metavar="N", help="The model after this round.")
     ] = None,
     best: Annotated[bool, typer.Option("--best", help="The model that was evaluated best.")] = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite the file.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite what is there.")] = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
 ) -> None:
-    """Fetch a job's newest model as a safetensors file.
+    """Fetch a job's newest model: as a safetensors file, or as a folder with a model card, as on the Hugging Face hub.
 
+    It is a folder where no -o is given, or one that ends with / or is there already; else a file. Prints its path.
     In Python: model.load_state_dict(safetensors.torch.load_file(FILE))
+
+    \b
+    Examples:
+      lydian pull digits-4f2a -o digits.safetensors --best
+      lydian pull digits-4f2a                          digits-4f2a/ with model.safetensors, config.json, README.md
+      lydian pull digits-4f2a -o models/digits/ --round 7
     """
-    from client.pulling import pull_model
+    from client.pulling import pull_folder, pull_model
 
     if best and number is not None:
         raise typer.BadParameter("--best and --round name two models: keep one")
     which = "best" if best else "newest" if number is None else str(number)
+    path = Path(job if target is None else target)
+    as_folder = target is None or target.endswith("/") or path.is_dir()
     with coordinator(url, token) as api:
-        pull_model(api, job, target, which=which, force=force)
-    typer.echo(target)
+        (pull_folder if as_folder else pull_model)(api, job, path, which=which, force=force)
+    typer.echo(path)
+
+
+app.command()(export)
 
 
 @app.command()
@@ -606,9 +685,18 @@ def verify(
 # ---------------------------------------------------------------- workers
 
 
+app.command()(top)
+
+
 @app.command()
 def workers(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
-    """List the workers and what they do."""
+    """List the workers and what they do.
+
+    \b
+    Examples:
+      lydian workers
+      lydian workers --json | jq -r '.[] | select(.state == "gone") | .name'
+    """
     with coordinator(url, token) as api:
         found = api.workers()
     if as_json:
@@ -628,6 +716,11 @@ def drain(worker: WorkerArgument, url: Url = DEFAULT_URL, token: Token = None, a
     """Let a worker finish what it does and give it nothing more, until `lydian resume --worker WORKER`.
 
     It stays joined, with its GPU free; a restart of the coordinator or of the worker does not end that.
+
+    \b
+    Examples:
+      lydian drain gpu-box
+      lydian resume --worker gpu-box
     """
     with coordinator(url, token) as api:
         _print_worker(api.drain(worker), as_json=as_json)
@@ -635,7 +728,12 @@ def drain(worker: WorkerArgument, url: Url = DEFAULT_URL, token: Token = None, a
 
 @app.command()
 def readmit(worker: WorkerArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
-    """Give a worker work again that was set aside, drained or paused; its refused results are forgiven."""
+    """Give a worker work again that was set aside, drained or paused; its refused results are forgiven.
+
+    \b
+    Examples:
+      lydian readmit gpu-box
+    """
     with coordinator(url, token) as api:
         _print_worker(api.readmit(worker), as_json=as_json)
 

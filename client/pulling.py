@@ -1,12 +1,16 @@
-"""`lydian pull`: fetch a model as a file that `load_state_dict` takes. What breaks is resumed, by the next run too."""
+"""`lydian pull`: fetch a model as a file that `load_state_dict` takes, alone or in a folder that says what it is.
+
+What breaks is resumed, by the next run too.
+"""
 
 import sys
 from glob import escape
 from pathlib import Path
 
+from client.stories import config_json, model_card, story_of
 from common.api import CoordinatorApi
 from common.errors import LydianError, UnavailableError
-from common.weights import publish
+from common.weights import file_digest, publish
 
 
 def pull_model(api: CoordinatorApi, job: str, target: Path, *, which: str, force: bool) -> None:
@@ -36,6 +40,45 @@ def pull_model(api: CoordinatorApi, job: str, target: Path, *, which: str, force
             f"{target} cannot be written: {error.strerror or error}",
             code="file_not_written",
             advice="Does the folder exist, may you write there, and has the disk room?",
+        ) from error
+
+
+def pull_folder(api: CoordinatorApi, job: str, folder: Path, *, which: str, force: bool) -> None:
+    """Fetch a job's model into a folder in the layout of the Hugging Face hub; the card is written last.
+
+        model.safetensors    config.json    README.md (model card)    task.py, unless the task is built in
+
+    Args:
+        api: the coordinator.
+        job: the job's id.
+        folder: made if it is not there.
+        which: `newest`, `best` or a round's number.
+        force: overwrite those files.
+
+    Raises:
+        LydianError: file_exists, file_not_written, no_best, and whatever the coordinator answers.
+    """
+    view = api.job(job)
+    number = view.round if which == "newest" else view.best_round if which == "best" else int(which)
+    if number is None:
+        raise LydianError(
+            f"no model of {job} has been evaluated yet", code="no_best", advice="Leave --best out, or wait."
+        )
+    story = story_of(api, view, number)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = folder / "model.safetensors"
+        pull_model(api, view.id, weights, which=str(number), force=force)
+        if story.task_digest is not None:
+            (folder / "task.py").unlink(missing_ok=True)
+            api.download_task(story.task_digest, folder / "task.py")
+        (folder / "config.json").write_text(config_json(story), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(story, file_digest(weights)), encoding="utf-8")
+    except OSError as error:
+        raise LydianError(
+            f"{folder} cannot be written: {error.strerror or error}",
+            code="file_not_written",
+            advice="May you write there, and has the disk room?",
         ) from error
 
 

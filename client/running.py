@@ -31,6 +31,7 @@ _NEEDS = {
     "worker.probe": ("psutil",),
     "worker.describe": ("psutil", "torch"),
     "server.proof": ("numpy",),
+    "worker.export": ("psutil", "torch"),
     "bench": ("fastapi", "uvicorn", "psutil", "torch"),
 }
 _REQUIREMENTS = {
@@ -40,6 +41,7 @@ _REQUIREMENTS = {
     "bench": "requirements_server.txt -r requirements_new_gpu.txt",
     "worker.probe": "requirements_server.txt",
     "worker.describe": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
+    "worker.export": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
     "worker.simulation": "requirements_new_gpu.txt or requirements_legacy_gpu.txt",
 }
 _ROOT = Path(__file__).resolve().parent.parent

@@ -186,7 +186,8 @@ def _plain_line(fact: Message, board: Board) -> str | None:
             return f"round {fact.round} is not evaluated: {fact.reason}"
         case HandedBack():
             work = f"{fact.kind} of round {fact.round}, shard {fact.shard}, attempt {fact.attempt}"
-            return f"{fact.worker_name} gave back {work}: {fact.sentence} ({fact.code})"
+            advice = f"; what to do: {fact.advice}" if fact.advice else ""
+            return f"{fact.worker_name} gave back {work}: {fact.sentence} ({fact.code}){advice}"
         case Late():
             return f"an update of round {fact.round}, shard {fact.shard} came too late and is not used"
         case Lost():
@@ -320,7 +321,7 @@ def render(board: Board) -> "RenderableType":
     left = board.seconds_left
     bar = Table.grid(padding=(0, 1))
     bar.add_row(
-        Text(f"round {int(board.progress)}/{job.rounds}"),
+        Text(f"round {int(board.progress)}/{job.rounds}{_updates_in(board)}"),
         ProgressBar(total=job.rounds, completed=board.progress, width=40),
         Text("" if left is None else f"about {shown.duration(left)} left"),
     )
@@ -340,6 +341,14 @@ def render(board: Board) -> "RenderableType":
         parts.append(table)
     parts += [Text(trouble, style="yellow") for trouble in board.troubles]
     return Group(*parts)
+
+
+def _updates_in(board: Board) -> str:
+    """Of the open round."""
+    now = board.now
+    if now is None or not now.shards or board.over:
+        return ""
+    return f", {now.received} of {shown.several(now.shards, 'update')} in"
 
 
 def _worker_grid(workers: Iterable[WorkerNow]) -> "RenderableType":
@@ -426,8 +435,9 @@ class PlainView:
         self._is_away = False
         self.board.take(fact)
         line = self._news(fact) if isinstance(fact, Now) else plain_line(fact, self.board)
+        left = self.board.seconds_left if isinstance(fact, RoundClosed) else None
         if line is not None:
-            typer.echo(line)
+            typer.echo(f"{line}; about {shown.duration(left)} left" if left else line)
             self._said_at = self._clock()
             self._awaited = line if isinstance(fact, Now | StateChanged) else self._awaited
 

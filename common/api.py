@@ -87,6 +87,7 @@ class CoordinatorApi:
         insecure: bool = False,
         timeout_s: float = 30.0,
         idle_s: float = IDLE_S,
+        connect_s: float = CONNECT_S,
     ) -> None:
         """Connect to nobody yet.
 
@@ -97,6 +98,7 @@ class CoordinatorApi:
             insecure: send in plain words to any address what is called by http:// (common.guarding).
             timeout_s: seconds that an answer may take.
             idle_s: seconds without a byte after which a transfer breaks, to be resumed.
+            connect_s: seconds that a connection may take to come about.
 
         Raises:
             LydianError: the token's pins are damaged (`bad_pin`), or the URL has no certificate to compare one with
@@ -111,7 +113,7 @@ class CoordinatorApi:
             base_url=self.url,
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {bare}"} if bare else {}),
             follow_redirects=False,  # they would take the token along
-            timeout=httpx2.Timeout(timeout_s, connect=CONNECT_S),
+            timeout=httpx2.Timeout(timeout_s, connect=connect_s),
             limits=httpx2.Limits(max_keepalive_connections=20, keepalive_expiry=60.0),
             verify=self._trusted(),
             event_hooks={"request": [self._guard]},

@@ -20,6 +20,7 @@ from common.messages import (
     PrivacySpent,
     PrivateRun,
     Progress,
+    Scene,
     State,
     StepRef,
     Submitter,
@@ -86,6 +87,9 @@ class HandedBack(Message):
     code: str = Field(description="expired, released, refused codes, or what the worker gave (messages.Abandon)")
     sentence: str
     detail: str = ""
+    cause: str = Field("", description="what usually does that (common.advice); empty: not known")
+    advice: str = Field("", description="what to do about it")
+    scene: Scene | None = Field(None, description="the machine then")
 
 
 class Initialised(Message):

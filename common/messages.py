@@ -812,6 +812,8 @@ class Progress(Message):
     samples_per_s: float | None = None
     loss: float | None = None
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="what a training computes in")
+    memory_used: Count | None = Field(None, description="bytes of the device's memory that are taken, by whomever")
+    temperature: float | None = Field(None, allow_inf_nan=False, description="of the device, °C; None: not told")
 
 
 class Heartbeat(Message):
@@ -865,6 +867,29 @@ class Receipt(Message):
     reason: str = Field(description="where the round now stands, for the worker's log")
 
 
+class GpuThen(Message):
+    """One GPU at the moment of a failure, as its driver told; None: it did not."""
+
+    index: Count
+    name: str = Field(max_length=200)
+    memory: Count = Field(description="bytes")
+    free: Count | None = Field(None, description="bytes")
+    busy: float | None = Field(None, ge=0, le=1, description="share of the last moments in which it computed")
+    temperature: float | None = Field(None, allow_inf_nan=False, description="°C")
+    processes: Count | None = Field(None, description="that computed on it, the training itself among them")
+
+
+class Scene(Message):
+    """The machine on which an attempt failed, as it was then."""
+
+    python: str = Field(max_length=100)
+    system: str = Field(max_length=200, description="e.g. Linux-6.1-x86_64")
+    torch: TorchBuild | None = Field(None, description="None: the child had not come so far")
+    driver: str = Field("", max_length=100, description="of the GPUs; empty: there is none")
+    gpus: tuple[GpuThen, ...] = Field((), max_length=64)
+    no_gpus: str = Field("", max_length=1_000, description="why none is told of, or what of them is not known")
+
+
 class Abandon(Message):
     """`POST /v1/updates/{assignment}/abandon`: the worker will not finish this, and says why."""
 
@@ -873,6 +898,7 @@ class Abandon(Message):
                   "unknown_task", "bad_task", "worker_error", "disk_full", "missing_package"]  # fmt: skip
     sentence: str = Field(max_length=2_000)
     detail: str = Field("", max_length=200_000, description="traceback and the last lines of the child's output")
+    scene: Scene | None = Field(None, description="the machine then; None: nothing crashed, or an older worker")
 
 
 # ---------------------------------------------------------------- secure aggregation (common.secure)
@@ -1004,6 +1030,9 @@ class LogEntry(Message):
     code: str
     sentence: str
     detail: str
+    cause: str = Field("", description="what usually does that, e.g. cuda_out_of_memory; empty: not known")
+    advice: str = Field("", description="what to do about it; empty: nothing is known")
+    scene: Scene | None = Field(None, description="the machine then")
 
 
 class TailnetNode(Message):

@@ -21,6 +21,7 @@ from functools import partial
 from typing import NoReturn, Self, TypeVar
 
 from common import PROTOCOL, __version__
+from common.advice import advise
 from common.cautions import cautions
 from common.drift import check_rate_sum, farthest
 from common.errors import (
@@ -68,6 +69,7 @@ from common.messages import (
     Registration,
     Reveal,
     Roster,
+    Scene,
     SecureKeys,
     SecureShares,
     Slots,
@@ -968,7 +970,7 @@ class Coordinator:
         self._uploads.drop((name, reason.attempt))
         if reason.attempt in rounds.tries_of(job, task).blamed:
             return  # it failed before: twice is once
-        back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail)
+        back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail, reason.scene)
         self._apply(job_id, rounds.hand_back(job, back, self._limits))
         self._fail_if_nobody_can(job_id)
 
@@ -978,8 +980,17 @@ class Coordinator:
         back = self._back(lease.task, lease.attempt, lease.worker, code, sentence)
         self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
 
-    def _back(self, task: Task, attempt: int, worker_id: str, code: str, sentence: str, detail: str = "") -> HandedBack:
-        known = self.fleet.workers.get(worker_id)
+    def _back(
+        self,
+        task: Task,
+        attempt: int,
+        worker_id: str,
+        code: str,
+        sentence: str,
+        detail: str = "",
+        scene: Scene | None = None,
+    ) -> HandedBack:
+        known, told = self.fleet.workers.get(worker_id), advise(code, sentence, detail, scene)
         self.quotas.note_hand_back(worker_id)
         return HandedBack(
             kind=task.kind,
@@ -991,6 +1002,9 @@ class Coordinator:
             code=code,
             sentence=sentence,
             detail=self.quotas.cut(worker_id, detail),
+            cause=told.cause,
+            advice=told.words,
+            scene=scene,
         )
 
     def _fail_if_nobody_can(self, job_id: str) -> None:

@@ -247,4 +247,7 @@ def log_entries(coordinator: Coordinator, job: Job) -> Iterator[LogEntry]:
                 code=fact.code,
                 sentence=fact.sentence,
                 detail=fact.detail,
+                cause=fact.cause,
+                advice=fact.advice,
+                scene=fact.scene,
             )

@@ -1,6 +1,7 @@
 """The agent's handle on the child that trains, with real children: how they live, and every way in which they die."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -213,6 +214,9 @@ def test_a_failure_carries_the_traceback_and_the_end_of_the_log(children: dict[s
     assert "line 499 of the noise" in failure.detail
     assert "line 299 of the noise" not in failure.detail
     assert failure.advice
+    assert failure.scene is not None
+    assert failure.scene.torch == children["living"].hello
+    assert failure.scene.python == platform.python_version()
     assert children["living"].alive
 
 

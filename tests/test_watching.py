@@ -259,6 +259,25 @@ def test_plain_output_is_a_line_an_event_without_escape_codes(capsys: pytest.Cap
     assert "\x1b" not in "".join(lines)
 
 
+def test_a_closed_round_says_how_long_the_others_will_take(capsys: pytest.CaptureFixture[str]) -> None:
+    follow([closed(1), closed(2)], PlainView(Board(JOB)))  # of four, two seconds each
+    assert [line.rpartition("; ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "about 6.00 s left", "about 4.00 s left",
+    ]  # fmt: skip
+    follow([closed(4)], PlainView(Board(JOB)))
+    assert "left" not in capsys.readouterr().out
+
+
+def test_advice_stands_beside_what_a_worker_gave_back(capsys: pytest.CaptureFixture[str]) -> None:
+    follow([handed_back("no memory") | {"advice": "Lower train.batch_size."}], PlainView(Board(JOB)))
+    assert capsys.readouterr().out.endswith("no memory (task_failed); what to do: Lower train.batch_size.\n")
+
+
+def test_the_picture_says_how_many_updates_of_the_open_round_are_in() -> None:
+    assert "round 1/4, 1 of 4 updates in" in drawn(board_after(closed(1), NOW))
+    assert "updates in" not in drawn(board_after(closed(1), NOW, ended("failed")))
+
+
 def test_a_coordinator_that_is_away_is_told_once_each_time(capsys: pytest.CaptureFixture[str]) -> None:
     view = PlainView(Board(JOB))
     for event in (None, None, closed(1), None):

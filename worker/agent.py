@@ -36,6 +36,7 @@ from common.messages import (
     Progress,
     Receipt,
     Registration,
+    Scene,
     Submission,
     Unmask,
     Welcome,
@@ -593,7 +594,7 @@ class Agent:
                 self._put_aside(heart, label)  # another process took the memory before the lookout saw it
                 return
             number = plan.errno_in(failure.sentence) if failure.code == "worker_error" else None
-            self._give_back(heart, number, room, failure.code, failure.sentence, failure.detail)
+            self._give_back(heart, number, room, failure.code, failure.sentence, failure.detail, failure.scene)
         except NoRoom as short:
             log.warning("%s: %s", label, short)
             self._give_back_for_room(heart, str(short), short.room)
@@ -625,7 +626,14 @@ class Agent:
         self._drop(self.spool.find(heart.assignment, heart.attempt), may_count=late)
 
     def _give_back(
-        self, heart: Heart, number: int | None, room: int, code: str, sentence: str, detail: str = ""
+        self,
+        heart: Heart,
+        number: int | None,
+        room: int,
+        code: str,
+        sentence: str,
+        detail: str = "",
+        scene: Scene | None = None,
     ) -> None:
         """Give back what failed; what the disk did is the disk's fault, whoever tells of it.
 
@@ -636,12 +644,13 @@ class Agent:
             code: one of messages.Abandon's, where it was not the disk.
             sentence: what happened.
             detail: the traceback.
+            scene: the machine then.
         """
         verdict = plan.disk_verdict(number)
         if verdict == "broken":
             raise self._broken(sentence)
         if verdict == "other":
-            self._abandon(heart.assignment, heart.attempt, code, sentence, detail)
+            self._abandon(heart.assignment, heart.attempt, code, sentence, detail, scene)
             self._drop(self.spool.find(heart.assignment, heart.attempt))
         else:
             self._give_back_for_room(heart, self._unwritable(sentence), room if verdict == "full" else 0)
@@ -683,8 +692,17 @@ class Agent:
             else:
                 self._drop(held)
 
-    def _abandon(self, assignment: str, attempt: int, code: Any, sentence: str, detail: str = "") -> None:  # noqa: ANN401
-        reason = Abandon(attempt=attempt, code=code, sentence=sentence[:SENTENCE_LIMIT], detail=detail[-DETAIL_LIMIT:])
+    def _abandon(
+        self,
+        assignment: str,
+        attempt: int,
+        code: Any,  # noqa: ANN401
+        sentence: str,
+        detail: str = "",
+        scene: Scene | None = None,
+    ) -> None:
+        said, whole = sentence[:SENTENCE_LIMIT], detail[-DETAIL_LIMIT:]
+        reason = Abandon(attempt=attempt, code=code, sentence=said, detail=whole, scene=scene)
         try:
             self._insist(lambda: self.api.abandon(assignment, reason))
         except LydianError as error:

@@ -31,10 +31,12 @@ from typing import IO, Any, Self, cast
 
 import psutil  # type: ignore[import-untyped]
 
+from common.advice import LOG_MARK, advise
 from common.errors import LydianError
-from common.messages import Progress, TorchBuild
+from common.messages import Progress, Scene, TorchBuild
 from worker.cage import environment as kept_of
 from worker.caging import Cage, LeftOddError
+from worker.scene import scene_now
 
 HOST = Path(__file__).with_name("task_host.py")
 HELLO_TIMEOUT_S = 180.0  # importing torch from a cold, slow disk takes a minute
@@ -47,27 +49,17 @@ SENTENCE_LIMIT, DETAIL_LIMIT = 2_000, 200_000  # characters, as messages.Abandon
 MARK = "TRAINING_PROCESSES"  # in the environment of a child and of all that it starts
 STACK_MARK = b"(most recent call first)"  # what faulthandler writes above each stack
 
-ADVICE = {
-    "bad_task": "A task file defines model(config) and dataset(config, split); see examples/.",
-    "task_failed": "Mend the task file; `lydian logs` has the traceback.",
-    "task_exited": "`lydian logs` has the last lines that the task wrote.",
-    "task_stalled": "`lydian logs` has the stacks of all its threads; a loader or a download may hang.",
-    "out_of_memory": "Lower train.batch_size, or use a smaller model or a larger machine.",
-    "no_data": "Put the data on this machine and name its folder: `lydian work --data NAME=PATH`.",
-    "missing_package": "Install it in the environment that `lydian work` runs in, and start the worker again.",
-    "worker_error": "Look into the worker's log; `lydian doctor` checks this machine.",
-}
-
 
 class TaskFailure(LydianError):  # noqa: N818 - the word of the protocol
     """A command did not succeed. The code is one of messages.Abandon's, the detail has tracebacks and the log's end."""
 
     code = "task_failed"
 
-    def __init__(self, code: str, sentence: str, detail: str = "") -> None:
-        self.sentence = sentence[:SENTENCE_LIMIT]
-        super().__init__(self.sentence, advice=ADVICE.get(code, "Look into the worker's log."), code=code)
+    def __init__(self, code: str, sentence: str, detail: str = "", scene: Scene | None = None) -> None:
+        self.sentence, self.scene = sentence[:SENTENCE_LIMIT], scene
         self.detail = detail[-DETAIL_LIMIT:]
+        advice = advise(code, self.sentence, self.detail, scene).words
+        super().__init__(self.sentence, advice=advice or "Look into the worker's log.", code=code)
 
 
 class TaskStopped(Exception):  # noqa: N818 - not an error: what was asked for
@@ -201,6 +193,11 @@ class Child:
                     if self._hello is None:
                         self.kill()
             return self._hello
+
+    @property
+    def build(self) -> TorchBuild | None:
+        """The same where it has come already; None: not yet. Never waits."""
+        return self._hello
 
     def ask(
         self, command: dict[str, Any], *, on_progress: Callable[[Progress], None], stall_s: float
@@ -455,10 +452,10 @@ class Child:
         return failure
 
     def _failure(self, code: str, sentence: str, detail: str = "") -> TaskFailure:
-        """A failure with the end of the log."""
+        """A failure with the end of the log, and the machine as it is now."""
         lines = tail(self.log_path)
-        log = "\n".join([f"---- the last {len(lines)} lines of {self.log_path.name}", *lines]) if lines else ""
-        return TaskFailure(code, sentence, "\n".join(part for part in (detail, log) if part))
+        log = "\n".join([f"{LOG_MARK}{len(lines)} lines of {self.log_path.name}", *lines]) if lines else ""
+        return TaskFailure(code, sentence, "\n".join(part for part in (detail, log) if part), scene_now(self._hello))
 
 
 def inmost(process: psutil.Process) -> psutil.Process:

@@ -14,6 +14,7 @@ from common.errors import LydianError
 from common.messages import Heartbeat, Progress
 from worker import plan
 from worker.child import Child, TaskStopped
+from worker.senses import gauge
 from worker.waiting import Waiting
 
 log = logging.getLogger("lydian.worker")
@@ -126,9 +127,16 @@ class Heart(Watch, threading.Thread):
             start_id=self._start_id,
             assignment=self.assignment,
             attempt=self.attempt,
-            progress=self.progress,
+            progress=self._gauged(),
             held=self.held[:WHY_LIMIT],
         )
+
+    def _gauged(self) -> Progress:
+        """Where the work stands, with the device's memory and temperature now."""
+        child = self._child
+        device = child.build.device if child is not None and child.build is not None else "cpu"
+        memory_used, temperature = gauge(device)
+        return self.progress.model_copy(update={"memory_used": memory_used, "temperature": temperature})
 
     def _obey(self, order: str, reason: str) -> None:
         self.order, self.order_reason = order, reason

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
@@ -135,6 +136,10 @@ class _Gpu:
         """°C."""
         return float(self._nvml.nvmlDeviceGetTemperature(self._handle, self._nvml.NVML_TEMPERATURE_GPU))
 
+    def memory_used(self) -> int:
+        """Bytes of its memory that are taken, by whomever."""
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
     def power(self) -> float:
         """Watts."""
         return float(self._nvml.nvmlDeviceGetPowerUsage(self._handle)) / 1000
@@ -213,6 +218,28 @@ def _named(pid: int, memory: int | None) -> str:
     with suppress(psutil.Error):  # it has ended, or belongs to somebody else
         name = str(psutil.Process(pid).name())
     return f"{name} (pid {pid}{f', {gigabytes(memory)}' if memory else ''})"
+
+
+def gauge(device: str) -> tuple[int | None, float | None]:
+    """Bytes of the device's memory that are taken, and its temperature in °C; None where that is not known.
+
+    Of what is no NVIDIA GPU, the machine's memory and its processor's temperature. Once a heartbeat, so that a person
+    can see it (`lydian top`); no rule hangs on it.
+    """
+    gpu = _gauged(device)
+    if gpu is None:
+        memory = psutil.virtual_memory()
+        return int(memory.total - memory.available), _processor_temperature()
+    unknown: list[str] = []  # said at the start, where a rule needs it
+    return (
+        gpu.ask("its memory", gpu.memory_used, otherwise=None, unknown=unknown),
+        gpu.ask("its temperature", gpu.temperature, otherwise=None, unknown=unknown),
+    )
+
+
+@cache
+def _gauged(device: str) -> _Gpu | None:
+    return _open_gpu(device, None)[0]
 
 
 # ---------------------------------------------------------------- the processor

@@ -8,12 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from common.weights import file_digest
 from tests.acceptance.kit import LocalFleet, Process, free_port, wait_for
 
 pytestmark = pytest.mark.acceptance
 
+DIGIT = (1, 8, 8)
+LINEAR = """import torch
+from torch.utils.data import TensorDataset
+
+def model(config):
+    return torch.nn.Linear(2, 2)
+
+def dataset(config, split):
+    return TensorDataset(torch.zeros(8, 2), torch.zeros(8).long())
+"""
 SMALL = ["--shards", "2", "--min-workers", "2", "--local-epochs", "1"]
 
 
@@ -55,6 +67,62 @@ def test_a_job_submitted_watched_and_pulled_by_commands(fleet: LocalFleet, tmp_p
     assert [one["state"] for one in shown if one["id"] == job] == ["finished"]
 
 
+@pytest.fixture(scope="module")
+def finished(fleet: LocalFleet) -> str:
+    """A job that is over."""
+    return fleet.finish(fleet.submit(task="digits", rounds=1, train={"local_epochs": 1}, data={"shards": 1})).id
+
+
+def test_a_pulled_folder_tells_what_the_model_is(fleet: LocalFleet, finished: str, tmp_path: Path) -> None:
+    job, folder = finished, tmp_path / "digits"
+    pulled = lydian(fleet, "pull", job, "-o", f"{folder}/")
+    assert (pulled.returncode, pulled.stdout) == (0, f"{folder}\n"), pulled.stderr
+    assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    card = (folder / "README.md").read_text()
+    for part in ("after round 1 of 1", "| Workers | w", "| accuracy |", file_digest(folder / "model.safetensors")):
+        assert part in card
+    assert json.loads((folder / "config.json").read_text())["task"] == "digits"
+    assert "exists already" in lydian(fleet, "pull", job, "-o", str(folder)).stderr
+
+
+def test_an_exported_program_has_the_weights_and_takes_any_number_of_samples(
+    fleet: LocalFleet, finished: str, tmp_path: Path
+) -> None:
+    target, weights = tmp_path / "digits.pt2", tmp_path / "digits.safetensors"
+    fleet.api.pull(finished, weights)
+    exported = lydian(fleet, "export", finished, "--to", str(target))
+    assert (exported.returncode, exported.stdout) == (0, f"{target}\n"), exported.stderr
+    program, kept = torch.export.load(target), load_file(weights)
+    assert all(torch.equal(value, kept[name]) for name, value in program.state_dict.items())
+    assert program.module()(torch.zeros(5, *DIGIT)).shape == (5, 10)
+
+
+def test_a_task_file_runs_here_only_with_consent(fleet: LocalFleet, tmp_path: Path) -> None:
+    task = tmp_path / "mine.py"
+    task.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n{LINEAR}")
+    job = lydian(fleet, "submit", "--task", str(task), "--rounds", "1", *SMALL, "--watch").stdout.split()[0]
+    (tmp_path / "ran").unlink()  # by the workers
+    refused = lydian(fleet, "export", job, "--to", str(tmp_path / "m.pt2"))
+    assert refused.returncode == 1
+    assert "would run on this machine as you" in refused.stderr
+    assert "--run-task-file" in refused.stderr
+    assert not (tmp_path / "ran").exists()
+    assert lydian(fleet, "pull", job, "-o", f"{tmp_path}/look/").returncode == 0
+    assert (tmp_path / "look" / "task.py").read_text() == task.read_text()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_top_shows_the_fleet_once_in_a_pipe(fleet: LocalFleet) -> None:
+    plain = lydian(fleet, "top", "--once")
+    assert plain.returncode == 0, plain.stderr
+    assert "2 workers: 2 " in plain.stdout
+    assert "\x1b" not in plain.stdout
+    document = json.loads(lydian(fleet, "top", "--once", "--json").stdout)
+    assert {one["name"] for one in document["workers"]} == {"w1", "w2"}
+    assert document["away"] == ""
+    assert lydian(fleet, "top", "--once", "--url", f"http://127.0.0.1:{free_port()}").returncode == 3
+
+
 def test_a_job_is_foretold_by_what_an_earlier_one_measured_and_set_beside_its_truth(fleet: LocalFleet) -> None:
     strange = lydian(fleet, "plan", "char-lm")
     assert strange.returncode == 1
@@ -94,6 +162,9 @@ def test_a_failed_job_exits_1_and_its_log_has_the_traceback(fleet: LocalFleet, t
     assert logs.returncode == 0
     assert "RuntimeError: no luck today" in logs.stdout
     assert "fails.py" in logs.stdout
+    assert "what to do: Mend the task file" in logs.stdout
+    assert f"torch {torch.__version__}" in logs.stdout
+    assert "what to do: Mend the task file" in watched.stdout
 
 
 def test_a_cancelled_job_exits_4_under_watch(fleet: LocalFleet) -> None:

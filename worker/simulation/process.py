@@ -310,6 +310,7 @@ class Simulator:
                 "code": failure.code,
                 "sentence": failure.sentence[:SENTENCE_LIMIT],
                 "detail": failure.detail[-DETAIL_LIMIT:],
+                "scene": failure.scene,
             }
         )
         try:

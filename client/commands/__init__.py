@@ -1,0 +1,1 @@
+"""Commands of `lydian` that have a module of their own; client/main.py lists them."""
