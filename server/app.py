@@ -24,7 +24,7 @@ from common.errors import BadRequestError, LydianError, UnavailableError
 from server.auth import Scope, Tokens, guard_logs, token_file
 from server.bodies import BodyLimits
 from server.coordinator import Coordinator
-from server.routes import jobs, models, probe, public, tokens, updates, workers
+from server.routes import jobs, models, pages, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
 
@@ -61,7 +61,7 @@ def create_app(settings: Settings | None = None, *, pin: str | None = None) -> F
         redoc_url=None,
     )
     app.add_middleware(BodyLimits, settings=settings)
-    for module in (public, jobs, workers, updates, models, probe, tokens):
+    for module in (public, jobs, workers, updates, models, probe, tokens, pages):
         app.include_router(module.router)
     app.add_exception_handler(LydianError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)

@@ -24,7 +24,8 @@ from tests.trust_kit import JSON, METHODS, Answer, Fleet, routes_of, weights
 Route = tuple[str, str]
 NOBODY = ("no token", "token of another coordinator", "revoked admin token", "revoked work token")
 KNOWN = ("join", "owner", "other", "admin")
-PUBLIC = {("GET", "/healthz"), ("GET", "/version")}
+SHELL = {("GET", path) for path in ("/", "/submit", "/jobs/{job}", "/static/{file}")}  # the same for everyone
+PUBLIC = {("GET", "/healthz"), ("GET", "/version"), *SHELL}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ def job_request(fleet: Fleet) -> dict[str, Any]:
 RULES: dict[Route, Rule] = {
     ("GET", "/healthz"): Rule(200, 200, 200, 200),
     ("GET", "/version"): Rule(200, 200, 200, 200),
+    **{route: Rule(200, 200, 200, 200) for route in SHELL},
+    ("GET", "/ui/fleet"): admin_only(),
+    ("GET", "/ui/jobs"): admin_only(),
+    ("GET", "/ui/live"): admin_only(query="job={job}", missing=404),
+    ("GET", "/ui/jobs/{job}/series"): admin_only(missing=404),
+    ("GET", "/ui/jobs/{job}/{part}"): admin_only(missing=404),
     ("GET", "/metrics"): admin_only(),
     ("GET", "/openapi.json"): Rule(403, 200, 200, 200),
     ("GET", "/v1/probe"): Rule(200, 200, 200, 200, query="bytes=8"),
@@ -145,9 +152,11 @@ def target(fleet: Fleet, route: Route, *, there: bool) -> str:
     _, path = route
     digest = fleet.task if "/tasks/" in path else fleet.model
     present = {"job": fleet.job, "worker": fleet.one.id, "assignment": fleet.work["id"], "digest": digest}
+    shell = {"file": "app.js", "part": "log"}
     absent = {"job": "no-such", "worker": "nobody-0", "assignment": "no-such.train.1.0", "digest": "0" * 64}
-    filled = path.format(**(present if there else absent))
-    query = RULES[route].query.format(attempt=fleet.work["attempt"])
+    names = {**(present if there else absent), **shell}
+    filled = path.format(**names)
+    query = RULES[route].query.format(attempt=fleet.work["attempt"], job=names["job"])
     return f"{filled}?{query}" if query else filled
 
 
@@ -237,8 +246,9 @@ def test_a_method_that_a_path_has_not_is_no_call_for_anyone(lasting: Fleet) -> N
             if (method, path) in known:
                 continue
             filled = path.format(
-                job=lasting.job, worker=lasting.one.id, assignment=lasting.work["id"], digest=lasting.model
-            )
+                job=lasting.job, worker=lasting.one.id, assignment=lasting.work["id"], digest=lasting.model, part="log",
+                file="app.js",
+            )  # fmt: skip
             for caller, token in (("nobody", None), ("owner", lasting.one.token), ("admin", lasting.admin)):
                 cases += 1
                 answer = lasting.call(method, filled, token)
@@ -248,7 +258,21 @@ def test_a_method_that_a_path_has_not_is_no_call_for_anyone(lasting: Fleet) -> N
     assert cases >= 300
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/v1", "/v1/", "/v1/jobs/", "/admin.token", "/v1/tokens/x"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/ui",
+        "/static/",
+        "/static/..%2fmarkup.py",
+        "/docs",
+        "/redoc",
+        "/v1",
+        "/v1/",
+        "/v1/jobs/",
+        "/admin.token",
+        "/v1/tokens/x",
+    ],
+)
 def test_what_is_no_call_tells_nobody_anything(lasting: Fleet, path: str) -> None:
     for token in (None, lasting.admin):
         answer = lasting.call("GET", path, token)
