@@ -17,6 +17,7 @@ READY := $(VENV)/installed-$(TORCH)
 PURE := server/rounds.py server/fleet.py server/averaging.py server/optimizers.py server/robust.py
 PURE += server/robust_rules.py server/outliers.py common/robustness.py common/compatibility.py
 PURE += server/cutting.py server/speeds.py server/deadlines.py server/lateness.py server/buffering.py
+PURE += server/pages/words.py server/pages/workers.py server/pages/history.py server/pages/timeline.py server/pages/form.py
 PURE += server/privacy.py common/privacy.py common/derivation.py
 PURE += server/drift.py common/drift.py
 PURE += worker/plan.py worker/cage.py worker/simulation/claims.py common/sharding.py common/ranges.py common/streams.py

@@ -147,21 +147,23 @@ def metrics() -> Iterator[str]:
 
 async def _families() -> list[tuple[str, str, str, str]]:
     """What a coordinator without jobs and workers has; families without a sample tell no labels."""
-    from server.auth import Tokens
+    from server.certificates import open_certificate
     from server.coordinator import Coordinator
     from server.metrics import StateCollector
     from server.settings import Settings
     from server.store import Journal
+    from server.tokens import Tokens
 
     with tempfile.TemporaryDirectory() as name:
         settings = Settings(state_dir=Path(name))
         journal = Journal.open(settings.state_dir / "journal.sqlite")
         try:
             coordinator = Coordinator.open(settings, journal, Tokens(journal))
+            certificate = open_certificate("self-made", None, settings.state_dir, None, settings.tailscaled)
             return [
                 (f"{family.name}{'_total' if family.type == 'counter' else ''}", family.type,
                  ", ".join(getattr(family, "_labelnames", ())), family.documentation)
-                for family in StateCollector(coordinator).collect()
+                for family in StateCollector(coordinator, certificate).collect()
             ]
         finally:
             journal.close()
@@ -171,10 +173,14 @@ async def _families() -> list[tuple[str, str, str, str]]:
 
 CALLERS = {
     "get_admin": "admin",
+    "get_reader": "read, submit or admin",
+    "get_job_owner": "who submitted it, or admin",
+    "get_submitter": "submit or admin",
+    "get_token_owner": "whose it is, or admin",
     "get_worker": "a worker",
     "get_this_worker": "that worker",
     "get_newcomer": "a join token, or a worker",
-    "get_anyone": "admin, or a worker",
+    "get_anyone": "read, submit or admin, or a worker",
     "get_principal": "any token",
 }
 

@@ -30,7 +30,7 @@ from server.gate import Gate, retry_after
 from server.headers import EVERYWHERE
 from server.hosts import with_short
 from server.line import Line
-from server.routes import audit, jobs, models, probe, public, tokens, updates, workers
+from server.routes import audit, jobs, models, pages, probe, public, tokens, updates, workers
 from server.settings import Settings
 from server.store import Journal, lock_folder
 from server.tokens import Scope, Tokens
@@ -75,7 +75,7 @@ def create_app(
     )
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Gate, names=(*with_short(platform.node()), *names))  # added last, so asked first
-    for module in (public, jobs, workers, updates, models, probe, tokens, audit):
+    for module in (public, jobs, workers, updates, models, probe, tokens, audit, pages):
         app.include_router(module.router)
     app.add_exception_handler(LydianError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)

@@ -22,11 +22,13 @@ _STARTS = {
     "client/chaos/clocks.py": "faketime, found on this machine",
     "client/chaos/disk.py": "mount and mkfs, for a disk that is to break",
     "client/doctor/asking.py": "what a machine is asked: nvidia-smi and the like",
+    "client/exporting.py": "python -m worker.export",
     "client/partition/command.py": "python -m worker.describe",
     "client/running.py": "our own interpreter",
     "client/service/install.py": "systemctl, useradd",
     "client/service/manager.py": "systemctl, journalctl",
     "worker/caging.py": "our own interpreter in the sandbox, to see whether that works here",
+    "worker/export/__main__.py": "a process of its own for the task file that the person at the keyboard agreed to",
     "worker/child.py": "the child that trains: our own interpreter and worker/task_host.py",
 }
 EXCUSED: dict[tuple[str, str], str] = {

@@ -27,7 +27,8 @@ from tests.trust_kit import JSON, METHODS, Answer, Fleet, routes_of, weights
 Route = tuple[str, str]
 NOBODY = ("no token", "token of another coordinator", "revoked admin token", "revoked work token", "expired token")
 KNOWN = ("join", "owner", "other", "read", "submitter", "stranger", "admin")
-PUBLIC = {("GET", "/healthz"), ("GET", "/version")}
+SHELL = {("GET", path) for path in ("/", "/submit", "/jobs/{job}", "/static/{file}")}  # the same for everyone
+PUBLIC = {("GET", "/healthz"), ("GET", "/version"), *SHELL}
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,12 @@ def token_request(fleet: Fleet) -> dict[str, Any]:
 RULES: dict[Route, Rule] = {
     ("GET", "/healthz"): everyone(),
     ("GET", "/version"): everyone(),
+    **{route: everyone() for route in SHELL},
+    ("GET", "/ui/fleet"): readers(),
+    ("GET", "/ui/jobs"): readers(),
+    ("GET", "/ui/live"): readers(query="job={job}", missing=404),
+    ("GET", "/ui/jobs/{job}/series"): readers(missing=404),
+    ("GET", "/ui/jobs/{job}/{part}"): readers(missing=404),
     ("GET", "/v1/probe"): everyone(query="bytes=8"),
     ("PUT", "/v1/probe"): everyone(body=lambda _: b"12345678"),
     ("GET", "/openapi.json"): workers_and_readers(),
@@ -188,10 +195,12 @@ def target(fleet: Fleet, route: Route, *, there: bool) -> str:
     digest = fleet.task if "/tasks/" in path else fleet.model
     present = {"job": fleet.job, "worker": fleet.one.id, "assignment": fleet.work["id"], "digest": digest}
     present["token"] = fleet.submitter.split("_")[2]
+    shell = {"file": "app.js", "part": "log"}
     absent = {"job": "no-such", "worker": "nobody-0", "assignment": "no-such.train.1.0", "digest": "0" * 64}
     absent["token"] = "0" * 12
-    filled = path.format(**(present if there else absent))
-    query = RULES[route].query.format(attempt=fleet.work["attempt"])
+    names = {**(present if there else absent), **shell}
+    filled = path.format(**names)
+    query = RULES[route].query.format(attempt=fleet.work["attempt"], job=names["job"])
     return f"{filled}?{query}" if query else filled
 
 
@@ -308,8 +317,8 @@ def test_a_method_that_a_path_has_not_is_no_call_for_anyone(lasting: Fleet) -> N
             if (method, path) in known:
                 continue
             filled = path.format(
-                job=lasting.job, worker=lasting.one.id, assignment=lasting.work["id"], digest=lasting.model,
-                token="0" * 12,
+                job=lasting.job, worker=lasting.one.id, assignment=lasting.work["id"], digest=lasting.model, part="log",
+                file="app.js", token="0" * 12,
             )  # fmt: skip
             for caller, token in (("nobody", None), ("owner", lasting.one.token), ("admin", lasting.admin)):
                 cases += 1
@@ -321,7 +330,20 @@ def test_a_method_that_a_path_has_not_is_no_call_for_anyone(lasting: Fleet) -> N
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/docs", "/redoc", "/v1", "/v1/", "/v1/jobs/", "/admin.token", "/v1/tokens/x", "/v1/tokens/x/y"]
+    "path",
+    [
+        "/ui",
+        "/static/",
+        "/static/..%2fmarkup.py",
+        "/docs",
+        "/redoc",
+        "/v1",
+        "/v1/",
+        "/v1/jobs/",
+        "/admin.token",
+        "/v1/tokens/x",
+        "/v1/tokens/x/y",
+    ],
 )
 def test_what_is_no_call_tells_nobody_anything(lasting: Fleet, path: str) -> None:
     for token in (None, lasting.admin):
