@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
 COLUMNS = ("ROW", "AT", "BY", "FROM", "ACTION", "OBJECT", "RESULT", "DETAIL")
 
-audit_app = new_app("The record of who did what, and the check of it.")
+audit_app = new_app(
+    """The record of who did what, oldest first, and the check of it; with --json one object a line.
+
+    \b
+    Examples:
+      lydian audit --job digits-4f2a --action update
+      lydian audit --action call.refused --since 2026-01-31
+      lydian audit head                      note this somewhere else
+      lydian audit verify --since 841:9f3c…  nothing up to row 841 was changed or cut off
+    """
+)
 
 StateDir = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Read this state folder instead, on the coordinator's machine.")
@@ -45,15 +55,7 @@ def audit(
     token: Token = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print the record of who did what, oldest first; with --json one object a line.
-
-    \b
-    Examples:
-      lydian audit --job digits-4f2a --action update
-      lydian audit --action call.refused --since 2026-01-31
-      lydian audit head                      note this somewhere else
-      lydian audit verify --since 841:9f3c…  nothing up to row 841 was changed or cut off
-    """
+    """Print the record."""
     if context.invoked_subcommand is not None:
         return
     wanted = {
@@ -77,7 +79,13 @@ def audit(
 
 @audit_app.command()
 def head(state_dir: StateDir = None, url: Url = DEFAULT_URL, token: Token = None) -> None:
-    """Print the newest row as SEQ:HASH, to be noted somewhere else: an anchor for `lydian audit verify --since`."""
+    """Print the newest row as SEQ:HASH, to be noted somewhere else: an anchor for `lydian audit verify --since`.
+
+    \b
+    Examples:
+      lydian audit head >> heads.txt
+      lydian audit head --state-dir /var/lib/lydian  # beside the coordinator, or without one that runs
+    """
     if state_dir is not None:
         from client.running import become
 
@@ -99,6 +107,11 @@ def verify(
     """Compute the whole chain again and name the first row that is not as it was written.
 
     Without --since a tail that was cut off, or a record written anew as a whole, cannot be told from a true one.
+
+    \b
+    Examples:
+      lydian audit verify --since "$(tail -1 heads.txt)"
+      lydian audit verify --state-dir /var/lib/lydian
     """
     from common.audit import Checker, parse_anchor
 

@@ -124,7 +124,7 @@ def imported(folder: Path) -> set[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("package", "extras"),
     [
-        ("client", ("plot",)),
+        ("client", ("plot", "secure")),
         ("server", ("server", "privacy")),
         ("worker", ("new-gpu", "privacy-worker")),
         ("common", ("secure",)),

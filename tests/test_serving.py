@@ -16,6 +16,7 @@ from common.errors import UnavailableError
 from common.messages import Registration, TokenRequest, WorkerView
 from server.__main__ import _announce
 from server.binding import Binding
+from server.line import Line
 from server.settings import Settings
 from tests.acceptance.kit import Process, free_port, wait_for
 from tests.fake_tailscaled import FakeTailscaled, Peer
@@ -174,8 +175,7 @@ def test_the_certificate_of_the_tailnets_name_is_shown_and_tokens_do_not_pin_it(
         one = Served(tmp_path, daemon, LYDIAN_TLS="tailscale")
         try:
             join = (one.state / "join.token").read_text().strip()
-            line = f"lydian work https://coordinator.tailnet.test:{one.port} --token {join}@n0CNTRL\n"
-            assert line in one.said
+            assert f"LYDIAN_TOKEN=TOKEN lydian work https://coordinator.tailnet.test:{one.port}\n" in one.said
             assert "@" not in join
             assert "where the name" not in one.said  # under its address the certificate would not be trusted
             pin = pin_in(one.state / "tls-tailscale.pem")
@@ -205,7 +205,7 @@ def test_a_person_at_a_terminal_is_shown_the_whole_line(
     (tmp_path / "join.token").write_text("lyd_join_x\n")
     binding = Binding(("127.0.0.2",), "gpu-box", "here", pin="n0CNTRL")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    _announce(app, Settings(state_dir=tmp_path), binding, 8470)
+    _announce(app, Settings(state_dir=tmp_path), binding, Line(), 8470)
     shown = capsys.readouterr()
     assert "    lydian work http://gpu-box:8470 --token lyd_join_x@n0CNTRL\n" in shown.err
     assert (shown.out, app.state.coordinator.url) == ("ready http://gpu-box:8470\n", "http://gpu-box:8470")
