@@ -13,7 +13,29 @@ DILOCO_MOMENTUM = 0.9  # unless the job says another
 def cautions(spec: JobSpec) -> tuple[str, ...]:
     """What to tell whoever submits this job."""
     steps = spec.train.local_steps
-    return tuple(filter(None, [too_few_steps(spec, steps) if steps is not None else ""]))
+    few = too_few_steps(spec, steps) if steps is not None else ""
+    return tuple(filter(None, [few, feedback_under_momentum(spec)]))
+
+
+def momentum_of(spec: JobSpec) -> float:
+    """DiLoCo's outer momentum in this job; 0: it has none."""
+    given = spec.aggregation.outer_momentum
+    if spec.aggregation.algorithm != "diloco":
+        return 0.0
+    return DILOCO_MOMENTUM if given is None else given
+
+
+def feedback_under_momentum(spec: JobSpec) -> str:
+    """What to say where what top-k left out comes rounds later, under an outer momentum; empty: nothing.
+
+    Source: measured, examples/experiments/low_communication.py.
+    """
+    if spec.aggregation.update != "topk" or spec.aggregation.feedback is False or momentum_of(spec) == 0:
+        return ""
+    return (
+        "topk with feedback came out worse under diloco's momentum than without feedback: set "
+        "aggregation.feedback = false, or use fedavg (docs/algorithms.md has the figures)"
+    )
 
 
 def too_few_steps(spec: JobSpec, steps: int) -> str:
@@ -23,9 +45,8 @@ def too_few_steps(spec: JobSpec, steps: int) -> str:
         spec: the job.
         steps: that a worker takes in a round.
     """
-    given = spec.aggregation.outer_momentum
-    momentum = DILOCO_MOMENTUM if given is None else given
-    if spec.aggregation.algorithm != "diloco" or momentum == 0 or steps >= ENOUGH_STEPS:
+    momentum = momentum_of(spec)
+    if momentum == 0 or steps >= ENOUGH_STEPS:
         return ""
     return (
         f"diloco with outer_momentum = {momentum:g} is meant for {ENOUGH_STEPS} local steps a round and more, and here "

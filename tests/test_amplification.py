@@ -104,6 +104,25 @@ def test_diloco_with_momentum_and_few_steps_is_taken_with_a_caution(
     assert ("caution: diloco" in play.job.reason) == said
 
 
+@pytest.mark.parametrize(
+    ("aggregation", "said"),
+    [
+        ({"algorithm": "diloco", "update": "topk"}, True),
+        ({"algorithm": "diloco", "update": "topk", "feedback": True}, True),
+        ({"algorithm": "diloco", "update": "topk", "feedback": False}, False),
+        ({"algorithm": "diloco", "update": "topk", "outer_momentum": 0.0}, False),
+        ({"algorithm": "diloco", "update": "int4"}, False),
+        ({"update": "topk"}, False),
+    ],
+)
+def test_topk_with_feedback_is_taken_with_a_caution_under_an_outer_momentum(
+    aggregation: dict[str, Any], said: bool
+) -> None:
+    found = cautions(spec(train={"local_steps": 500}, aggregation=aggregation))
+    assert any("topk with feedback" in sentence for sentence in found) == said
+    assert len(found) == said
+
+
 def test_the_momentum_in_the_caution_is_the_one_that_diloco_has() -> None:
     assert DiLoCo().momentum == DILOCO_MOMENTUM
     assert (
