@@ -133,19 +133,23 @@ def test_both_found_the_machine_that_their_token_names(fleet: TailnetFleet) -> N
         assert "100.64.0.1 is coordinator.tailnet.test (n0CNTRL), as the join token says" in said
 
 
-def test_a_job_runs_over_the_relay_and_both_take_part(fleet: TailnetFleet) -> None:
-    # cut for each of them: of shards that are anybody's, who is near may be done with all before the other comes
-    train, data = {"local_steps": 20}, {"shards": "auto"}
-    job = fleet.submit(TASK, rounds=2, data=data, train=train, round={"min_workers": 2})
-    fleet.finish(job)
+@pytest.fixture(scope="module")
+def job(fleet: TailnetFleet) -> str:
+    """A job that is done. Its shards are cut for each: of anybody's, the near worker may train all before the other."""
+    data, train = {"shards": "auto"}, {"local_steps": 20}
+    submitted = fleet.submit(TASK, rounds=2, data=data, train=train, round={"min_workers": 2})
+    fleet.finish(submitted)
+    return submitted
+
+
+def test_a_job_runs_over_the_relay_and_both_take_part(fleet: TailnetFleet, job: str) -> None:
     accepted = list(of_type(fleet.facts(job), "accepted"))
     assert sorted((fact["round"], fact["shard"]) for fact in accepted) == [(1, 0), (1, 1), (2, 0), (2, 1)]
     assert {fact["worker_name"] for fact in accepted} == {"near", "far"}
 
 
-def test_the_plan_of_the_job_says_who_is_waited_for_and_that_it_is_the_relay(fleet: TailnetFleet) -> None:
-    (job,) = fleet.api.jobs()
-    plan = json.loads(fleet.lydian("plan", job.id, "--json").stdout)
+def test_the_plan_of_the_job_says_who_is_waited_for_and_that_it_is_the_relay(fleet: TailnetFleet, job: str) -> None:
+    plan = json.loads(fleet.lydian("plan", job, "--json").stdout)
     assert plan["blame"].startswith("far is waited for during ")
     assert "(relayed by fra)" in plan["blame"]
     assert plan["advice"]
