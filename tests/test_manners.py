@@ -163,6 +163,7 @@ def test_only_the_weekday_and_the_clock_decide_whatever_the_date_or_daylight_sav
         (("06:00-07:00",), "mon", "12:00", "back at 06:00"),
         (("mon-fri@22:00-07:00",), "sat", "12:00", "back on mon at 22:00"),
         (("mon@22:00-23:00", "wed@10:00-11:00"), "tue", "12:00", "back at 10:00"),
+        (("06:00-07:00", "06:00-08:00"), "mon", "12:00", "back at 06:00"),  # two parts that begin together
         (("mon@22:00-23:00",), "mon", "23:00", "back on mon at 22:00"),
     ],
 )

@@ -321,13 +321,13 @@ def _steady(rules: Rules, manner: Manner, found: Reason, now: float, *, working:
 def _back(rules: Rules, wall: datetime) -> str:
     """When the hours begin again."""
     now = wall.hour * 60 + wall.minute
-    ahead, part = min(
-        (((day - wall.weekday()) * DAY_MINUTES + part.start - now) % (7 * DAY_MINUTES), part)
+    ahead, start = min(
+        (((day - wall.weekday()) * DAY_MINUTES + part.start - now) % (7 * DAY_MINUTES), part.start)
         for part in rules.hours
         for day in part.days
     )
     day = DAYS[(wall.weekday() + (now + ahead) // DAY_MINUTES) % 7]
-    return f"back at {_clock(part.start)}" if ahead < DAY_MINUTES else f"back on {day} at {_clock(part.start)}"
+    return f"back at {_clock(start)}" if ahead < DAY_MINUTES else f"back on {day} at {_clock(start)}"
 
 
 def _named(days: frozenset[int]) -> str:
