@@ -11,7 +11,7 @@ import pytest
 
 from server.routes.jobs import get_events
 from tests.rounds_kit import registration
-from tests.trust_kit import JSON, Answer, Fleet, Member, Served
+from tests.trust_kit import HOST, JSON, Answer, Fleet, Member, Served
 
 
 @pytest.fixture
@@ -157,14 +157,15 @@ def test_a_poll_that_waits_ends_when_its_token_is_revoked(fleet: Fleet) -> None:
     post(fleet, f"/v1/jobs/{fleet.job}/pause", fleet.admin)
     fleet.coordinator.settings = replace(fleet.coordinator.settings, poll_s=25.0)
     body = json.dumps({"start_id": "s1", "claim_key": "k", "wait_s": 25}).encode()
-    headers = {"Authorization": f"Bearer {three.token}", "Content-Length": str(len(body)), **JSON}
+    said = {"Authorization": f"Bearer {three.token}", "Content-Length": str(len(body)), **JSON}
+    here, admin = ("Host", HOST), ("Authorization", f"Bearer {fleet.admin}")
 
     async def poll_and_revoke() -> Answer:
-        waiting = asyncio.create_task(fleet._call("POST", f"/v1/workers/{three.id}/poll", body, headers))
+        waiting = asyncio.create_task(fleet._call("POST", f"/v1/workers/{three.id}/poll", body, [here, *said.items()]))
         while not fleet.coordinator.fleet.workers[three.id].polling:  # noqa: ASYNC110 - the loop's turn, no time
             await asyncio.sleep(0)
         path = f"/v1/tokens/{three.id}/revoke"
-        revoked = await fleet._call("POST", path, b"", {"Authorization": f"Bearer {fleet.admin}"})
+        revoked = await fleet._call("POST", path, b"", [here, admin])
         assert revoked.status == 200
         return await waiting
 

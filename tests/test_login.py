@@ -119,8 +119,12 @@ def serving(tmp_path: Path, daemon: FakeTailscaled, **settings: str) -> Iterator
         running.close()
 
 
+PLACE = "127.0.0.1:8470"
+
+
 def read(served: Served, **headers: str) -> Answer:
-    return served.call("GET", "/v1/jobs", None, b"", {"Host": "127.0.0.1:8470", **headers})
+    host = headers.pop("Host", PLACE)
+    return served.call("GET", "/v1/jobs", None, b"", headers, hosts=(host,))
 
 
 def test_it_is_off_unless_it_is_switched_on_and_then_reads_and_nothing_else(
@@ -131,12 +135,12 @@ def test_it_is_off_unless_it_is_switched_on_and_then_reads_and_nothing_else(
         assert not [call for call in daemon.calls if "whois" in call]
     with serving(tmp_path, daemon, login="alice@example.com=submit") as served:
         assert read(served).status == 200
-        host = {"Host": "127.0.0.1:8470"}
-        assert served.call("GET", "/metrics", None, b"", host).status == 200
-        assert served.call("GET", "/v1/tokens", None, b"", host).status == 403
-        assert served.call("POST", "/v1/jobs", None, b"{}", host).status == 401
-        assert read(served, Origin="http://evil.example").status == 401
-        assert read(served, Host="evil.example").status == 401
+        assert served.call("GET", "/metrics", hosts=(PLACE,)).status == 200
+        assert served.call("GET", "/v1/tokens", hosts=(PLACE,)).status == 403
+        assert served.call("POST", "/v1/jobs", None, b"{}", hosts=(PLACE,)).status == 401
+        assert read(served, Origin=f"http://{PLACE}").status == 401, "a page, be it of ours, needs a token"
+        assert read(served, Origin="http://evil.example").status == 403
+        assert read(served, Host="evil.example").status == 403
         assert read(served, Authorization="Bearer nonsense").status == 401, "a token that is wrong is not passed over"
 
 

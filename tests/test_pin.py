@@ -17,6 +17,7 @@ from tests.fake_tailscaled import FakeTailscaled, Peer
 from tests.tls_kit import Listener, pin_in, written
 from worker import pin
 from worker.__main__ import _agent
+from worker.cage import Wish
 from worker.identity import Identity
 from worker.options import Options
 
@@ -114,13 +115,13 @@ def test_a_worker_keeps_the_certificate_that_it_joined_by_and_speaks_to_no_other
         with Identity.open(tmp_path / "w", url) as identity:
             identity.remember("w-1", "lyd_work_x", Pins(certificate=pin_in(first)))
         with pytest.raises(LydianError) as refused:
-            _agent(url, "w", tmp_path / "w", [], [], Options(name=""), tmp_path / "nothing.sock")
+            _agent(url, "w", tmp_path / "w", [], [], Options(name=""), tmp_path / "nothing.sock", Wish())
         assert refused.value.code == "wrong_certificate"
         assert there.heard == b""
         del refused
         gc.collect()  # what was refused held the folder
         anew = Options(name="", join_token=TOKEN, pins=Pins(certificate=pin_in(second)))  # as a new join line says
-        agent = _agent(url, "w", tmp_path / "w", [], [], anew, tmp_path / "nothing.sock")
+        agent = _agent(url, "w", tmp_path / "w", [], [], anew, tmp_path / "nothing.sock", Wish())
         assert agent.identity.pins == Pins(certificate=pin_in(second))
         agent.api.close()
         agent.spool.close()
@@ -151,5 +152,5 @@ def test_a_worker_goes_on_asking_for_the_machine_that_it_joined(daemon: FakeTail
     with Identity.open(tmp_path / "w", url) as identity:
         identity.remember("w-1", "lyd_work_x", Pins("n1CNTRL"))
     with pytest.raises(LydianError) as refused:
-        _agent(url, "w", tmp_path / "w", [], [], Options(name=""), daemon.path)
+        _agent(url, "w", tmp_path / "w", [], [], Options(name=""), daemon.path, Wish())
     assert refused.value.code == "wrong_coordinator"

@@ -21,6 +21,7 @@ from server.settings import Settings
 from tests.rounds_kit import registration, spec
 
 ROOMY = {"stranger_calls_per_s": 100_000.0, "stranger_calls_burst": 100_000.0}  # a corpus is a flood of refused calls
+CLIENT = "127.0.0.1"
 HOST = "127.0.0.1:8470"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
@@ -70,7 +71,7 @@ class Served:
         body: bytes = b"",
         headers: dict[str, str] | None = None,
         hosts: tuple[str, ...] = (HOST,),
-        client: str = "127.0.0.1",
+        client: str = CLIENT,
         said: list[Answer] | None = None,
     ) -> Answer:
         """One call. An event stream is broken off at its first byte, as a client does that leaves.
@@ -83,7 +84,13 @@ class Served:
         return self.run(self._call(method, target, body, pairs, client, said))
 
     async def _call(
-        self, method: str, target: str, body: bytes, headers: list[tuple[str, str]], client: str, said: Any
+        self,
+        method: str,
+        target: str,
+        body: bytes,
+        headers: list[tuple[str, str]],
+        client: str = CLIENT,
+        said: Any = None,
     ) -> Answer:
         answer, ended = Answer(), asyncio.Event()
         if said is not None:

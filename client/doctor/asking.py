@@ -234,9 +234,8 @@ def worker_credential(folders: Iterable[Path], place: Place) -> tuple[str, Path]
     key = f"{parts.scheme}://{host}:{place.port}{parts.path.rstrip('/')}"
     for folder in folders:
         path = folder / "identity.json"
-        with contextlib.suppress(
-            OSError, ValueError, KeyError, TypeError
-        ):  # none, or one that only its worker can mend
+        # none, or one that only its worker can mend
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             known = json.loads(path.read_bytes())["coordinators"][key]
             pins = f"@{known['pin']}" if known.get("pin") else ""
             return f"{known['credential']}{pins}", path

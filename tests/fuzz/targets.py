@@ -34,6 +34,7 @@ from common.facts import FACT
 from common.fixed import LEAST_BITS, MOST_BITS, Fixed
 from common.masked import CODE, NAME, length, mask_update
 from common.messages import Message, Reveal, Roster, SecureMember, Unmask
+from common.pins import split
 from common.ranges import content_range, format_ranges, gaps, parse_ranges
 from common.secure import Secrets, check_roster, masks_left
 from common.shamir import PRIME, reconstruct, share
@@ -48,7 +49,6 @@ from server.inspection import inspect
 from server.store import Journal
 from server.unmasking import inspect_masked, unmask
 from worker.child import parsed
-from worker.pin import split
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 SENTENCE = 20_000  # characters that an error may have at most: it goes into a log and an answer
