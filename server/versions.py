@@ -6,7 +6,7 @@ from pathlib import Path
 
 from common.codecs import codec
 from common.errors import BadUpdateError
-from common.facts import Slot
+from common.facts import Accepted, Slot
 from common.fixed import Fixed
 from common.messages import AggregationSection, ModelRef, StepRef
 from common.privacy import first_clip
@@ -180,9 +180,23 @@ def clip_of(job: Job) -> float:
     return first_clip(job.spec.privacy) if moved is None else moved
 
 
+def norm_of(update: Accepted) -> float:
+    """How far a private round's update is from its base (L2), as it was measured when it came.
+
+    Raises:
+        BadUpdateError: it was not: whoever took it did not know that it would be clipped. Nothing goes in unclipped.
+    """
+    if update.norm is None:
+        raise BadUpdateError(
+            f"the update of shard {update.shard} was taken without its norm being measured, so it cannot be clipped",
+            advice="An older coordinator took it: cancel the job, and submit it anew.",
+        )
+    return update.norm
+
+
 def _private(job: Job, phase: Aggregating | Batch, rules: folding.Rules, seed: bytes) -> tuple[folding.Rules, float]:
     """The rules with clip and noise of this round, and the next round's clip."""
-    norms = [update.norm for update in phase.accepted if update.norm is not None]  # measured when they came
+    norms = [norm_of(update) for update in phase.accepted]
     clip = clip_of(job)
     noisy = privacy.noisy(job.spec, clip, norms, seed, phase.round)
     return replace(rules, noisy=noisy), privacy.next_clip(job.spec, clip, norms, seed, phase.round)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from common.codecs import Codec, codec
 from common.deltas import encode_update
+from common.errors import BadUpdateError
+from common.facts import Accepted
 from common.messages import JobSpec, ModelRef, PrivacySpent, PrivateRun, PrivateSteps
 from common.weights import Array, Notes, file_digest, load, save
 from server import accounting, folding, privacy, rounds, versions
@@ -302,6 +304,13 @@ def test_no_sample_was_through_more_than_is_counted(runs: list[tuple[float, int]
     play = example(*(run(1.0, rate, steps) for rate, steps in runs))
     (counted,) = rounds.private_before(play.job)
     assert all(counted.sample_rate >= rate and counted.steps >= steps for rate, steps in runs)
+
+
+def test_an_update_whose_norm_nobody_measured_joins_no_private_round() -> None:
+    update = Accepted.model_construct(shard=3, norm=None)
+    with pytest.raises(BadUpdateError, match="shard 3 was taken without its norm being measured"):
+        versions.norm_of(update)
+    assert versions.norm_of(Accepted.model_construct(shard=3, norm=0.5)) == 0.5
 
 
 def test_equal_files_have_equal_norms(tmp_path: Path) -> None:
