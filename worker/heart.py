@@ -21,6 +21,7 @@ log = logging.getLogger("lydian.worker")
 
 WHY_LIMIT = 500  # characters of a reason, as the messages take them
 STOP_GRACE_S = 10.0  # for the child to stop at its next step, before it is killed
+LAST_BEAT_S = 2.0  # for a beat that is under way, which must not come after what is said of its work next
 
 
 class Watch:
@@ -88,6 +89,7 @@ class Heart(Watch, threading.Thread):
         with self._acting:
             self._child = None
         self._ended.set()
+        self.join(LAST_BEAT_S)
 
     def let_go(self) -> None:
         """Stop the work at once: the time to finish it is up. Any thread may call this."""

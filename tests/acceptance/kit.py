@@ -164,6 +164,8 @@ class LocalFleet:
         def there() -> bool:
             for process in self.workers.values():
                 _raise_if_dead(process)
+                if f" at {self.url}" not in process.said():  # it is known there, and has kept that
+                    return False
             return sum(w.state == "idle" and w.last_seen_s == 0 for w in self.api.workers()) >= count
 
         wait_for(f"{count} workers to wait for work", there)
