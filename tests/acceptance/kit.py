@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Self, TypeVar
@@ -20,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 
 from common.api import CoordinatorApi
 from common.errors import UnavailableError
-from common.messages import JobRequest, JobSpec, JobView
+from common.messages import OVER, JobRequest, JobSpec, JobView
 
 T = TypeVar("T")
 
@@ -115,6 +115,7 @@ class LocalFleet:
         self.coordinator: Process | None = None
         self.workers: dict[str, Process] = {}
         self.folders: dict[str, Path] = {}  # of workers whose state lies elsewhere
+        self._options: dict[str, tuple[str, ...]] = {}
         self._starts = 0
 
     @property
@@ -145,6 +146,7 @@ class LocalFleet:
         token = (self.state / "join.token").read_text().strip()
         common = ("--threads", "1", "--device", "cpu")
         folder = self.folders.get(name, self.folder / name)
+        arguments = self._options[name] = arguments or self._options.get(name, ())  # as it was started before
         process = Process(
             ["-m", "worker", self.url, "--name", name, "--state-dir", str(folder), *common, *arguments],
             self.folder / f"{name}.log",
@@ -159,6 +161,20 @@ class LocalFleet:
         for number in range(1, count + 1):
             self.start_worker(f"w{number}", *arguments)
         self.await_workers(count)
+
+    def mend(self, names: Sequence[str], *arguments: str) -> None:
+        """Let these workers, and no others, wait for work, whatever was done to this fleet."""
+        if self.coordinator is None or self.coordinator.popen.poll() is not None:
+            self.start_coordinator()
+        for job in self.api.jobs():
+            if job.state not in OVER:
+                self.api.cancel(job.id)
+        for name in [name for name in self.workers if name not in names]:
+            self.workers.pop(name).kill_all()
+        for name in names:
+            if name not in self.workers or self.workers[name].popen.poll() is not None:
+                self.start_worker(name, *arguments)
+        self.await_workers(len(names))
 
     def await_workers(self, count: int) -> None:
         def there() -> bool:
@@ -191,7 +207,7 @@ class LocalFleet:
         )
         return self.api.submit_job(request).id
 
-    def truth(self, task_file: Path, **spec: Any) -> str:
+    def truth(self, task_file: Path | None = None, **spec: Any) -> str:
         """The SHA-256 of the last model of a job that nothing disturbs.
 
         Trained once a session: that it is the same in every fleet of a machine is what the tests of faults rest on.
@@ -215,7 +231,7 @@ class LocalFleet:
     def _over(self, job: str) -> JobView | None:
         with contextlib.suppress(UnavailableError):  # the test killed it, and starts it again
             view = self.api.job(job)
-            return view if view.state in ("finished", "failed", "cancelled") else None
+            return view if view.state in OVER else None
         return None
 
     def await_event(self, job: str, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:

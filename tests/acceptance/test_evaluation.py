@@ -75,15 +75,14 @@ def dataset(config, split):
 
 
 def test_each_user_is_a_shard_on_every_worker_and_too_few_of_them_end_the_job_in_words(
+    crew: LocalFleet,
     tmp_path: Path,
 ) -> None:
     task = tmp_path / "by_user.py"
     task.write_text(BY_USER)
     data = {"partition": "natural", "by": "users"}
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(2, "--trust", "any")
-        facts = fleet.facts(fleet.submit(task, rounds=2, data=data, round={"min_workers": 2}))
-        failed = fleet.finish(fleet.submit(task, rounds=2, data={**data, "shards": 5}), state="failed")
+    facts = crew.facts(crew.submit(task, rounds=2, data=data, round={"min_workers": 2}))
+    failed = crew.finish(crew.submit(task, rounds=2, data={**data, "shards": 5}), state="failed")
     sizes = [sum(number * number % 7 == user for number in range(30)) for user in (0, 1, 2, 4)]
     for number in (1, 2):
         updates = {one["shard"]: one["samples"] for one in of_type(facts, "accepted") if one["round"] == number}

@@ -1,7 +1,6 @@
 """Killed at every point where a decision meets the disk: what was summed is summed again, to the same bytes."""
 
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -18,25 +17,23 @@ JOB = {
 }
 
 
-def test_a_coordinator_killed_at_every_point_of_a_round_gives_the_same_model(tmp_path: Path) -> None:
+def test_a_coordinator_killed_at_every_point_of_a_round_gives_the_same_model(crew: LocalFleet) -> None:
     points = [point for point in POINTS for _ in range(size(1, 20))]
     spec = {**JOB, "rounds": len(points) + 2}
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(1)
-        truth = fleet.finish(fleet.submit(**spec)).model
-        job = fleet.submit(**spec)
-        for number, point in enumerate(points):
-            assert fleet.coordinator is not None
-            fleet.coordinator.kill()
-            fleet.coordinator = doomed(fleet, number, point)
-            assert fleet.coordinator.popen.wait(60) == -signal.SIGKILL, f"nobody died at {point}"
-        fleet.start_coordinator()
-        assert fleet.finish(job).model == truth
-        facts = fleet.facts(job)
-        accepted = [(a["round"], a["shard"]) for a in of_type(facts, "accepted")]
-        assert sorted(accepted) == [(r, s) for r in range(1, len(points) + 3) for s in range(2)]
-        trained = [(h["round"], h["shard"]) for h in of_type(facts, "handed_out") if h["kind"] == "train"]
-        assert sorted(trained) == sorted(accepted), "a shard was trained twice because its coordinator died"
+    truth = crew.finish(crew.submit(**spec)).model
+    job = crew.submit(**spec)
+    for number, point in enumerate(points):
+        assert crew.coordinator is not None
+        crew.coordinator.kill()
+        crew.coordinator = doomed(crew, number, point)
+        assert crew.coordinator.popen.wait(60) == -signal.SIGKILL, f"nobody died at {point}"
+    crew.start_coordinator()
+    assert crew.finish(job).model == truth
+    facts = crew.facts(job)
+    accepted = [(a["round"], a["shard"]) for a in of_type(facts, "accepted")]
+    assert sorted(accepted) == [(r, s) for r in range(1, len(points) + 3) for s in range(2)]
+    trained = [(h["round"], h["shard"]) for h in of_type(facts, "handed_out") if h["kind"] == "train"]
+    assert sorted(trained) == sorted(accepted), "a shard was trained twice because its coordinator died"
 
 
 def doomed(fleet: LocalFleet, number: int, point: str) -> Process:

@@ -63,26 +63,24 @@ class Hostile(threading.Thread):
         self.worker.api.close()
 
 
-def test_a_hostile_worker_is_refused_named_and_set_aside_and_the_job_ends_well(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(2)
-        with Hostile(fleet) as mallory:
-            wait_for("the hostile worker to poll", lambda: len(fleet.api.workers()) == 3)
-            job = fleet.submit(
-                rounds=ROUNDS,
-                round={"min_workers": 3, "evaluate_every": 0},
-                data={"shards": "auto"},
-                aggregation={"norm_outlier": 10},
-            )
-            view = fleet.finish(job)
-            facts = fleet.facts(job)
-        refused = list(of_type(facts, "handed_back"))
-        assert {(fact["code"], fact["worker_name"]) for fact in refused} == {("norm_outlier", "mallory")}
-        assert len(refused) == 3
-        named = [one for fact in closed_rounds(facts) for one in fact["absent"] if one["worker_name"] == "mallory"]
-        assert len(named) == 3
-        assert all(one["why"].startswith("refused: its change has the norm ") for one in named)
-        aside = next(worker for worker in fleet.api.workers() if worker.id == mallory.worker.id)
-        assert aside.state == "set aside"
-        assert "3 results were refused, the last: the update was refused when the round closed" in aside.reason
-        assert view.metrics["accuracy"] > 0.5
+def test_a_hostile_worker_is_refused_named_and_set_aside_and_the_job_ends_well(crew: LocalFleet) -> None:
+    with Hostile(crew) as mallory:
+        wait_for("the hostile worker to poll", lambda: any(each.name == "mallory" for each in crew.api.workers()))
+        job = crew.submit(
+            rounds=ROUNDS,
+            round={"min_workers": 3, "evaluate_every": 0},
+            data={"shards": "auto"},
+            aggregation={"norm_outlier": 10},
+        )
+        view = crew.finish(job)
+        facts = crew.facts(job)
+    refused = list(of_type(facts, "handed_back"))
+    assert {(fact["code"], fact["worker_name"]) for fact in refused} == {("norm_outlier", "mallory")}
+    assert len(refused) == 3
+    named = [one for fact in closed_rounds(facts) for one in fact["absent"] if one["worker_name"] == "mallory"]
+    assert len(named) == 3
+    assert all(one["why"].startswith("refused: its change has the norm ") for one in named)
+    aside = next(worker for worker in crew.api.workers() if worker.id == mallory.worker.id)
+    assert aside.state == "set aside"
+    assert "3 results were refused, the last: the update was refused when the round closed" in aside.reason
+    assert view.metrics["accuracy"] > 0.5

@@ -22,23 +22,20 @@ JOB: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_shards_keep_their_worker_and_a_killed_one_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        options = ("--trust", "any", "--checkpoint-every", "0.1")
-        fleet.start_workers(2, *options)
-        truth = fleet.finish(fleet.submit(TASK, **JOB)).model
-        job = fleet.submit(TASK, **JOB)
-        victim = wait_for("a worker in its second round", lambda: in_second_round(fleet, job))
-        fleet.workers[victim].kill()
-        assert fleet.api.job(job).round < 3
-        fleet.start_worker(victim, *options)
-        assert fleet.finish(job).model == truth
-        facts = fleet.facts(job)
-        fresh = [closed["metrics"]["fresh_optimizer"] for closed in of_type(facts, "round")]
-        assert fresh == [1.0, 0.0, 0.0]
-        assert len({(a["shard"], a["worker"]) for a in of_type(facts, "accepted")}) == 2
-        states = list(tmp_path.rglob("optimizers/*/*"))
-        assert {path.name.rsplit(".", 2)[0] for path in states} <= {job}, "a state outlived its job"
+def test_shards_keep_their_worker_and_a_killed_one_goes_on_to_the_same_bytes(crew: LocalFleet) -> None:
+    truth = crew.finish(crew.submit(TASK, **JOB)).model
+    job = crew.submit(TASK, **JOB)
+    victim = wait_for("a worker in its second round", lambda: in_second_round(crew, job))
+    crew.workers[victim].kill()
+    assert crew.api.job(job).round < 3
+    crew.start_worker(victim)
+    assert crew.finish(job).model == truth
+    facts = crew.facts(job)
+    fresh = [closed["metrics"]["fresh_optimizer"] for closed in of_type(facts, "round")]
+    assert fresh == [1.0, 0.0, 0.0]
+    assert len({(a["shard"], a["worker"]) for a in of_type(facts, "accepted")}) == 2
+    states = list(crew.folder.rglob("optimizers/*/*"))
+    assert {path.name.rsplit(".", 2)[0] for path in states} <= {job}, "a state outlived its job"
 
 
 def in_second_round(fleet: LocalFleet, job: str) -> str | None:

@@ -3,7 +3,6 @@
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,49 +20,39 @@ JOB = {
 }
 
 
-@pytest.fixture(scope="module")
-def truth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The digest of the job when nobody is killed."""
-    with LocalFleet(tmp_path_factory.mktemp("truth")) as fleet:
-        fleet.start_workers(2)
-        view = fleet.finish(fleet.submit(**JOB))
-        assert view.model is not None
-        yield view.model.digest
-
-
 def test_a_coordinator_killed_again_and_again_ends_with_the_same_model_and_trains_nothing_twice(
-    tmp_path: Path, truth: str
+    crew: LocalFleet,
 ) -> None:
     chance = random.Random(1)
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(2)
-        job = fleet.submit(**JOB)
-        for _ in range(5):
-            kind = chance.choice(["accepted", "handed_out", "round", "frozen"])
-            before = fleet.api.job(job).round
-            if fleet.api.job(job).state == "finished":
-                break
-            fleet.await_event(
-                job, lambda e, kind=kind, before=before: e["type"] == kind and e["round"] > before, f"a {kind}"
-            )
-            assert fleet.coordinator is not None
-            fleet.coordinator.kill()
-            fleet.start_coordinator()
-        view = fleet.finish(job)
-        assert view.model is not None
-        assert view.model.digest == truth
-        facts = fleet.facts(job)
-        accepted = [(a["round"], a["shard"]) for a in of_type(facts, "accepted")]
-        assert sorted(accepted) == [(r, s) for r in range(1, 7) for s in range(4)]
-        handed_out = [(h["round"], h["shard"]) for h in of_type(facts, "handed_out") if h["kind"] == "train"]
-        assert sorted(handed_out) == sorted(accepted), "a shard was trained twice because its coordinator died"
-        ids = [fact["id"] for fact in facts]
-        assert ids == sorted(set(ids))
+    truth = crew.truth(**JOB)
+    job = crew.submit(**JOB)
+    for _ in range(5):
+        kind = chance.choice(["accepted", "handed_out", "round", "frozen"])
+        before = crew.api.job(job).round
+        if crew.api.job(job).state == "finished":
+            break
+        crew.await_event(
+            job, lambda e, kind=kind, before=before: e["type"] == kind and e["round"] > before, f"a {kind}"
+        )
+        assert crew.coordinator is not None
+        crew.coordinator.kill()
+        crew.start_coordinator()
+    view = crew.finish(job)
+    assert view.model is not None
+    assert view.model.digest == truth
+    facts = crew.facts(job)
+    accepted = [(a["round"], a["shard"]) for a in of_type(facts, "accepted")]
+    assert sorted(accepted) == [(r, s) for r in range(1, 7) for s in range(4)]
+    handed_out = [(h["round"], h["shard"]) for h in of_type(facts, "handed_out") if h["kind"] == "train"]
+    assert sorted(handed_out) == sorted(accepted), "a shard was trained twice because its coordinator died"
+    ids = [fact["id"] for fact in facts]
+    assert ids == sorted(set(ids))
 
 
-def test_a_killed_workers_shard_goes_to_another_and_the_model_is_the_same(tmp_path: Path, truth: str) -> None:
+def test_a_killed_workers_shard_goes_to_another_and_the_model_is_the_same(tmp_path: Path) -> None:
     with LocalFleet(tmp_path, ttl_s=2.0) as fleet:
         fleet.start_workers(2)
+        truth = fleet.truth(**JOB)
         job = fleet.submit(**JOB)
         fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "round 2")
         doomed = fleet.workers["w1"]
@@ -86,21 +75,20 @@ def _assignment_of(fleet: LocalFleet, name: str, job: str) -> str | None:
     return None
 
 
-def test_a_killed_worker_that_comes_back_is_the_same_worker_and_works_on(tmp_path: Path, truth: str) -> None:
-    with LocalFleet(tmp_path) as fleet:  # a lease of 40 s: only the new start can free the shard in time
-        fleet.start_workers(2)
-        job = fleet.submit(**JOB)
-        fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 1, "round 1")
-        ids = {worker.id for worker in fleet.api.workers()}
-        wait_for("w1 to train", lambda: _assignment_of(fleet, "w1", job))
-        fleet.workers["w1"].kill()
-        fleet.start_worker("w1")
-        view = fleet.finish(job)
-        assert view.model is not None
-        assert view.model.digest == truth
-        assert {worker.id for worker in fleet.api.workers()} == ids
-        backs = list(of_type(fleet.facts(job), "handed_back"))
-        assert all("was started anew" in back["sentence"] for back in backs)
+def test_a_killed_worker_that_comes_back_is_the_same_worker_and_works_on(crew: LocalFleet) -> None:
+    truth = crew.truth(**JOB)
+    job = crew.submit(**JOB)  # a lease of 40 s: only the new start can free the shard in time
+    crew.await_event(job, lambda e: e["type"] == "round" and e["round"] == 1, "round 1")
+    ids = {worker.id for worker in crew.api.workers()}
+    wait_for("w1 to train", lambda: _assignment_of(crew, "w1", job))
+    crew.workers["w1"].kill()
+    crew.start_worker("w1")
+    view = crew.finish(job)
+    assert view.model is not None
+    assert view.model.digest == truth
+    assert {worker.id for worker in crew.api.workers()} == ids
+    backs = list(of_type(crew.facts(job), "handed_back"))
+    assert all("was started anew" in back["sentence"] for back in backs)
 
 
 def test_a_coordinator_that_stands_still_longer_than_a_lease_expires_nobody(tmp_path: Path) -> None:

@@ -333,19 +333,17 @@ def test_two_jobs_run_side_by_side_when_the_first_leaves_workers(fleet: LocalFle
 # ---------------------------------------------------------------- processes
 
 
-def test_a_worker_drains_on_sigterm_and_leaves_no_child(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(2, "--trust", "any")
-        job = fleet.submit(rounds=1000, **{**SMALL, "round": {"min_workers": 2}})
-        fleet.await_event(job, lambda e: e["type"] == "round", "a round closed")
-        leaving = fleet.workers["w1"]
-        children = psutil.Process(leaving.popen.pid).children(recursive=True)
-        assert children
-        assert leaving.terminate() == 0
-        assert not psutil.wait_procs(children, timeout=10)[1]
-        assert {w.name: w.state for w in fleet.api.workers()}["w1"] == "gone"
-        before = fleet.api.job(job).round
-        wait_for("the other worker to go on alone", lambda: fleet.api.job(job).round > before + 1)
+def test_a_worker_drains_on_sigterm_and_leaves_no_child(crew: LocalFleet) -> None:
+    job = crew.submit(rounds=1000, **{**SMALL, "round": {"min_workers": 2}})
+    crew.await_event(job, lambda e: e["type"] == "round", "a round closed")
+    leaving = crew.workers["w1"]
+    children = psutil.Process(leaving.popen.pid).children(recursive=True)
+    assert children
+    assert leaving.terminate() == 0
+    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert {w.name: w.state for w in crew.api.workers()}["w1"] == "gone"
+    before = crew.api.job(job).round
+    wait_for("the other worker to go on alone", lambda: crew.api.job(job).round > before + 1)
 
 
 def test_a_worker_whose_folder_breaks_gives_its_work_back_and_lives_on(tmp_path: Path) -> None:
@@ -362,14 +360,12 @@ def test_a_worker_whose_folder_breaks_gives_its_work_back_and_lives_on(tmp_path:
         fleet.finish(fleet.submit(rounds=1, data={"shards": 1}))
 
 
-def test_a_killed_agent_leaves_no_orphan(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(1)
-        process = fleet.workers["w1"]
-        children = psutil.Process(process.popen.pid).children(recursive=True)
-        assert children
-        process.kill()
-        assert not psutil.wait_procs(children, timeout=10)[1]
+def test_a_killed_agent_leaves_no_orphan(crew: LocalFleet) -> None:
+    process = crew.workers["w1"]
+    children = psutil.Process(process.popen.pid).children(recursive=True)
+    assert children
+    process.kill()
+    assert not psutil.wait_procs(children, timeout=10)[1]
 
 
 def test_a_coordinator_stops_within_seconds_while_workers_wait_and_people_watch(tmp_path: Path) -> None:
@@ -393,16 +389,14 @@ def test_a_second_coordinator_on_the_folder_ends_at_once_and_says_who_has_it(tmp
             second.start_coordinator()
 
 
-def test_the_admin_token_is_private_and_nothing_prints_a_secret(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(1)
-        fleet.finish(fleet.submit(rounds=1))
-        assert (fleet.state / "admin.token").stat().st_mode & 0o777 == 0o600
-        secrets = [fleet.admin_token, json.loads(_credential(fleet.folder / "w1"))]
-        written = [path.read_bytes() for path in fleet.state.rglob("*") if path.is_file() and path.suffix != ".token"]
-        written += [path.read_bytes() for path in fleet.folder.glob("*.log")]
-        for secret in secrets:
-            assert not any(secret.encode() in data for data in written)
+def test_the_admin_token_is_private_and_nothing_prints_a_secret(crew: LocalFleet) -> None:
+    crew.finish(crew.submit(rounds=1))
+    assert (crew.state / "admin.token").stat().st_mode & 0o777 == 0o600
+    secrets = [crew.admin_token, json.loads(_credential(crew.folder / "w1"))]
+    written = [path.read_bytes() for path in crew.state.rglob("*") if path.is_file() and path.suffix != ".token"]
+    written += [path.read_bytes() for path in crew.folder.glob("*.log")]
+    for secret in secrets:
+        assert not any(secret.encode() in data for data in written)
 
 
 def _credential(folder: Path) -> str:

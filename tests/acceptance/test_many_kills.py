@@ -59,23 +59,21 @@ def moment(chance: random.Random, most_s: float) -> None:
     threading.Event().wait(chance.uniform(0.0, most_s))
 
 
-def test_a_coordinator_killed_at_random_moments_loses_nothing_and_has_nothing_trained_again(tmp_path: Path) -> None:
+def test_a_coordinator_killed_at_random_moments_loses_nothing_and_has_nothing_trained_again(crew: LocalFleet) -> None:
     chance, kills = random.Random(3), size(12, 100)
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(2, *CHECKPOINTS)
-        truth = truth_of(fleet)
-        done, jobs = 0, 0
-        while done < kills:
-            job, jobs = fleet.submit(TASK, **JOB), jobs + 1
-            while done < kills and fleet.api.job(job).state != "finished":
-                moment(chance, 1.0)
-                assert fleet.coordinator is not None
-                fleet.coordinator.kill()
-                done += 1
-                fleet.start_coordinator()
-            retrained, _ = check(fleet, job, truth)
-            assert retrained == 0, "a shard was trained twice because its coordinator died"
-        print(f"\n{done} coordinator kills in {jobs} jobs of {ROUNDS * SHARDS} updates: 0 lost, 0 doubled, 0 retrained")
+    truth = truth_of(crew)
+    done, jobs = 0, 0
+    while done < kills:
+        job, jobs = crew.submit(TASK, **JOB), jobs + 1
+        while done < kills and crew.api.job(job).state != "finished":
+            moment(chance, 1.0)
+            assert crew.coordinator is not None
+            crew.coordinator.kill()
+            done += 1
+            crew.start_coordinator()
+        retrained, _ = check(crew, job, truth)
+        assert retrained == 0, "a shard was trained twice because its coordinator died"
+    print(f"\n{done} coordinator kills in {jobs} jobs of {ROUNDS * SHARDS} updates: 0 lost, 0 doubled, 0 retrained")
 
 
 @pytest.mark.skipif(

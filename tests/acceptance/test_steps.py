@@ -1,6 +1,5 @@
 """Server steps in real jobs: their state outlives a killed coordinator, and equal steps make fednova fedavg."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,34 +18,31 @@ JOB: dict[str, Any] = {
 }
 
 
-def test_state_outlives_a_killed_coordinator_and_fednova_of_equal_steps_is_fedavg(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(1)
+def test_state_outlives_a_killed_coordinator_and_fednova_of_equal_steps_is_fedavg(crew: LocalFleet) -> None:
+    def run(**aggregation: Any) -> str:
+        return crew.submit(**JOB, aggregation=aggregation)
 
-        def run(**aggregation: Any) -> str:
-            return fleet.submit(**JOB, aggregation=aggregation)
+    same = [crew.finish(run(algorithm=name)).model for name in ("fedavg", "fednova")]
+    assert same[0] == same[1]
 
-        same = [fleet.finish(run(algorithm=name)).model for name in ("fedavg", "fednova")]
-        assert same[0] == same[1]
+    yogi = {"algorithm": "fedyogi", "update": "int8", "outer_tau": 0.01}
+    first = run(**yogi)
+    truth = crew.finish(first).model
+    job = run(**yogi)
+    crew.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "two rounds")
+    assert crew.coordinator is not None
+    crew.coordinator.kill()
+    crew.start_coordinator()
+    assert crew.finish(job).model == truth
+    told = [[closed["amplification"] for closed in closed_rounds(crew.facts(one))] for one in (first, job)]
+    assert told[0] == told[1]
+    assert all(number > 0 for number in told[0])
 
-        yogi = {"algorithm": "fedyogi", "update": "int8", "outer_tau": 0.01}
-        first = run(**yogi)
-        truth = fleet.finish(first).model
-        job = run(**yogi)
-        fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "two rounds")
-        assert fleet.coordinator is not None
-        fleet.coordinator.kill()
-        fleet.start_coordinator()
-        assert fleet.finish(job).model == truth
-        told = [[closed["amplification"] for closed in closed_rounds(fleet.facts(one))] for one in (first, job)]
-        assert told[0] == told[1]
-        assert all(number > 0 for number in told[0])
+    few = run(algorithm="diloco")
+    crew.finish(few)
+    began = next(fact for fact in of_type(crew.facts(few), "job") if fact["state"] == "initialising")
+    assert "caution: diloco with outer_momentum = 0.9" in began["reason"]
+    assert f"{few}: diloco with outer_momentum = 0.9 is meant for 50 local steps" in crew.coordinator.said()
 
-        few = run(algorithm="diloco")
-        fleet.finish(few)
-        began = next(fact for fact in of_type(fleet.facts(few), "job") if fact["state"] == "initialising")
-        assert "caution: diloco with outer_momentum = 0.9" in began["reason"]
-        assert f"{few}: diloco with outer_momentum = 0.9 is meant for 50 local steps" in fleet.coordinator.said()
-
-        with pytest.raises(BadJobError, match=r"char-lm has optimizer\(\) of its own, and fednova"):
-            fleet.submit(task="char-lm", aggregation={"algorithm": "fednova"})
+    with pytest.raises(BadJobError, match=r"char-lm has optimizer\(\) of its own, and fednova"):
+        crew.submit(task="char-lm", aggregation={"algorithm": "fednova"})
