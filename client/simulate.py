@@ -36,6 +36,7 @@ from client.pulling import pull_model
 from client.running import Child, Children, python_module
 from client.watching import Board, Event, JsonView, View, follow, read_event, round_table, view_for
 from common.api import CoordinatorApi
+from common.cautions import cautions
 from common.errors import LydianError
 from common.messages import JobRequest
 from common.sharding import cohort
@@ -200,6 +201,8 @@ def _simulate(children: Children, wish: Wish, job: Job, *, as_json: bool) -> Non
         f"{shown.several(number, 'virtual worker')} each",
         err=True,
     )
+    for sentence in cautions(job.spec):
+        typer.echo(f"caution: {sentence}", err=True)
     with CoordinatorApi(url, (state / "admin.token").read_text().strip()) as api:
         view_of_job = api.submit_job(JobRequest(spec=job.spec, task_source=job.task_source, key=uuid4().hex))
         board = Board(view_of_job)

@@ -152,11 +152,14 @@ def _is_parent(pid: int) -> bool:
 
 
 def test_ctrl_c_ends_everything_and_removes_the_folder(tmp_path: Path) -> None:
-    with started(tmp_path, "digits", "--clients", "40", "--rounds", "100000", "--device", "cpu") as process:
+    doubtful = ("--set", "aggregation.algorithm=diloco", "--set", "train.local_steps=1")
+    with started(tmp_path, "digits", "--clients", "40", "--rounds", "100000", "--device", "cpu", *doubtful) as process:
         assert process.stdout is not None
         line = next(line for line in process.stdout if line.startswith("round 2 "))
         assert line
-        folder = Path(re.findall(r"starting a coordinator in (\S+)", (tmp_path / "said.log").read_text())[0])
+        said = (tmp_path / "said.log").read_text()
+        assert "caution: diloco with outer_momentum = 0.9" in said
+        folder = Path(re.findall(r"starting a coordinator in (\S+)", said)[0])
         assert folder.is_dir()
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
