@@ -43,9 +43,7 @@ def test_encoded_jobs_send_fewer_bytes_both_ways_and_learn(crew: LocalFleet) -> 
 
 
 def test_a_job_of_steps_survives_the_death_of_everybody_and_ends_with_the_same_bytes(crew: LocalFleet) -> None:
-    crew.workers[
-        "w2"
-    ].terminate()  # what topk left unsent is on one worker's disk
+    crew.workers["w2"].terminate()  # what topk left unsent is on one worker's disk
     job_spec = {**JOB, "round": {"min_workers": 1}, "data": {"shards": 1}}
     for codec in ("int8", "topk"):
         aggregation = {"update": codec, "algorithm": "diloco", "outer_lr": 0.7}
