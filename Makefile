@@ -95,7 +95,7 @@ bench: $(READY) ## measure everything beside what the machine could do; writes d
 
 clean: ## remove what tools left behind
 	@rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.* htmlcov build dist
-	@find server worker client common tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find server worker client common lydian tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environment as well
 	@rm -rf $(VENV)

@@ -41,6 +41,12 @@ def run_export(api: CoordinatorApi, job: str, wish: Wish) -> None:
         raise LydianError(f"{wish.target} exists already", code="file_exists", advice="--force overwrites it.")
     view = api.job(job)
     _check_whole(view)
+    if view.spec.script:
+        raise LydianError(
+            f"the model of {view.id} is built by a training script, which is not run to export it",
+            code="not_exported",
+            advice=f"Load the file of `lydian pull {view.id} -o FILE.safetensors` in the script, and export it there.",
+        )
     digest = task_digest(api, view.id)
     if digest is None and view.task not in BUILTIN:
         raise LydianError(

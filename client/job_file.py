@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from client.job_keys import Key, KeyPath, job_keys, key_at, nearest, nearest_of, sections
 from client.signing import read_signatures
-from client.task_file import is_task_file, read_task, task_name
+from client.task_file import is_task_file, read_task, script_of, task_name
 from common.errors import BadJobError, BadTaskError
 from common.messages import JobSpec, TaskSignature
 from common.tasks import BUILTIN
@@ -71,7 +71,7 @@ def read_job(file: Path | None, flags: Layer, sets: Layer) -> Job:
     said_in_file = file is not None and task is written.get(TASK)
     path = (file.parent if file and said_in_file else Path()) / Path(task.value).expanduser()
     source = read_task(path)
-    spec = build_spec({**given, TASK: Setting(task_name(path), task.origin)})
+    spec = build_spec(merge(script_layer(source, path.name), {**given, TASK: Setting(task_name(path), task.origin)}))
     return Job(spec, source, read_signatures(path, source))
 
 
@@ -139,6 +139,15 @@ def builtin_layer(task: str) -> Layer:
     defaults = {tuple(dotted.split(".", 1)): value for dotted, value in BUILTIN[task].defaults.items()}
     config = {("config", name): value for name, value in BUILTIN[task].config.items()}
     return {path: Setting(value, origin) for path, value in (defaults | config).items()}
+
+
+def script_layer(source: str, file_name: str) -> Layer:
+    """What a training script says of itself: that it is one, and that nothing is shared where it names no data."""
+    script, origin = script_of(source), f"what {file_name} says"
+    if script is None:
+        return {}
+    local: Layer = {} if script.shares else {("data", "partition"): Setting("local", origin)}
+    return {("script",): Setting(value=True, origin=origin), **local}
 
 
 def _suiting(defaults: Layer, given: Layer) -> Layer:

@@ -103,6 +103,12 @@ def job_of(wish: Wish) -> Job:
     job = read_job(file, flag_layer(said), sets)
     if wish.fraction is None and not _says_fraction(job):
         job = read_job(file, flag_layer(said), {("data", "fraction"): Setting(FRACTION, "the default"), **sets})
+    if job.spec.script:
+        raise LydianError(
+            "a simulation trains many clients in a few processes, and a training script has a process of its own",
+            code="bad_job",
+            advice="Try it with `python FILE.py`, then on real workers; or make a task file of it.",
+        )
     if job.spec.data.shards != wish.clients or job.spec.data.partition == "local":
         raise LydianError(
             "a simulation's clients are shards of one data set: partition local and shards of its own do not fit",

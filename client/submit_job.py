@@ -24,7 +24,8 @@ from common.tasks import BUILTIN
 PROGRAM = "submit_job"
 HELP = """Send a job and print its id.
 
-WHAT is a built-in task or a job file (TOML). Your own task: --task FILE.py. A flag counts more than the job file, and
+WHAT is a built-in task, a job file (TOML), or a training script that goes through lydian.rounds. Your own task:
+--task FILE.py. A flag counts more than the job file, and
 --set more than a flag; the task's own defaults count least.
 
 \b
@@ -36,6 +37,7 @@ Examples:
   {program} fashion-mnist --rounds 20 --watch
   {program} job.toml --lr 0.05 --set config.width=64
   {program} --task my_task.py --min-workers 3 --shards 8
+  {program} train.py --rounds 10 --arguments "--width 64"
   {program} char-lm --url http://gpu-box:8470 --json
 """
 
@@ -115,7 +117,7 @@ def read_what(what: str | None, flags: dict[KeyPath, Any], sets: list[str]) -> J
         flags = flags | {TASK: what}
     set_settings = set_layer(sets)
     if file is None and TASK not in flags and TASK not in set_settings:
-        raise typer.BadParameter("say what to train: a built-in task, a job file, or --task FILE.py")
+        raise typer.BadParameter("say what to train: a built-in task, a job file, a script, or --task FILE.py")
     return read_job(file, flag_layer(flags), set_settings)
 
 
@@ -137,7 +139,10 @@ def _with_flags() -> Any:  # noqa: ANN401 - a function whose signature is made h
         )
 
     own: dict[str, tuple[Any, Any]] = {
-        "what": (Annotated[str | None, typer.Argument(metavar="WHAT", help="A built-in task or a job file.")], None),
+        "what": (
+            Annotated[str | None, typer.Argument(metavar="WHAT", help="A built-in task, a job file or a script.")],
+            None,
+        ),
         "settings": (
             Annotated[
                 list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key; repeatable.")

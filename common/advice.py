@@ -56,11 +56,11 @@ NOT_FINITE = (
 )
 BY_CODE = {
     "not_finite": NOT_FINITE,
-    "bad_task": "A task file defines model(config) and dataset(config, split); see examples/.",
+    "bad_task": "A task file defines model(config) and dataset(config, split); a script has its loop; see examples/.",
     "task_failed": "Mend the task file where the traceback's last line in it points.",
     "task_exited": "The last lines that the task wrote are in the detail; exit() and os._exit() in a task do that too.",
     "task_stalled": "The stacks of all its threads are in the detail; a loader or a download may hang.",
-    "out_of_memory": "Lower train.batch_size, or use a smaller model or a larger machine.",
+    "out_of_memory": "Lower train.batch_size (a script: its own), or use a smaller model or a larger machine.",
     "no_data": "Put the data on this machine and name its folder: `lydian work --data NAME=PATH`.",
     "missing_package": "Install it in the environment that `lydian work` runs in, and start the worker again.",
     "not_trusted": "The worker's owner decides: `lydian work --trust listed|any`, or add the file's digest.",

@@ -18,8 +18,39 @@ if TYPE_CHECKING:
 
 def refusal(spec: "JobSpec") -> str | None:
     """Why a job cannot be as it is, in a sentence; None: it can."""
-    rules = (_asynchronous, _late, _fednova, _robust, _schedule, _evaluations, _secure, _private, _drift)
+    rules = (_script, _asynchronous, _late, _fednova, _robust, _schedule, _evaluations, _secure, _private, _drift)
     return next((why for rule in rules for why in rule(spec)), None)
+
+
+# ---------------------------------------------------------------- scripts
+
+INSTEAD = {
+    "trainable_only": 'call lydian.rounds(model, only="trainable") in the script',
+    "personal": "call lydian.rounds(model, only=…) in the script, with a function of the names that travel",
+    "frozen": "set requires_grad_(False) in the script",
+    "keep_optimizer": "make the optimiser before the loop over lydian.rounds, and it is kept from round to round",
+}
+"""Keys of [train] that a script has another way for. For all others: its own code."""
+
+
+def _script(spec: "JobSpec") -> Iterator[str]:
+    """A script trains by itself: what changes the training cannot come from outside."""
+    if not spec.script:
+        if spec.arguments:
+            yield f"arguments = {list(spec.arguments)} are a script's, and this task is none: use [config]"
+        return
+    train = spec.train
+    for key, field in type(train).model_fields.items():
+        if (value := getattr(train, key)) != field.default:
+            how = INSTEAD.get(key, "set it there, or hand it over with arguments or [config]")
+            yield f"train.{key} = {value} does not reach the training of a script, which is its own: {how}"
+    whose = "and a script's training is its own"
+    if spec.privacy.level == "example":
+        yield f'privacy.level = "example" clips the gradient of each sample in our training, {whose}: use a task file'
+    if spec.aggregation.algorithm == "fednova":
+        yield f"aggregation.algorithm = fednova weighs updates by the steps of our training, {whose}: use fedavg"
+    if spec.evaluation.per_class:
+        yield "evaluation.per_class is measured by our metrics: return accuracy/0 … from lydian.rounds(evaluate=…)"
 
 
 # ---------------------------------------------------------------- rounds

@@ -3,6 +3,8 @@
 Unknown fields are refused, bounds sit on the fields, and no torch is imported. docs/protocol.md tells the calls.
 """
 
+import re
+import shlex
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -54,6 +56,11 @@ def _listed(given: object) -> object:
     if isinstance(given, str) and given != "batchnorm":
         return (given,)
     return tuple(given) if isinstance(given, list) else given
+
+
+def _words(given: object) -> object:
+    """A command line as the words that a shell would make of it."""
+    return tuple(shlex.split(given)) if isinstance(given, str) else tuple(given) if isinstance(given, list) else given
 
 
 Pattern = Annotated[str, Field(min_length=1, max_length=200)]
@@ -225,8 +232,8 @@ NEW_KEYS = {
     ),
 }
 """Section -> all keys of a job that a worker of protocol 1 would refuse as unknown, or whose new values it would."""
-NEW_SECTIONS = ("evaluation", "secure", "privacy")
-"""Whole sections that it would refuse."""
+NEW_SECTIONS = ("evaluation", "secure", "privacy", "script", "arguments")
+"""Whole sections, and keys outside of any, that it would refuse."""
 
 
 class DataSection(Section):
@@ -478,6 +485,10 @@ class JobSpec(Message):
     name: Name | None = Field(None, description="shown to people (default: the task)")
     target: float | None = Field(None, allow_inf_nan=False, description="stop when target_metric reaches this")
     target_metric: str = Field("accuracy", description="higher is better, unless it is a loss, error or perplexity")
+    script: bool = Field(False, description="the file is a training script that calls lydian.rounds (docs/scripts.md)")
+    arguments: Annotated[tuple[Annotated[str, Field(max_length=4_000)], ...], BeforeValidator(_words)] = Field(
+        (), max_length=1_000, description='script: its command line, e.g. "--width 64"; one text, or a list of words'
+    )
     train: TrainSection = TrainSection()
     data: DataSection = DataSection()
     round: RoundSection = RoundSection()
@@ -504,6 +515,7 @@ class JobSpec(Message):
         beyond += [f"aggregation.{name} = {value}" for name, value in values.items() if value != known[name]]
         if self.data.partition in ("quantity", "natural"):
             beyond.append(f"data.partition = {self.data.partition}")
+        beyond += ["script"] if self.script else []
         if self.evaluation.scope != "global":
             beyond.append(f"evaluation.scope = {self.evaluation.scope}")
         if self.evaluation.per_class:
@@ -522,6 +534,10 @@ class TaskSignature(Message):
     signature: str = Field(pattern=r"^[A-Za-z0-9_-]{86}$", description="Ed25519, in base64url")
 
 
+_IMPORTS_LYDIAN = re.compile(r"^(?:import|from) lydian\b", re.MULTILINE)
+_DEFINES_MODEL = re.compile(r"^def model\(", re.MULTILINE)
+
+
 class JobRequest(Message):
     """`POST /v1/jobs`. The same key again gives the same job."""
 
@@ -534,6 +550,11 @@ class JobRequest(Message):
     def _of_a_file(self) -> Self:
         if self.signatures and self.task_source is None:
             raise ValueError("signatures are of a task file, and none was sent: leave them out for a built-in task")
+        if self.spec.script and self.task_source is None:
+            raise ValueError("script = true is for a file that is sent, and none was: name the script as the task")
+        source = self.task_source or ""
+        if not self.spec.script and _IMPORTS_LYDIAN.search(source) and not _DEFINES_MODEL.search(source):
+            raise ValueError("the file imports lydian, so it is a training script: set script = true")
         return self
 
 

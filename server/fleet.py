@@ -357,8 +357,8 @@ def why_not(worker: Worker, job: Job) -> str | None:
         return f"{worker.name} cannot mask its updates: {registration.no_masks}"
     if job.spec.privacy.level == "example" and (lacks := _lacks_for_examples(registration.hardware.torch)):
         return f"{worker.name} {lacks}"
-    wanted = job.spec.data.name or job.spec.task
-    if job.spec.data.partition == "local" and wanted not in registration.data:
+    wanted = job.spec.data.name or ("" if job.spec.script else job.spec.task)  # a script may know where its data is
+    if job.spec.data.partition == "local" and wanted and wanted not in registration.data:
         return f"{worker.name} offers no data named {wanted} (--data {wanted}=PATH)"
     return None
 

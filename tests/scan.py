@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("server", "worker", "client", "common")
+PACKAGES = ("server", "worker", "client", "common", "lydian")
 
 _COMMAND = "a list that we wrote, and no shell"
 _STARTS = {

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PRODUCT = ("server", "worker", "client", "common")
+PRODUCT = ("server", "worker", "client", "common", "lydian")
 ALSO_READ = ("bench", "examples")  # shipped to be copied, so as safe as the product
 
 # ---------------------------------------------------------------- the rules, as data
@@ -40,6 +40,7 @@ ALLOWED = {
     ("sleep", "client/service/manager.py"): "waits between two looks at a worker that joins, which only a file tells",
     ("broad except", "worker/task_host.py"): "a user's code can raise anything, and its traceback is the answer",
     ("broad except", "worker/sealing.py"): "what a thread met is handed to who waits for the thread",
+    ("broad except", "worker/task_script.py"): "a user's script can raise anything, and its traceback is the answer",
     ("broad except", "worker/task_ranks.py"): "an error that is not told to the other ranks leaves them waiting",
 }
 
@@ -263,7 +264,7 @@ FILES = (
     "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml", "requirements_server.txt", "requirements_new_gpu.txt",
     "requirements_legacy_gpu.txt",
 )  # fmt: skip
-FOLDERS = {".ci", "bench", "client", "common", "deploy", "docs", "examples", "server", "tests", "worker"}
+FOLDERS = {".ci", "bench", "client", "common", "deploy", "docs", "examples", "lydian", "server", "tests", "worker"}
 LARGEST_FILE = 1 << 20  # bytes
 SHELVES = ("utils", "util", "helpers", "misc", "common_utils")  # names that say nothing about what is inside
 

@@ -356,6 +356,14 @@ def test_private_data_is_trained_by_workers_that_offer_it() -> None:
     assert fleets.workers_needed(rounds.replace(job, phase=rounds.Initialising()), 7) == 7
 
 
+def test_a_script_on_each_workers_own_data_goes_to_all_unless_it_names_that_data() -> None:
+    some = Fleet()
+    some.register("has", registration("has", data=("scans",)), 0.0)
+    some.register("not", registration("not"), 0.0)
+    assert some.serving(queued(script=True, data={"partition": "local"}), 0.0) == ["has", "not"]
+    assert some.serving(queued(script=True, data={"partition": "local", "name": "scans"}), 0.0) == ["has"]
+
+
 def test_why_nobody_speaks_only_when_no_live_worker_can() -> None:
     some, job = fleet("a", "b"), queued()
     assert fleets.why_nobody(some, job, 0.0) == ""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-READ = ("server", "worker", "client", "common", "bench", "examples", "deploy")
+READ = ("server", "worker", "client", "common", "lydian", "bench", "examples", "deploy")
 
 # ---------------------------------------------------------------- the rules, as data
 
@@ -56,6 +56,10 @@ BUILTINS = {name for name in FORBIDDEN if "." not in name and name in {"eval", "
 _SHELL = "a shell, or options that may ask for one"
 ALLOWED = {
     ("exec_module", "worker/task_host.py"): "runs a task file, in the child: built in, or one that the owner trusts",
+    (
+        "exec_module",
+        "worker/task_script.py",
+    ): "runs a training script likewise, and the package that it imports, of ours",
     ("types.CodeType", "worker/task_host.py"): "what a loader of importlib returns: of the text that was hashed",
     (_SHELL, "worker/child.py"): "the options are the sandbox's user, groups and folder",
     (_SHELL, "worker/caging.py"): "the same",

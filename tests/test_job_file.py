@@ -81,6 +81,13 @@ LATE_FP32 = (
 
 def make_possible(document: dict[str, Any]) -> None:
     """Leave out keys that do not go with the others."""
+    if document.get("script"):
+        document.pop("train", None)
+        document.get("evaluation", {}).pop("per_class", None)
+        if document.get("aggregation", {}).get("algorithm") == "fednova":
+            del document["aggregation"]["algorithm"]
+    else:
+        document.pop("arguments", None)
     train, data = document.get("train", {}), document.get("data", {})
     if "local_steps" not in train:
         for name in ("schedule", "warmup_steps"):

@@ -116,6 +116,13 @@ def test_the_seed_of_a_shard_does_not_depend_on_who_trains_it(first: int, second
     assert len(seeds) == 1
 
 
+def test_a_script_is_told_which_shard_it_has_and_the_seed_that_a_task_would_have_and_no_length() -> None:
+    work, paths = assignment(spec=JobSpec(task="train", script=True)), {"base": "b", "indices": "i", "out": "o"}
+    seed = plan.train_command(assignment(), **paths)["seed"]
+    about = {"round": 3, "shard": 1, "shards": 4, "seed": seed}
+    assert plan.script_command(work, **paths) == {"do": "train", **paths, **about}
+
+
 @pytest.mark.parametrize("every_s", [0.0, 30.0])
 def test_a_checkpoint_is_asked_for_unless_there_is_to_be_none(every_s: float) -> None:
     command = plan.train_command(

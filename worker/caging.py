@@ -445,6 +445,7 @@ def python_folders() -> list[str]:
     binary = Path(sys.executable)
     path = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     found = [sys.prefix, sys.base_prefix, str(binary.resolve().parent.parent), str(Path(__file__).parent)]
+    found += [str(Path(__file__).parent.parent / "lydian")]  # which scripts import
     found += [str(task.file.parent) for task in BUILTIN.values()]
     return [str(Path(folder).absolute()) for folder in [*found, *path] if Path(folder).exists()]
 

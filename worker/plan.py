@@ -113,6 +113,8 @@ def child_config(spec: JobSpec, builtin: Mapping[str, Any], data: Mapping[str, s
     folders = dict(data)
     if spec.data.name is not None and spec.data.name in data:  # the owner's name for what the task calls by its own
         folders[spec.task] = data[spec.data.name]
+    if spec.script:
+        return {"data": folders}
     known = spec.train.model_dump(exclude_none=True, exclude=set(CLIENT_TERMS))
     train = {**known, "batch_size": batch_size(spec, found=0)}
     return {**train, **builtin, **spec.config, "data": folders}
@@ -120,6 +122,10 @@ def child_config(spec: JobSpec, builtin: Mapping[str, Any], data: Mapping[str, s
 
 def client_terms(spec: JobSpec) -> dict[str, Any]:
     """What of [train] the child is told beside `config`, where a task's own keys cannot be taken for it."""
+    if spec.script:
+        shared = spec.data.partition != "local"
+        about = {"config": spec.config, "arguments": spec.arguments, "rounds": spec.rounds, "shared": shared}
+        return {"script": about, "seed": init_seed(spec)}
     given = spec.train.model_dump(mode="json", include=set(CLIENT_TERMS) - {"dyn_alpha"})
     terms = {name: value for name, value in given.items() if value and value != "none"}
     if spec.train.drift == "feddyn":  # its pull to the round's model is that term
@@ -236,6 +242,20 @@ def train_command(
         **_private(assignment, noise_seed),
         **({"correction": correction} if correction else {}),
     }
+
+
+def script_command(assignment: Assignment, *, base: str, indices: str | None, out: str) -> dict[str, Any]:
+    """What the child is asked to train where it runs a script, whose length, batch and optimiser are its own.
+
+    Args:
+        assignment: of kind train.
+        base: path of the model to train.
+        indices: path of the samples of the shard; None: all that the script has there.
+        out: path of the update.
+    """
+    shard = {"round": assignment.round, "shard": assignment.shard, "shards": assignment.shards}
+    seed = derived_seed(assignment.spec.seed, "train", assignment.round, assignment.shard)
+    return {"do": "train", "base": base, "indices": indices, "out": out, "seed": seed, **shard}
 
 
 def _private(assignment: Assignment, seed: str) -> dict[str, Any]:

@@ -76,6 +76,7 @@ task_terms = beside("task_terms")
 task_drift = beside("task_drift")
 task_private = beside("task_private")
 task_cage = beside("task_cage")
+task_script = beside("task_script")
 
 is_out_of_memory = task_device.is_out_of_memory
 
@@ -385,14 +386,23 @@ def import_task(file: Path, config: dict[str, Any], terms: dict[str, Any] | None
     sys.modules[spec.name] = task.module  # dataclasses and typing look their module up while it is imported
     with task.watched(""):
         seen.update(loader.read())
-        found = hashlib.sha256(loader.text).hexdigest()
-        if allowed and found != allowed:
-            raise TaskError("not_trusted", f"{file.name} is {found[:12]}… and not {allowed[:12]}…, which may run here")
+        check_text(file, loader.text, allowed)
         loader.exec_module(task.module)
     missing = [f"{hook}({arguments})" for hook, arguments in REQUIRED_HOOKS.items() if not task.has(hook)]
     if missing:
         raise TaskError("bad_task", f"{file.name} does not define {' and '.join(missing)}")
     return replace(task, digest=seen.hexdigest())
+
+
+def check_text(file: Path, text: bytes, allowed: str) -> None:
+    """Make sure that a file's text is the one that may be run.
+
+    Raises:
+        TaskError: it is another one; code not_trusted.
+    """
+    found = hashlib.sha256(text).hexdigest()
+    if allowed and found != allowed:
+        raise TaskError("not_trusted", f"{file.name} is {found[:12]}… and not {allowed[:12]}…, which may run here")
 
 
 REQUIRED_HOOKS = {"model": "config", "dataset": "config, split"}
@@ -757,9 +767,9 @@ def check_rest(base: Path, rest: str) -> None:
     with safe_open(base, framework="pt") as file:
         there = json.loads((file.metadata() or {}).get("lydian", "{}")).get("rest", "")
     if there != rest:
-        sentence = f"what train.trainable_only leaves out of the model is {rest[:12]}… here, built by model(config)"
-        sentence += f" with torch {torch.__version__}, and {there[:12]}… where the job began: give this machine the"
-        raise TaskError("no_data", f"{sentence} same pretrained weights and torch, or have model() seed what it draws")
+        sentence = f"what does not travel of the model is {rest[:12]}… here, built with torch {torch.__version__}, and"
+        sentence += f" {there[:12]}… where the job began: give this machine the same pretrained weights and torch, or"
+        raise TaskError("no_data", f"{sentence} seed what is drawn when it is built")
 
 
 def put_state(model: nn.Module, tensors: dict[str, Tensor], parts: Any = task_parts.WHOLE) -> None:  # noqa: ANN401
@@ -777,7 +787,9 @@ def put_state(model: nn.Module, tensors: dict[str, Tensor], parts: Any = task_pa
             differences.append(f"{name!r} is {there.dtype} {list(there.shape)}, not {here.dtype} {list(here.shape)}")
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
-        raise TaskError("bad_task", f"the global model does not fit model(config): {min(differences)}{more}")
+        raise TaskError(
+            "bad_task", f"the global model does not fit the one that is built here: {min(differences)}{more}"
+        )
     given = {**tensors, **{alias: tensors[name] for alias, name in layout.aliases.items()}}
     model.load_state_dict(given, strict=not parts.stays)  # what stays is not missing
 
@@ -1224,6 +1236,7 @@ class Host:
         self._computes: tuple[str, str] | None = None  # in which precision, and why: said when it changes
         self._facts: Any = None  # of the device, for the choice of a precision
         self._many = task_stacked.Many(self, sys.modules[__name__])
+        self.inbox: Any = queue.Queue()  # where commands come from: a script's loop takes them itself
         self._commands: dict[str, Callable[..., dict[str, Any]]] = {
             "open": self.open,
             "init": self.init,
@@ -1253,12 +1266,17 @@ class Host:
     def open(
         self, task: str, config: dict[str, Any], terms: dict[str, Any] | None = None, allowed: str = ""
     ) -> dict[str, Any]:
-        """Import the task file; forget the one before, its model and its data."""
+        """Import the task file; forget the one before, its model and its data. A script is run, to its end."""
         self._events.progress("loading")
         self._task, self._splits, self._said, self._computes = None, {}, None, None
         self._measures = None
         self._forget_model()
         self._many = task_stacked.Many(self, sys.modules[__name__])
+        if terms is not None and "script" in terms:
+            answer: dict[str, Any] = task_script.run(
+                sys.modules[__name__], self, Path(task).resolve(), config, terms, allowed
+            )
+            return answer
         self._task = import_task(Path(task).resolve(), config, terms, allowed)
         if "drift" in self._task.terms and self._task.has("optimizer"):
             raise self._unfit(f"{self._task.file.name} has its own optimizer(): leave it out")
@@ -1894,6 +1912,7 @@ def show_stacks_when_asked() -> None:
 
 def serve(host: Host, device: torch.device, commands: "queue.Queue[dict[str, Any]]", events: Events) -> int:
     """Carry out commands one by one; only a device that is lost ends this. Returns the exit code."""
+    host.inbox = commands
     while True:
         answer = host.answer(commands.get())
         events.send(answer)

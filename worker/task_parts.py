@@ -12,7 +12,7 @@ is trained does: then it is built. Names are those of the state_dict; patterns a
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -93,6 +93,31 @@ def parts_of(config: Mapping[str, Any], model: nn.Module, tied: Mapping[str, str
     untrained = parameters.intersection(shared) - trained if config.get("frozen") else set()
     rest = digest_of(state, built) if config.get("trainable_only") else ""
     return Parts(frozenset(personal), frozenset(built), frozenset(untrained), rest)
+
+
+def chosen_by(travels: Callable[[str], bool], model: nn.Module, tied: Mapping[str, str]) -> Parts:
+    """Which tensors travel by a function of their names; of the rest, what is trained stays with its worker.
+
+    Args:
+        travels: name -> whether it does.
+        model: as it was built.
+        tied: as `parts_of` takes it.
+
+    Raises:
+        UnfitError: two tensors that share their memory are told apart; nothing that is trained travels.
+    """
+    state = model.state_dict()
+    chosen = {name for name in state if travels(name)}
+    for name, first in sorted(tied.items()):
+        if (name in chosen) != (first in chosen):
+            inside, outside = (name, first) if name in chosen else (first, name)
+            raise UnfitError(f"it takes {inside!r}, which is tied to {outside!r}, and not that: take both or neither")
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    if not chosen & trained:
+        raise UnfitError(f"it takes {len(chosen)} of {len(state)} tensors, and none that is trained")
+    personal = (trained | running_statistics(model)).intersection(state) - chosen
+    built = set(state) - chosen - personal
+    return Parts(frozenset(personal), frozenset(built), frozenset(), digest_of(state, built) if built else "")
 
 
 def personal_names(

@@ -38,6 +38,7 @@ Fetch = Callable[[Callable[[], int], Watch], int]
 """Make a call that downloads until it has, and return the bytes it brought."""
 
 
+FAREWELL_S = 30.0  # without a sign of life, for what a script does after its last round
 BY_LABEL = ("dirichlet", "labels")  # partitions
 BY_COLUMN = (*BY_LABEL, "natural")  # that need a number a sample: its class, or its id
 
@@ -74,6 +75,7 @@ class Trainer:
         self._log_path = log_folder / "child.log"
         self._child: Child | None = None
         self._opened: str | None = None  # the job whose task the child has loaded
+        self._script = False  # whether that is a script, which runs until the job is over
         self._ran: set[str] = set()  # digests of the tasks, other than built-in ones, whose code has run in the child
         self._samples: dict[str, int] = {}  # job -> samples in its training set, for the job in the child
         self._cuts: dict[str, Partition] = {}  # job -> its training set in order, likewise
@@ -144,6 +146,7 @@ class Trainer:
     def forget(self) -> None:
         """Forget the job that is loaded. The child is kept, with its torch, if it has run only built-in tasks."""
         if self._child is None or self._ran:
+            self._let_script_end()
             self.close()
             return
         try:
@@ -152,8 +155,16 @@ class Trainer:
             self.close()
         self._forget_job()
 
+    def _let_script_end(self) -> None:
+        """Have a script leave its loop of rounds and do what it does after it; what fails there is in the log alone."""
+        if self._script and self._child is not None and self._child.alive:
+            try:
+                self._child.ask({"do": "close"}, on_progress=lambda _: None, stall_s=FAREWELL_S)
+            except (TaskFailure, TaskStopped) as ended:
+                log.warning("%s: after its last round: %s", self._opened, ended)
+
     def _forget_job(self) -> None:
-        self._opened = None
+        self._opened, self._script = None, False
         self._samples.clear()
         self._cuts.clear()
 
@@ -184,6 +195,7 @@ class Trainer:
         config = plan.child_config(work.spec, defaults, self._options.data)
         terms = plan.client_terms(work.spec)
         allowed = {} if work.task.digest is None else {"allowed": work.task.digest}
+        self._script = work.spec.script
         self._ask(child, {"do": "open", "task": str(path), "config": config, "terms": terms, **allowed}, watch)
         self._opened = work.job
         return child
@@ -199,7 +211,12 @@ class Trainer:
         return path, {}
 
     def _ask(self, child: Child, command: dict[str, Any], watch: Watch) -> dict[str, Any]:
-        return child.ask(command, on_progress=watch.see, stall_s=self._options.stall_s)
+        try:
+            return child.ask(command, on_progress=watch.see, stall_s=self._options.stall_s)
+        except TaskFailure:
+            if self._script:  # it may have ended in the middle: the next work begins it anew
+                self.close()
+            raise
 
     # ------------------------------------------------------------ the work
 
@@ -398,6 +415,8 @@ class Trainer:
             command = {"do": "evaluate", "base": base, "batch_size": size, **plan.measuring(assignment.spec)}
             return {**command, **({"personal_from": str(own)} if own else {})}
         indices = self._indices(child, begun, heart)
+        if assignment.spec.script:
+            return plan.script_command(assignment, base=base, indices=indices, out=str(written_to(begun)))
         if assignment.spec.train.batch_size == "auto" and not sizes.batch_size:
             sizes = self._probe(begun, child, plan.probe_command(assignment, base=base, indices=indices), heart)
         before = assignment.optimizer_of, assignment.state_shard

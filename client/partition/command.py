@@ -67,6 +67,12 @@ def run_partition(job: Job, wish: Wish, *, as_json: bool) -> None:
         LydianError: the job's data is not cut, cannot be read, or cannot be cut so.
     """
     spec = job.spec
+    if spec.script:
+        raise LydianError(
+            "a training script has to be run to know its data, and is not run here",
+            code="bad_job",
+            advice="`lydian watch` shows how many samples each worker reports.",
+        )
     if spec.data.partition == "local":
         raise LydianError(
             "partition = local is not cut: every worker trains on its own data, of which only it knows",
