@@ -156,7 +156,7 @@ def signed_in(started: Browser, house: House, path: str = "/", **context: object
 def main(folder: Path) -> None:
     """Take all pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    wide = {"viewport": {"width": 1280, "height": 860}}
+    wide = {"viewport": {"width": 1280, "height": 1000}}
     phone = {"viewport": {"width": 360, "height": 780}, "device_scale_factor": 2}
     with temporary() as folder_of_state, browser() as started:
         house = House(folder_of_state).open()
