@@ -63,7 +63,12 @@ class Walk:
         print(f"$ {command}", file=sys.stderr, flush=True)
         began = time.monotonic()
         yield
-        self.steps.append((what, command, time.monotonic() - began))
+        self.note(what, command, time.monotonic() - began)
+
+    def note(self, what: str, command: str, seconds: float) -> None:
+        """Keep what a step took, and say it: a later one may fail."""
+        self.steps.append((what, command, seconds))
+        print(f"took {seconds:.1f} s", file=sys.stderr, flush=True)
 
     @contextmanager
     def beside(self, command: list[str], **environment: str) -> Iterator[subprocess.Popen[str]]:
@@ -115,7 +120,7 @@ def coordinator(newcomer: Walk) -> Iterator[tuple[str, Path]]:
         line = process.stdout.readline()
         if not line.startswith("ready "):
             raise SystemExit(f"{' '.join(command)} did not say that it listens, but {line!r}")
-        newcomer.steps.append(("start a coordinator", f"{BIN} serve", time.monotonic() - began))
+        newcomer.note("start a coordinator", f"{BIN} serve", time.monotonic() - began)
         yield line.split()[1], state
 
 
