@@ -1,5 +1,6 @@
 """The documentation: every page has a place, every link leads somewhere, and the HTML of it works by itself."""
 
+import ast
 from collections import Counter
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -140,3 +141,10 @@ def test_a_page_runs_no_script_loads_nothing_from_elsewhere_and_says_where_one_i
     for rule in ("prefers-color-scheme: dark", "@media print", "max-width: 860px", ":focus-visible"):
         assert rule in style
     assert "http" not in style
+
+
+def test_python_in_a_page_is_python() -> None:
+    for page in pages():
+        for block in markdown.READER.parse((ROOT / page).read_text(encoding="utf-8")):
+            if block.type == "fence" and block.info == "python":
+                compile(block.content, f"{page}:{(block.map or [0])[0] + 1}", "exec", ast.PyCF_ONLY_AST)

@@ -236,30 +236,18 @@ def test_the_three_modules_do_what_the_commands_do(tmp_path: Path) -> None:
     server = Process(["-m", "uvicorn", "server.app:app", "--port", str(port)], tmp_path / "server.log", environment)
     url = f"http://127.0.0.1:{port}"
     wait_for("uvicorn to listen", lambda: "running on" in server.said())
+    options = ["--name", "w", "--state-dir", "here", "--threads", "1", "--device", "cpu", "--trust", "any"]
     worker = Process(
-        [
-            "-m",
-            "worker",
-            url,
-            "--name",
-            "w",
-            "--state-dir",
-            "here",
-            "--threads",
-            "1",
-            "--device",
-            "cpu",
-            "--trust",
-            "any",
-        ],
+        ["-m", "worker", url, *options],
         tmp_path / "worker.log",
         {"LYDIAN_TOKEN": (state / "join.token").read_text().strip()},
         cwd=tmp_path,  # a folder that is named from here, while the child works elsewhere
     )
-    (tmp_path / "mine.py").write_text(LINEAR)
+    task = tmp_path / "mine.py"
+    task.write_text(LINEAR)
     try:
         ended = subprocess.run(
-            [sys.executable, "-m", "client.submit_job", "--task", str(tmp_path / "mine.py"), "--rounds", "1", "--watch"],
+            [sys.executable, "-m", "client.submit_job", "--task", str(task), "--rounds", "1", "--watch"],
             capture_output=True, text=True, check=False, timeout=120,
             env={**os.environ, "LYDIAN_URL": url, "LYDIAN_STATE_DIR": str(state)},
         )  # fmt: skip
