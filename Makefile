@@ -23,7 +23,7 @@ PURE += server/drift.py common/drift.py
 PURE += worker/plan.py worker/cage.py worker/simulation/claims.py common/sharding.py common/ranges.py common/streams.py
 PURE += common/shamir.py common/fixed.py common/secure.py common/signing.py server/securing.py
 PURE += common/codecs.py common/forecast.py common/pace.py common/link.py common/fitness.py server/paths.py worker/manners.py worker/task_precision.py
-PURE += common/audit.py server/tally.py server/keeping.py
+PURE += common/then.py common/audit.py server/tally.py server/keeping.py
 PURE += common/pins.py common/networks.py
 PURE += server/nova.py server/amplification.py common/cautions.py common/advice.py
 PURE += server/hosts.py server/buckets.py
@@ -35,7 +35,7 @@ empty :=
 comma := ,
 space := $(empty) $(empty)
 
-.PHONY: help demo test check coverage fuzz sbom chaos test-mixed-torch test-previous docs bench clean distclean
+.PHONY: help demo test check coverage fuzz sbom chaos test-mixed-torch test-previous docs site bench clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -89,6 +89,9 @@ test-previous: $(READY) ## workers and a journal of the version before (PREVIOUS
 
 docs: $(READY) ## write docs/reference from the code: after a new command, key, error, metric or call
 	@$(BIN)/python -m docs.generate
+
+site: $(READY) ## write the documentation as HTML: build/site/index.html; a link that leads nowhere ends it
+	@$(BIN)/python -m docs.site
 
 bench: $(READY) ## measure everything beside what the machine could do; writes docs/performance.md, takes half an hour
 	@$(BIN)/lydian bench --markdown docs/performance.md

@@ -507,6 +507,11 @@ class JobSpec(Message):
         return self
 
     @property
+    def hides_data(self) -> bool:
+        """Whether nothing of a worker's data may be shown: then what the task prints stays on its worker as well."""
+        return self.secure.enabled or self.privacy.level != "none" or self.data.partition == "local"
+
+    @property
     def beyond_protocol_1(self) -> str:
         """What of this job a worker of protocol 1 cannot do, or not even read; empty: nothing."""
         beyond = [f"train.{name}{' = auto' if name == 'batch_size' else ''}" for name in self.train.new_keys]
@@ -835,6 +840,9 @@ class Progress(Message):
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="what a training computes in")
     memory_used: Count | None = Field(None, description="bytes of the device's memory that are taken, by whomever")
     temperature: float | None = Field(None, allow_inf_nan=False, description="of the device, °C; None: not told")
+    power: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="that the device draws, watts; None: not told"
+    )
 
 
 class Heartbeat(Message):
@@ -845,6 +853,7 @@ class Heartbeat(Message):
     attempt: int = Field(ge=1)
     progress: Progress
     held: str = Field("", max_length=500, description="why the work stands still for now; empty: it goes on")
+    said: str = Field("", max_length=4_000, description="what the task wrote last; shown, never journalled")
 
 
 class HeartbeatAnswer(Message):

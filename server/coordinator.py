@@ -935,7 +935,7 @@ class Coordinator:
             return HeartbeatAnswer(order="superseded", reason=f"{task} is not with this worker any more")
         self.fleet.renew(lease, beat.progress, now)
         self.hub.touch(job_id)
-        lease.held = beat.held
+        lease.held, lease.said = beat.held, beat.said
         if worker.paused:
             return self._pause(worker, lease)
         if worker.draining:

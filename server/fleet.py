@@ -42,6 +42,7 @@ class Lease:
     claim_key: str = ""
     progress: Progress | None = None
     held: str = ""  # why the work stands still for now, as its worker says
+    said: str = ""  # what its task wrote last
     since: float = 0.0  # monotonic seconds at which it was granted
     whole: bool = False  # whether that was the hand-out: not of a lease that was adopted, or had run out meanwhile
     due: Due | None = None  # when its update is expected, once that was worked out

@@ -125,12 +125,12 @@ class House:
         self.coordinator.fleet.register(machine.name, machine, self.coordinator.clock())
         return machine.name
 
-    def works(self, worker: str, job: str, task: Task, progress: Progress) -> None:
-        """A worker holds a task of a job, and is so far."""
+    def works(self, worker: str, job: str, task: Task, progress: Progress, said: str = "") -> None:
+        """A worker holds a task of a job, is so far, and its task wrote that."""
 
         def hold() -> None:
             now = self.coordinator.clock()
-            lease = Lease(job, task, 1, worker, expires_at=now + 600, progress=progress, since=now)
+            lease = Lease(job, task, 1, worker, expires_at=now + 600, progress=progress, since=now, said=said)
             self.coordinator.fleet.leases[worker] = lease
             self.coordinator.hub.touch(job)
 

@@ -14,8 +14,11 @@ from pathlib import Path
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from common.facts import Absent, Fact, HandedOut, StateChanged
-from common.messages import Link, PrivacySpent, Progress
+from common.messages import Link, PrivacySpent, Progress, TailnetNode
+from common.tailscale import Peer, TailscaleStatus, Whois
+from server.paths import Verdict
 from server.rounds import Task
+from server.tailnet import Caller
 from tests.dashboard_kit import House, accepted, begun, closing, machine, opening, trouble
 from tests.rounds_kit import spec
 
@@ -28,6 +31,15 @@ FLEET = {
     "laptop": ("", 0, "2.14.1", Link(down=4.1e6, up=1.2e6, latency_s=0.083)),
     "studio": ("NVIDIA RTX 3090", 24 << 30, "2.14.1", Link(down=112e6, up=96e6, latency_s=0.0009)),
 }
+PATHS = {
+    "atelier": ("direct", "100.64.0.11:41641"),
+    "attic": ("direct", "100.64.0.12:41641"),
+    "barn": ("direct", "100.64.0.13:41641"),
+    "laptop": ("relay", "fra"),
+    "studio": ("direct", "100.64.0.15:41641"),
+}
+GAUGES = {"attic": (9.4e9, 78.0, 231.0), "barn": (17.9e9, 66.0, 188.0), "laptop": (11.2e9, 61.0, None)}
+SAID = "epoch 1 of 1\n{step} of 120 steps, loss 0.29, learning rate 0.05"
 PACES = {"atelier": 0.16, "attic": 0.72, "barn": 0.5, "laptop": 1.05, "studio": 0.3}  # seconds of training in a round
 TRACEBACK = """Traceback (most recent call last):
   File "task.py", line 41, in loss
@@ -40,6 +52,7 @@ def live(house: House) -> None:
     """A fleet at work, and four jobs: one under way, one finished, one failed, one that waits."""
     for name, (gpu, memory, torch, link) in FLEET.items():
         house.add(machine(name, gpu=gpu, memory=memory, torch=torch), link=link)
+    ways(house)
     ended(house)
     house.happen("clothes-7c1e", begun(spec(task="fashion-mnist", name="clothes", rounds=40)))
     absent = Absent(worker="laptop", worker_name="laptop", shard=3, why="fell behind: its update was due 3 s before")
@@ -61,11 +74,26 @@ def live(house: House) -> None:
     for at in (0, 4):
         house.happen("clothes-7c1e", [accepted(18, at, list(FLEET)[at], 0.22, seconds=0.1, took_s=0.15)])
     for at, (name, step) in enumerate({"attic": 31, "barn": 74, "laptop": 12}.items()):
+        used, heat, power = GAUGES[name]
         done = Progress(
-            doing="training", step=step, steps=120, samples=64 * step, samples_per_s=900 / (at + 1), loss=0.29
-        )
-        house.works(name, "clothes-7c1e", Task("train", 18, list(FLEET).index(name)), done)
+            doing="training", step=step, steps=120, samples=64 * step, samples_per_s=900 / (at + 1), loss=0.29,
+            memory_used=int(used), temperature=heat, power=power,
+        )  # fmt: skip
+        house.works(name, "clothes-7c1e", Task("train", 18, list(FLEET).index(name)), done, SAID.format(step=step))
     house.do(lambda: setattr(house.coordinator.fleet.workers["studio"], "draining", True))
+
+
+def ways(house: House) -> None:
+    """Each worker calls over a tailnet that is made up as well."""
+    peers = tuple(
+        Peer(name, (), direct=via if kind == "direct" else "", relay=via if kind == "relay" else "", active=True)
+        for name, (kind, via) in PATHS.items()
+    )
+    tailnet = house.coordinator.tailnet
+    tailnet.status = TailscaleStatus("Running", stable_id="coordinator", peers=peers)
+    for name in PATHS:
+        node = TailnetNode(stable_id=name, name=f"{name}.example.ts.net", owner="team@example.org")
+        tailnet.callers[name] = Caller(("100.64.0.9", 1), Whois(node), Verdict())
 
 
 def paced(house: House, number: int, loss: float) -> None:
@@ -128,7 +156,7 @@ def signed_in(started: Browser, house: House, path: str = "/", **context: object
 def main(folder: Path) -> None:
     """Take all pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    wide = {"viewport": {"width": 1280, "height": 860}}
+    wide = {"viewport": {"width": 1280, "height": 1000}}
     phone = {"viewport": {"width": 360, "height": 780}, "device_scale_factor": 2}
     with temporary() as folder_of_state, browser() as started:
         house = House(folder_of_state).open()

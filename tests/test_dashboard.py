@@ -51,7 +51,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     for number in (1, 2, 3):
         running.happen(JOB, whole_round(number, ["attic", "barn"], 1.0 / number, 0.2 * number))
     running.happen(JOB, [opening(4, 2), HandedOut(kind="train", round=4, shard=0, attempt=1, worker="attic")])
-    running.works("attic", JOB, Task("train", 4), Progress(doing="training", step=3, steps=12, loss=0.31))
+    gauges = {"memory_used": 9_500_000_000, "temperature": 71.0, "power": 182.0}
+    progress = Progress(doing="training", step=3, steps=12, loss=0.31, **gauges)
+    running.works("attic", JOB, Task("train", 4), progress, said=f"epoch 1: loss 0.31\n{MARKUP}")
     yield running
     running.close()
 
@@ -130,7 +132,16 @@ def test_without_a_token_a_page_asks_for_one_and_asks_the_coordinator_for_nothin
 def test_the_overview_says_of_each_worker_and_job_what_it_does_and_what_it_waits_for(visit: Open) -> None:
     page = visit()
     row = page.locator("#fleet tr", has_text="attic")
-    for words in ("working", "NVIDIA GTX 1080 Ti", "CUDA 13.0", "11.8 GB", "step 3 of 12", "loss 0.310"):
+    for words in (
+        "working",
+        "NVIDIA GTX 1080 Ti",
+        "CUDA 13.0",
+        "9.5 GB",
+        "of 11.8 GB",
+        "71 °C, 182 W",
+        "step 3 of 12",
+        "loss 0.310",
+    ):
         expect(row).to_contain_text(words)
     expect(page.locator("#fleet tr", has_text="barn")).to_contain_text("waiting for work")
     job = page.locator(f"[id='row-{JOB}']")
@@ -181,6 +192,37 @@ def test_the_theme_is_changed_and_stays_changed(visit: Open) -> None:
 
 
 # ---------------------------------------------------------------- acting
+
+
+def test_what_a_task_writes_is_shown_as_text_beside_the_job(visit: Open) -> None:
+    page = visit(f"/jobs/{JOB}")
+    expect(page.locator("#output pre")).to_contain_text("epoch 1: loss 0.31")
+    expect(page.locator("#output pre")).to_contain_text(MARKUP)
+    assert page.evaluate("window.bitten") is None
+
+
+def test_a_token_that_may_not_press_a_button_is_told_so_before(visit: Open, house: House) -> None:
+    tokens = house.coordinator.tokens
+    watcher = house.do(lambda: tokens.issue("read", name="watcher"))
+    sender = house.do(lambda: tokens.issue("submit", name="sender"))
+    page = visit(token=None)
+    page.evaluate(f"sessionStorage.setItem('lydian.token', '{watcher}')")
+    page.reload()
+    expect(page.locator("#fleet")).to_contain_text("takes a token of scope admin; this one has scope read")
+    expect(page.get_by_role("button", name="Drain")).to_have_count(0)
+    expect(page.locator(".title a.button")).to_be_hidden()
+    page.goto(f"{house.url}/submit")
+    expect(page.locator("#submit-job")).to_be_disabled()
+    expect(page.locator("#submit-denied")).to_contain_text("takes a token of scope submit or admin")
+    page.goto(f"{house.url}/jobs/{JOB}")
+    expect(page.locator("#cancel-job")).to_be_disabled()
+    expect(page.locator("#get-newest")).to_be_enabled()
+    page.evaluate(f"sessionStorage.setItem('lydian.token', '{sender}')")
+    page.reload()
+    expect(page.locator("#pause-job")).to_be_disabled()
+    expect(page.locator("#actions-note")).to_contain_text("was submitted with another token")
+    page.goto(f"{house.url}/submit")
+    expect(page.locator("#submit-job")).to_be_enabled()
 
 
 def test_a_job_is_paused_resumed_and_cancelled_each_after_a_question(visit: Open, house: House) -> None:

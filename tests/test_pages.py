@@ -22,7 +22,17 @@ from common.facts import (
     Lost,
     OpenedAnew,
 )
-from common.messages import JobSpec, Link, PrivacySpent, Progress, TailnetPath, WorkerSpeed, WorkerView
+from common.messages import (
+    GpuThen,
+    JobSpec,
+    Link,
+    PrivacySpent,
+    Progress,
+    Scene,
+    TailnetPath,
+    WorkerSpeed,
+    WorkerView,
+)
 from server.pages import form, words
 from server.pages.history import DETAILED_ROUNDS, POINTS, SHOWN_ROUNDS, History
 from server.pages.markup import HERE, SECURITY, render, static_files
@@ -100,7 +110,21 @@ def test_a_row_says_what_is_known_and_nothing_of_what_is_not() -> None:
     assert (bare.path, bare.link, bare.doing, bare.part, bare.rate) == ("", "", "", None, 99.0)
     assert row_of(view(progress=Progress(doing="loading"))).doing == "loading"
     gone = row_of(view(state="gone", last_seen_s=7_300.0, progress=Progress(doing="loading", step=2)))
+    assert (gone.used, gone.gauges) == (None, "")
     assert (gone.seen, gone.doing, gone.part, gone.rate) == ("2 h ago", "loading, step 2", None, None)
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({}, ""), ({"temperature": 70.6}, "71 °C"), ({"power": 1182.4}, "1,182 W"),
+        ({"temperature": 0.0, "power": 0.0}, "0 °C, 0 W"),
+    ],
+)  # fmt: skip
+def test_a_gauge_that_tells_nothing_is_left_out_and_zero_is_told(told: dict[str, float], said: str) -> None:
+    row = row_of(view(progress=Progress(doing="training", memory_used=5, **told)))
+    assert (row.used, row.gauges) == (5, said)
+    assert row_of(view()).used is None
 
 
 @pytest.mark.parametrize(
@@ -232,6 +256,34 @@ def test_the_log_has_what_a_person_should_hear_of() -> None:
         "trouble",
     ]
     assert made.events[1].detail == "Traceback"
+
+
+def test_a_trouble_comes_with_what_to_do_about_it_and_the_machine_then() -> None:
+    gpu = GpuThen(index=0, name="P40", memory=24 << 30, free=1 << 30, temperature=81.4)
+    scene = Scene(python="3.11.7", system="Linux-6.1", driver="580.95.05", gpus=(gpu,))
+    known = trouble(1, "a", "no room", code="out_of_memory").model_copy(
+        update={"cause": "too little memory", "advice": "Set a smaller batch_size.", "scene": scene}
+    )
+    first, second = history(known, trouble(1, "a", "it broke")).events
+    assert first.text.endswith("no room (out_of_memory, too little memory)")
+    assert first.more == (
+        "what to do: Set a smaller batch_size.",
+        "Python 3.11.7, NVIDIA driver 580.95.05, Linux-6.1",
+        "GPU 0 P40: 1.1 GB free of 25.8 GB, 81 °C",
+    )
+    assert (second.text[-13:], second.more) == ("(task_failed)", ())
+
+
+@pytest.mark.parametrize(
+    ("keys", "over", "said"),
+    [
+        ({}, True, "has ended"), ({}, False, "Nobody at work has written"),
+        ({"data": {"partition": "local"}}, False, "stays on its workers"),
+        ({"privacy": {"level": "worker", "clip": 1.0, "noise": 1.0, "delta": 1e-5}}, False, "stays on its workers"),
+    ],
+)  # fmt: skip
+def test_where_nothing_of_a_task_is_shown_it_is_said_why(keys: dict[str, object], over: bool, said: str) -> None:
+    assert said in words.silence(spec(**keys), over=over)
 
 
 def test_of_a_long_past_little_is_kept_and_all_of_its_curves() -> None:
@@ -430,7 +482,7 @@ def test_nothing_but_the_files_of_the_shell_is_served(file: str, fleet: Fleet) -
 
 
 def test_every_part_of_a_job_can_be_asked_for_and_no_other(fleet: Fleet) -> None:
-    for part in ("head", "actions", "now", "timeline", "timeline?round=1", "rounds", "shares", "log"):
+    for part in ("head", "actions", "now", "output", "timeline", "timeline?round=1", "rounds", "shares", "log"):
         assert fleet.call("GET", f"/ui/jobs/{fleet.job}/{part}", fleet.admin).status == 200
     assert fleet.call("GET", f"/ui/jobs/{fleet.job}/journal", fleet.admin).status == 400
     assert fleet.call("GET", f"/ui/jobs/{fleet.job}/series", fleet.admin).json() == {
@@ -443,7 +495,7 @@ def test_every_part_of_a_job_can_be_asked_for_and_no_other(fleet: Fleet) -> None
 def test_a_stream_begins_with_the_version_of_every_part(fleet: Fleet) -> None:
     said = fleet.call("GET", f"/ui/live?job={fleet.job}", fleet.admin).body.decode()
     assert set(re.findall(r'"(\w+)": "', said)) == {
-        "head", "actions", "now", "timeline", "rounds", "shares", "log", "curves"
+        "head", "actions", "now", "output", "timeline", "rounds", "shares", "log", "curves"
     }  # fmt: skip
     assert set(re.findall(r'"(\w+)": "', fleet.call("GET", "/ui/live", fleet.admin).body.decode())) == {"fleet", "jobs"}
 

@@ -54,6 +54,9 @@ class Driver:
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         return int(self._answer("nvmlDeviceGetPowerUsage", 182_500))
 
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
+        return self._answer("nvmlDeviceGetMemoryInfo", SimpleNamespace(used=3 << 30))
+
     def nvmlDeviceGetComputeRunningProcesses(self, handle: str) -> list[Any]:
         return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in self.computing.items()]
 
@@ -207,6 +210,21 @@ def test_on_a_processor_its_own_sensor_counts(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(LydianError, match=r"--max-temperature .*the system does not tell the processor's temperature"):
         one.check()
     assert one.measure().unknown == "the system does not tell the processor's temperature"
+
+
+def test_a_gauge_has_what_the_driver_tells_and_nothing_in_place_of_what_it_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    driver = Driver()
+    gpu, _ = senses._open_gpu("cuda", driver)
+    monkeypatch.setattr(senses, "_gauged", lambda device: gpu)
+    assert senses.gauge("cuda") == (3 << 30, 71.0, 182.5)
+    driver.errors["nvmlDeviceGetPowerUsage"] = pynvml.NVML_ERROR_NOT_SUPPORTED
+    assert senses.gauge("cuda") == (3 << 30, 71.0, None)
+    monkeypatch.setattr(senses, "_gauged", lambda device: None)
+    used, _, power = senses.gauge("cpu")
+    assert used is not None
+    assert power is None
 
 
 def test_without_a_rule_nothing_is_measured() -> None:

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -360,3 +361,13 @@ def test_the_example_is_short_and_learns() -> None:
     measured = module.metrics(model, test.tensors, config)
     assert int(measured["accuracy"][1]) == len(test)
     assert int(measured["missed"][1]) == int((test.tensors[1] == 0).sum())
+
+
+def test_the_task_on_the_page_for_who_comes_from_elsewhere_builds_its_model_and_reads_its_data(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    task: dict[str, Any] = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], task)
+    save_file({"x": torch.ones(3, 20), "y": torch.zeros(3, dtype=torch.int64)}, tmp_path / "train.safetensors")
+    samples = task["dataset"]({"data": {"ward": str(tmp_path)}}, "train")
+    assert len(samples) == 3
+    assert task["model"]({})(samples[0][0]).shape == (2,)

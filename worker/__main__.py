@@ -298,7 +298,7 @@ def _agent(
     wish: Wish,
 ) -> Agent:
     shown = name or machine_name()
-    folder = state_dir or default_folder(shown)
+    folder = (state_dir or default_folder(shown)).absolute()  # the child works in another folder than this one
     identity = Identity.open(folder, url)
     if identity.credential is None and options.join_token is None:
         raise LydianError(

@@ -14,6 +14,7 @@ from common.errors import LydianError
 from common.messages import Heartbeat, Progress
 from worker import plan
 from worker.child import Child, TaskStopped
+from worker.said import last_said, log_since, log_size
 from worker.senses import gauge
 from worker.waiting import Waiting
 
@@ -34,6 +35,8 @@ class Watch:
         self.ordered = threading.Event()  # the work is to be dropped, or put aside
         self.aside = ""  # why it is put aside: it may be gone on with later; empty: it is not
         self._child: Child | None = None
+        self._hears = False  # what the task writes may be shown to who follows the job
+        self._log_from = 0  # bytes of the child's log that are of earlier work
         self._acting = threading.Lock()  # an answer that comes late must not stop what the child does next
 
     def see(self, progress: Progress) -> None:
@@ -46,14 +49,18 @@ class Watch:
         self.ordered.set()
         self._act(Child.kill)
 
-    def use(self, child: Child) -> None:
+    def use(self, child: Child, *, hears: bool = False) -> None:
         """This child does the work from now on.
+
+        Args:
+            child: which.
+            hears: what it writes goes along with the beats.
 
         Raises:
             TaskStopped: the work was to be dropped before.
         """
         with self._acting:
-            self._child = child
+            self._child, self._hears, self._log_from = child, hears, log_size(child.log_path)
         if self.ordered.is_set():
             raise TaskStopped(self.order_reason or self.aside or "the work is to be dropped")
 
@@ -131,14 +138,19 @@ class Heart(Watch, threading.Thread):
             attempt=self.attempt,
             progress=self._gauged(),
             held=self.held[:WHY_LIMIT],
+            said=self._said(),
         )
 
     def _gauged(self) -> Progress:
-        """Where the work stands, with the device's memory and temperature now."""
+        """Where the work stands, with the device's memory, temperature and power now."""
         child = self._child
         device = child.build.device if child is not None and child.build is not None else "cpu"
-        memory_used, temperature = gauge(device)
-        return self.progress.model_copy(update={"memory_used": memory_used, "temperature": temperature})
+        return self.progress.model_copy(update=gauge(device)._asdict())
+
+    def _said(self) -> str:
+        """What the task wrote last, of this work."""
+        child = self._child
+        return last_said(log_since(child.log_path, self._log_from)) if child is not None and self._hears else ""
 
     def _obey(self, order: str, reason: str) -> None:
         self.order, self.order_reason = order, reason

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil  # type: ignore[import-untyped]
 
@@ -220,20 +220,28 @@ def _named(pid: int, memory: int | None) -> str:
     return f"{name} (pid {pid}{f', {gigabytes(memory)}' if memory else ''})"
 
 
-def gauge(device: str) -> tuple[int | None, float | None]:
-    """Bytes of the device's memory that are taken, and its temperature in °C; None where that is not known.
+class Gauged(NamedTuple):
+    """A device at this moment; None where that is not known."""
 
-    Of what is no NVIDIA GPU, the machine's memory and its processor's temperature. Once a heartbeat, so that a person
-    can see it (`lydian top`); no rule hangs on it.
+    memory_used: int | None  # bytes of its memory that are taken, by whomever
+    temperature: float | None  # °C
+    power: float | None  # watts
+
+
+def gauge(device: str) -> Gauged:
+    """The device now: of what is no NVIDIA GPU, the machine's memory and its processor's temperature.
+
+    Once a heartbeat, so that a person can see it (`lydian top`, the dashboard); no rule hangs on it.
     """
     gpu = _gauged(device)
     if gpu is None:
         memory = psutil.virtual_memory()
-        return int(memory.total - memory.available), _processor_temperature()
+        return Gauged(int(memory.total - memory.available), _processor_temperature(), None)
     unknown: list[str] = []  # said at the start, where a rule needs it
-    return (
+    return Gauged(
         gpu.ask("its memory", gpu.memory_used, otherwise=None, unknown=unknown),
         gpu.ask("its temperature", gpu.temperature, otherwise=None, unknown=unknown),
+        gpu.ask("its power", gpu.power, otherwise=None, unknown=unknown),
     )
 
 

@@ -182,12 +182,12 @@ class Trainer:
     def _child_for(self, work: Assignment | Preparation, watch: Watch) -> Child:
         """The child with the task of this job loaded: once a job, not once a round."""
         if self._opened == work.job and self._child is not None and self._child.alive:
-            watch.use(self._child)
+            watch.use(self._child, hears=not work.spec.hides_data)
             return self._child
         if self._opened is not None or self._ran - {work.task.digest}:
             self.forget()
         child = self.ready()
-        watch.use(child)
+        watch.use(child, hears=not work.spec.hides_data)
         watch.progress = Progress(doing="loading")
         path, defaults = self._task_of(work.task, watch)
         if work.task.digest is not None:

@@ -17,13 +17,13 @@ from typing import Literal, TypeVar
 from common.messages import OVER
 from server import views
 from server.coordinator import Coordinator
-from server.pages import timeline, workers
+from server.pages import timeline, words, workers
 from server.pages.history import History
 from server.pages.markup import render
 from server.rounds import Job
 
-Part = Literal["head", "actions", "now", "timeline", "rounds", "shares", "log"]
-JOB_PARTS: tuple[Part, ...] = ("head", "actions", "now", "timeline", "rounds", "shares", "log")
+Part = Literal["head", "actions", "now", "output", "timeline", "rounds", "shares", "log"]
+JOB_PARTS: tuple[Part, ...] = ("head", "actions", "now", "output", "timeline", "rounds", "shares", "log")
 PAST: frozenset[Part] = frozenset({"timeline", "rounds", "shares", "log"})  # parts that are made of the job's past
 
 T = TypeVar("T")
@@ -33,6 +33,7 @@ KEPT_RENDERINGS = 200
 FACTS_A_TURN = 200  # before others have theirs
 JOBS_PAGE = 30  # rows
 SHOWN_WORKERS = 40  # of those at work for a job
+QUOTED_WORKERS = 8  # whose task's output is shown
 COSTS = 10  # a rendering is kept for so many times the seconds that it took
 
 
@@ -108,13 +109,16 @@ class Board:
                 body = render("part_head.html", job=view, now=now, over=job.over)
             case "actions":
                 models = sorted(self.coordinator.models.get(job_id, {}))
-                body = render("part_actions.html", job=job, state=job.phase.state, models=models)
+                by = self.coordinator.submitted_by[job_id]
+                body = render("part_actions.html", job=job, state=job.phase.state, models=models, submitted_by=by)
             case "now":
                 present = views.now_of(self.coordinator, job)
                 more = max(0, len(present.workers) - SHOWN_WORKERS)
                 rows = [(one, workers.progress_words(one.progress), workers.part_of(one.progress))
                         for one in present.workers[:SHOWN_WORKERS]]  # fmt: skip
                 body = render("part_now.html", rows=rows, more=more, over=job.over)
+            case "output":
+                body = self._output(job)
             case "timeline":
                 body = render("part_timeline.html", picture=self._picture(past, round_index), past=past, id=job_id)
             case "rounds":
@@ -124,6 +128,17 @@ class Board:
             case "log":
                 body = render("part_log.html", events=list(reversed(past.events)))
         return _rendering(body)
+
+    def _output(self, job: Job) -> str:
+        """What the task writes on those at work for a job, as their last heartbeats had it."""
+        fleet = self.coordinator.fleet
+        said = sorted(
+            (fleet.workers[lease.worker].name, lease.said)
+            for lease in fleet.leases.values()
+            if lease.job == job.id and lease.said and lease.worker in fleet.workers
+        )
+        quoted, more = said[:QUOTED_WORKERS], max(0, len(said) - QUOTED_WORKERS)
+        return render("part_output.html", quoted=quoted, more=more, nothing=words.silence(job.spec, over=job.over))
 
     def _picture(self, past: History, round_index: int | None) -> timeline.Picture | None:
         """The round that was asked for, else the newest in which anything was handed out."""

@@ -30,6 +30,8 @@ from common.facts import (
     RoundClosed,
     StateChanged,
 )
+from common.then import scene_lines
+from server.pages import words
 
 SHOWN_ROUNDS = 30  # rows of the table
 DETAILED_ROUNDS = 20  # rounds of which it is kept who did what
@@ -86,6 +88,7 @@ class Event:
     kind: str  # trouble, note, state
     text: str
     detail: str = ""
+    more: tuple[str, ...] = ()  # what to do about it, and the machine then
 
 
 class History:
@@ -134,7 +137,7 @@ class History:
             case _:
                 pass
         if (said := _said(fact)) is not None:
-            self.events.append(Event(id, at, *said))
+            self.events.append(Event(id, at, *said, _more(fact)))
 
     def _anew(self, fact: OpenedAnew, at: str) -> None:
         self._updates = {key: update for key, update in self._updates.items() if key[0] != fact.round}
@@ -273,6 +276,18 @@ def _seconds(at: str) -> float:
     return datetime.fromisoformat(at).timestamp()
 
 
+def _code(fact: HandedBack) -> str:
+    return f"{fact.code}, {fact.cause}" if fact.cause not in ("", fact.code) else fact.code
+
+
+def _more(fact: Fact) -> tuple[str, ...]:
+    """What to do about a trouble, and the machine then."""
+    if not isinstance(fact, HandedBack):
+        return ()
+    said = [f"what to do: {fact.advice}"] if fact.advice else []
+    return (*said, *(scene_lines(fact.scene, words.size) if fact.scene is not None else ()))
+
+
 def _said(fact: Fact) -> tuple[str, str, str] | None:
     """(kind, line, detail) of a fact that the log shows."""
     match fact:
@@ -280,7 +295,7 @@ def _said(fact: Fact) -> tuple[str, str, str] | None:
             return "state", f"{fact.state}: {fact.reason}", ""
         case HandedBack():
             where = f"{fact.kind} of round {fact.round}, shard {fact.shard}, attempt {fact.attempt}"
-            return "trouble", f"{fact.worker_name} gave back {where}: {fact.sentence} ({fact.code})", fact.detail
+            return "trouble", f"{fact.worker_name} gave back {where}: {fact.sentence} ({_code(fact)})", fact.detail
         case Late():
             return "note", f"an update of round {fact.round}, shard {fact.shard} came too late and is not used", ""
         case Lost():

@@ -2,6 +2,8 @@
 
 import math
 
+from common.messages import JobSpec
+
 NOTHING = "–"
 _SIZES = ("B", "kB", "MB", "GB", "TB", "PB")
 
@@ -59,3 +61,12 @@ def count(number: float | None) -> str:
 def several(number: int, thing: str) -> str:
     """`1 worker`, `3 workers`."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def silence(spec: JobSpec, *, over: bool) -> str:
+    """Why nothing is shown of what a task writes."""
+    if over:
+        return "The job has ended; what the task wrote before a failure is in the log."
+    if spec.hides_data:
+        return "What the task writes stays on its workers: the job hides their data, or they have their own."
+    return "Nobody at work has written anything yet. It comes with the heartbeats, the last 20 lines of each worker."

@@ -29,6 +29,8 @@ class Row:
     part: float | None  # of its work, 0 to 1; None: not known
     device: str
     memory: int  # bytes, of the device or of the machine
+    used: int | None  # bytes of it that are taken, by whomever; None: not told, as by one without work
+    gauges: str  # `71 °C, 182 W`, as far as it tells them
     torch: str
     path: str
     link: str
@@ -52,6 +54,8 @@ def row_of(view: WorkerView) -> Row:
         part=part_of(view.progress),
         device=device_of(view),
         memory=build.memory or view.hardware.memory,
+        used=view.progress.memory_used if view.progress and not gone else None,
+        gauges=gauge_words(view.progress) if not gone else "",
         torch=torch_of(build),
         path=path_words(view),
         link=f"↓ {words.rate(view.link.down)} ↑ {words.rate(view.link.up)} Mbit/s" if view.link else "",
@@ -94,6 +98,15 @@ def progress_words(progress: Progress | None) -> str:
         said.append(f"step {progress.step:,}" + (f" of {progress.steps:,}" if progress.steps else ""))
     if progress.loss is not None:
         said.append(f"loss {words.measure(progress.loss)}")
+    return ", ".join(said)
+
+
+def gauge_words(progress: Progress | None) -> str:
+    """How warm the device is and what it draws, as `71 °C, 182 W`; what its worker cannot tell is left out."""
+    if progress is None:
+        return ""
+    said = [] if progress.temperature is None else [f"{progress.temperature:.0f} °C"]
+    said += [] if progress.power is None else [f"{progress.power:,.0f} W"]
     return ", ".join(said)
 
 

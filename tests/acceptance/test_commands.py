@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ SMALL = ["--shards", "2", "--min-workers", "2", "--local-epochs", "1"]
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
-    with LocalFleet(tmp_path_factory.mktemp("fleet"), LYDIAN_MAX_ATTEMPTS="1") as running:
+    with LocalFleet(tmp_path_factory.mktemp("fleet"), LYDIAN_MAX_ATTEMPTS="1", LYDIAN_HEARTBEAT_S="0.5") as running:
         running.start_workers(2, "--trust", "any")
         yield running
 
@@ -110,6 +111,27 @@ def test_a_task_file_runs_here_only_with_consent(fleet: LocalFleet, tmp_path: Pa
     assert lydian(fleet, "pull", job, "-o", f"{tmp_path}/look/").returncode == 0
     assert (tmp_path / "look" / "task.py").read_text() == task.read_text()
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_task_prints_is_on_its_job_s_page_while_it_trains(fleet: LocalFleet, tmp_path: Path) -> None:
+    task = tmp_path / "talks.py"
+    task.write_text(
+        f"{LINEAR}\ndef loss(model, batch, config):\n    print('one <b>more</b> batch')\n"
+        "    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])\n"
+    )
+    two = ["--shards", "2", "--min-workers", "2", "--local-seconds", "60"]
+    job = lydian(fleet, "submit", "--task", str(task), "--rounds", "1", *two).stdout.strip()
+    asked = urllib.request.Request(
+        f"{fleet.url}/ui/jobs/{job}/output", headers={"Authorization": f"Bearer {fleet.admin_token}"}
+    )
+
+    def shown() -> str | None:
+        page = urllib.request.urlopen(asked, timeout=30).read().decode()
+        return page if "one " in page else None
+
+    assert "one &lt;b&gt;more&lt;/b&gt; batch" in wait_for("the task to be heard", shown)
+    assert any(worker.progress and worker.progress.memory_used for worker in fleet.api.workers())
+    fleet.api.cancel(job)
 
 
 def test_top_shows_the_fleet_once_in_a_pipe(fleet: LocalFleet) -> None:
@@ -214,14 +236,18 @@ def test_the_three_modules_do_what_the_commands_do(tmp_path: Path) -> None:
     server = Process(["-m", "uvicorn", "server.app:app", "--port", str(port)], tmp_path / "server.log", environment)
     url = f"http://127.0.0.1:{port}"
     wait_for("uvicorn to listen", lambda: "running on" in server.said())
+    options = ["--name", "w", "--state-dir", "here", "--threads", "1", "--device", "cpu", "--trust", "any"]
     worker = Process(
-        ["-m", "worker", url, "--name", "w", "--state-dir", str(tmp_path / "w"), "--threads", "1", "--device", "cpu"],
+        ["-m", "worker", url, *options],
         tmp_path / "worker.log",
         {"LYDIAN_TOKEN": (state / "join.token").read_text().strip()},
+        cwd=tmp_path,  # a folder that is named from here, while the child works elsewhere
     )
+    task = tmp_path / "mine.py"
+    task.write_text(LINEAR)
     try:
         ended = subprocess.run(
-            [sys.executable, "-m", "client.submit_job", "digits", "--rounds", "1", "--watch"],
+            [sys.executable, "-m", "client.submit_job", "--task", str(task), "--rounds", "1", "--watch"],
             capture_output=True, text=True, check=False, timeout=120,
             env={**os.environ, "LYDIAN_URL": url, "LYDIAN_STATE_DIR": str(state)},
         )  # fmt: skip

@@ -56,7 +56,7 @@ def simulate(
             trusted=tuple(trusted or ()),
             join_token=token,
         )
-        simulator = Simulator(url, workers, options, state_dir, stack=stack.value)
+        simulator = Simulator(url, workers, options, state_dir.absolute(), stack=stack.value)
         try:
             simulator.run()
         finally:

@@ -70,6 +70,7 @@
     $("login").hidden = inside;
     $("page").hidden = !inside;
     $("sign-out").hidden = !inside;
+    mark(document);
     if (!inside) {
       link("off", "signed out");
       $("token").focus();
@@ -108,6 +109,40 @@
     if (!token()) return;
     for (const part of parts()) refresh(part);
     follow();
+  }
+
+  // ------------------------------------------------------------ what this token may do
+
+  const MAY = { read: [], submit: ["submit"], admin: ["submit", "admin"] };
+
+  /**
+   * Why this token may not do what needs a scope, to a job that the token `owner` submitted; empty: it may. Only said
+   * beforehand here, off what is public of a token: whoever presses all the same is refused by the coordinator.
+   */
+  function refusal({ needs, denied = needs, owner, what }) {
+    const [, scope, id] = (token() ?? "").split("_");
+    const may = MAY[scope];
+    if (may && !may.includes(denied)) {
+      const wanted = denied === "admin" ? "admin" : `${denied} or admin`;
+      return `${what ?? "This"} takes a token of scope ${wanted}; this one has scope ${scope}.`;
+    }
+    if (may && owner !== undefined && scope !== "admin" && owner !== id) {
+      return "This job was submitted with another token: that one, or one of scope admin, may pause, resume and cancel it.";
+    }
+    return "";
+  }
+
+  /** Take what this token may not press out of reach, and say why. */
+  function mark(root) {
+    for (const one of root.querySelectorAll("[data-needs]")) {
+      const barred = refusal(one.dataset) !== "";
+      if (one.closest(".actions, #job-form")) one.disabled = barred;
+      else one.hidden = barred;
+    }
+    for (const one of root.querySelectorAll("[data-denied]")) {
+      one.textContent = refusal(one.dataset);
+      one.hidden = one.textContent === "";
+    }
   }
 
   // ------------------------------------------------------------ parts that renew themselves
@@ -211,6 +246,7 @@
     target.dataset.version = detail.xhr.getResponseHeader("ETag") ?? "";
     target.dataset.url = target.dataset.asked ?? "";
     target.removeAttribute("aria-busy");
+    mark(target);
     const news = target.querySelector("[data-say]");
     if (news) say(news.dataset.say);
   });
