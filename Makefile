@@ -29,7 +29,7 @@ PURE += server/nova.py server/amplification.py common/cautions.py common/advice.
 PURE += server/hosts.py server/buckets.py
 PURE += server/calendar.py server/attempts.py server/login.py
 PURE += server/evaluation.py worker/task_schedule.py client/partition/statistics.py
-PURE += client/service/units.py client/service/given.py client/doctor/judging.py client/doctor/findings.py
+PURE += client/service/units.py client/service/given.py client/doctor/judging.py client/doctor/findings.py client/tracking/points.py
 
 empty :=
 comma := ,

@@ -32,6 +32,7 @@ from client.calling import (
 from client.commands.export import export
 from client.commands.init import init
 from client.commands.top import top
+from client.commands.track import track
 from client.completing import complete_jobs, complete_workers
 from client.service.units import Side
 from common import __version__
@@ -528,6 +529,9 @@ def watch(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json
     with coordinator(url, token) as api:
         ending = watching.watch(api, api.job(job), as_json=as_json)
     raise typer.Exit(ending)
+
+
+app.command()(track)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from common import __version__
 from common.errors import LydianError
+from common.logs import LogFormat, json_to_stderr, speaks_json
 from common.pins import Pins, split
 from common.tailscale import PATIENCE_S, TailscaleStatus, tailscale_status
 from server.app import create_app, failed_start
@@ -176,6 +177,9 @@ def serve(
             envvar="LYDIAN_INSECURE",
         ),
     ] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Of what is said on stderr.", envvar="LYDIAN_LOG_FORMAT")
+    ] = LogFormat.text,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
 ) -> None:
@@ -199,12 +203,11 @@ def serve(
     if version:
         typer.echo(__version__)
         return
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    level = logging.DEBUG if verbose else logging.INFO
+    if log_format is LogFormat.json:
+        json_to_stderr(level)
+    else:
+        logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     for chatty in ("httpx2", "httpcore2", "asyncio", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -214,7 +217,7 @@ def serve(
         settings = Settings.from_environment(told=told)
         _run(settings.allowing(allow_host) if allow_host else settings, host, port)
     except LydianError as error:
-        typer.echo(error.lines(), err=True)
+        _say(error.lines(), logging.ERROR)
         raise typer.Exit(1) from error
 
 
@@ -291,26 +294,34 @@ def _announce(app: FastAPI, settings: Settings, binding: Binding, line: Line, po
     url = binding.url(port)
     app.state.coordinator.url = url
     file = settings.state_dir / "join.token"
-    typer.echo(f"{binding.reason}\nadmin token: {settings.state_dir / 'admin.token'}", err=True)
+    _say(f"{binding.reason}\nadmin token: {settings.state_dir / 'admin.token'}")
     if line.certificate is not None:
-        typer.echo(line.certificate.about, err=True)
+        _say(line.certificate.about)
     if line.exposed:
         _warn(line.exposed)
-    if sys.stderr.isatty():  # a secret is for a person's eyes; a service's are a log, which others read and keep
+    # A secret is for a person's eyes; a service's are a log, which others read and keep.
+    if sys.stderr.isatty() and not speaks_json():
         token, pins = split(file.read_text())
         join = Pins(binding.pin).over(pins).behind(token or "")
         typer.echo(f"on every machine that trains:\n\n    lydian work {url} --token {join}{_aloud(line)}\n", err=True)
     else:
-        typer.echo(
+        _say(
             f"join token: {file}\non every machine that trains: LYDIAN_TOKEN=TOKEN lydian work {url}{_aloud(line)}\n"
-            "`lydian token join` on this machine prints a TOKEN",
-            err=True,
+            "`lydian token join` on this machine prints a TOKEN"
         )
     if other := binding.address_url(port):
-        typer.echo(f"where the name is not resolved, {other}", err=True)
+        _say(f"where the name is not resolved, {other}")
     typer.echo(f"ready {url}")
     sys.stdout.flush()
     tell_ready()
+
+
+def _say(text: str, level: int = logging.INFO) -> None:
+    """Tell a person; where a machine reads along, as a line of its log."""
+    if speaks_json():
+        log.log(level, "%s", text)
+    else:
+        typer.echo(text, err=True)
 
 
 def _aloud(line: Line) -> str:
@@ -323,6 +334,9 @@ def _warn(exposed: tuple[str, ...]) -> None:
         "whoever listens on that network reads tokens, models and updates, and can use the tokens;",
         "`lydian serve --tls self-made` encrypts",
     )
+    if speaks_json():
+        log.warning("%s, as --insecure allows: %s; %s", *said)
+        return
     width = max(map(len, said))
     rows = "\n".join(f"!! {row:{width}} !!" for row in said)
     typer.echo(f"\n{'!' * (width + 6)}\n{rows}\n{'!' * (width + 6)}\n", err=True)

@@ -149,7 +149,8 @@ def _answering_waits_on_sigterm(coordinator: Coordinator) -> Iterator[None]:
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
     """One shape for every error: code, sentence, what to do."""
     assert isinstance(error, LydianError)  # noqa: S101 - registered for it
-    log.info("%s %s: %d %s: %s", request.method, request.url.path, error.status, error.code, error)
+    called = {name: value for name, value in request.path_params.items() if name in ("job", "worker", "assignment")}
+    log.info("%s %s: %d %s: %s", request.method, request.url.path, error.status, error.code, error, extra=called)
     if error.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         route = getattr(request.scope.get("route"), "path", request.url.path)
         request.app.state.coordinator.audit.refused(request.method, route, request.url.path, error)

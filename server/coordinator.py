@@ -50,6 +50,7 @@ from common.facts import (
     Shard,
     Submitted,
 )
+from common.logs import ids, ids_of
 from common.messages import (
     TOGETHER,
     Abandon,
@@ -319,7 +320,7 @@ class Coordinator:
             self._replay(stored, self.clock())
             self.hub.publish(stored)
         if step.facts:
-            log.info("%s: %s", job_id, step.reason)
+            log.info("%s: %s", job_id, step.reason, extra=ids_of(job_id, step.facts[0]))
             frees = isinstance(before.inner, Buffering)  # an accepted update: its shard is there for others
             if any(not isinstance(fact, HandedOut if frees else HandedOut | Accepted) for fact in step.facts):
                 self._wake()
@@ -497,9 +498,9 @@ class Coordinator:
         for stored in self._keep_facts(job_id, Step((taken,), "submitted")):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
-        log.info("%s: submitted", job_id)
+        log.info("%s: submitted", job_id, extra=ids(job=job_id))
         for sentence in cautions(spec):
-            log.warning("%s: %s", job_id, sentence)
+            log.warning("%s: %s", job_id, sentence, extra=ids(job=job_id))
         self._run_queue()
         self._wake()  # while it waits in the queue it can be prepared
         return self.jobs[job_id]
@@ -598,7 +599,7 @@ class Coordinator:
             return None
         if not lease.is_behind:
             lease.is_behind = True
-            log.warning("%s: %s: %s", job.id, lease.task, due.words(now))
+            log.warning("%s: %s: %s", job.id, lease.task, due.words(now), extra=ids(job=job.id, worker=lease.worker))
         return due.words(now)
 
     # ------------------------------------------------------------ workers
@@ -1303,7 +1304,7 @@ class Coordinator:
         worker.strikes += 1
         if worker.strikes >= self.settings.strikes and worker.set_aside is None:
             worker.set_aside = f"{worker.strikes} results were refused, the last: {why}"
-            log.warning("%s is set aside: %s", worker.name, worker.set_aside)
+            log.warning("%s is set aside: %s", worker.name, worker.set_aside, extra=ids(worker=worker.id))
         self.journal.worker_judged(worker.id, worker.strikes, worker.set_aside)
 
     # ------------------------------------------------------------ secure sums
@@ -1403,10 +1404,10 @@ class Coordinator:
             self._hold_private(job_id, phase, error)
             return
         except folding.Stopped:
-            log.info("%s: round %d is averaged by the next coordinator", job_id, phase.round)
+            log.info("%s: round %d is averaged by the next coordinator", job_id, phase.round, extra=ids(job=job_id))
             return
         except (OSError, DiskFullError, BadUpdateError) as error:
-            log.exception("%s: round %d could not be averaged", job_id, phase.round)
+            log.exception("%s: round %d could not be averaged", job_id, phase.round, extra=ids(job=job_id))
             self._averaging.pop(job_id, None)
             if isinstance(error, OSError):
                 _die_if_broken(error)
@@ -1441,7 +1442,7 @@ class Coordinator:
             )
             for fact in step.facts:
                 if isinstance(fact, RoundClosed) and fact.warning:
-                    log.warning("%s: round %d: %s", job_id, fact.round, fact.warning)
+                    log.warning("%s: round %d: %s", job_id, fact.round, fact.warning, extra=ids_of(job_id, fact))
             reach("closed-before")
             self._apply(job_id, step)
             reach("closed-after")
@@ -1462,7 +1463,7 @@ class Coordinator:
         """A fault of our own while averaging must not leave the job waiting without a word."""
         if done.cancelled() or (error := done.exception()) is None:
             return
-        log.error("%s: averaging broke off", job_id, exc_info=error)
+        log.error("%s: averaging broke off", job_id, exc_info=error, extra=ids(job=job_id))
         self._averaging.pop(job_id, None)
         if not self.jobs[job_id].over:
             self._apply(job_id, rounds.fail(self.jobs[job_id], f"averaging broke off: {type(error).__name__}: {error}"))

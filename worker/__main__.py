@@ -14,6 +14,7 @@ from common import __version__, pins
 from common.api import CoordinatorApi
 from common.errors import LydianError
 from common.guarding import is_plainly_sheltered
+from common.logs import LogFormat, json_to_stderr, speaks_json
 from common.places import machine_name
 from common.tailscale import SOCKET
 from worker import manners, plan
@@ -193,6 +194,9 @@ def work(
             envvar="LYDIAN_QUIET_FOR",
         ),
     ] = 60.0,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Of what is said on stderr.", envvar="LYDIAN_LOG_FORMAT")
+    ] = LogFormat.text,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")] = False,
     _version: Annotated[
         bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_say_version)
@@ -225,7 +229,7 @@ def work(
 
     `lydian work http://gpu-box:8470 --max-temperature 80 --max-power 200 --max-gpu-memory 50%`
     """
-    to_stderr(logging.DEBUG if verbose else logging.INFO)
+    (json_to_stderr if log_format is LogFormat.json else to_stderr)(logging.DEBUG if verbose else logging.INFO)
     for chatty in ("httpx2", "httpcore2", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -258,7 +262,10 @@ def work(
         )
         _agent(url, name, state_dir, data or [], allow or [], options, tailscaled, wish).run()
     except LydianError as error:
-        typer.echo(plain(error.lines()), err=True)
+        if speaks_json():
+            log.error("%s", error.lines())
+        else:
+            typer.echo(plain(error.lines()), err=True)
         raise typer.Exit(exit_code(error)) from error
 
 

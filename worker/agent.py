@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from common import PROTOCOL, __version__
 from common.api import CoordinatorApi
 from common.errors import ConflictError, LateError, LydianError, RefusedError, UnauthenticatedError
+from common.logs import about
 from common.messages import (
     TOGETHER,
     Abandon,
@@ -571,6 +572,14 @@ class Agent:
 
     @contextlib.contextmanager
     def _attempt(self, assignment: str, attempt: int, label: str, room: int = 0) -> Iterator[Heart]:
+        """Inside, its heart beats, and what is logged is about it. Arguments: `_beating`."""
+        worker = self._known_as.worker_id
+        said = about(assignment=assignment, attempt=attempt, worker=worker)
+        with said, self._beating(assignment, attempt, label, room) as heart:
+            yield heart
+
+    @contextlib.contextmanager
+    def _beating(self, assignment: str, attempt: int, label: str, room: int) -> Iterator[Heart]:
         """Inside, its heart beats. What becomes of an attempt that ends in another way than by a receipt is here.
 
         Args:

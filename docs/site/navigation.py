@@ -76,9 +76,6 @@ PARTS = (
     ),
 )
 
-COMING = frozenset({"docs/scripts.md", "docs/monitoring.md"})
-"""Pages that have a place already and may not be written yet; every other one must be there."""
-
 NO_PAGES = frozenset({"docs/performance.notes.md", "server/pages/static/vendor/VENDORED.md", "tests/axe/VENDORED.md"})
 """Markdown that is no page: a part of another one, and notes beside files of others."""
 
