@@ -68,7 +68,7 @@ def joined(block: str) -> Iterator[tuple[int, str]]:
 
 def command(page: str, line: int, text: str) -> Command:
     """A line as the words of a command: without prompt, comment and what the shell does with its output."""
-    bare = re.split(r"\s#|\s{2,}|\s(?:>>?|\|)\s", text.strip().removeprefix("$ "))[0]
+    bare = re.split(r"\s#|\s{2,}|\s(?:\d?>>?\S*|\|)(?:\s|$)", text.strip().removeprefix("$ "))[0]
     whole = re.sub(r"(?<=\s)\[(?=-)|(?<=\w)\](?=\s|$)", "", bare)  # [--round N]: what may be left out is tried
     words = shlex.split(whole)
     at = next(number for number, word in enumerate(words) if not re.fullmatch(r"[A-Z_]+=.*", word))

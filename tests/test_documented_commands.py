@@ -59,6 +59,8 @@ NOT_RUN = {
     r"lydian plan\b": "asks for a job that was trained; tests/acceptance/test_commands.py",
     r"lydian export\b": "starts torch; tests/acceptance/test_commands.py",
     r"lydian audit \w+ --state-dir\b": "becomes a process of its own; tests/acceptance/test_audit.py",
+    r"lydian track\b": "needs the packages of trackers; tests/test_tracking.py",
+    r"(\S+=\S+ )?opentelemetry-|pip install opentelemetry": "another program's, around ours",
     r"lydian verify\b": "asks for updates that were trained; tests/acceptance/test_audit.py",
     r"(sudo \S+/)?lydian install-service\b": "changes this machine; tests/test_install_service.py",
     r"lydian --(install|show)-completion$": "changes this user's shell; tests/test_completing.py",
