@@ -517,6 +517,10 @@ class Coordinator:
         self._run_queue()
         return job
 
+    def open_jobs_of(self, token_id: str) -> tuple[str, ...]:
+        """Ids of the jobs that are not over and that this token submitted."""
+        return tuple(job.id for job in self._active() if (by := self.submitted_by[job.id]) and by.token == token_id)
+
     def model(self, job_id: str, which: str) -> ModelRef:
         """A model of a job: `newest`, `best`, or a round's number."""
         job, models = self.job(job_id), self.models.get(job_id, {})
