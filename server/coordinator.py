@@ -201,6 +201,8 @@ class Coordinator:
     async def start(self) -> None:
         """Verify what the open rounds stand on, and go on where the last coordinator stopped."""
         self._uploads.restore(self._is_awaited)
+        for key in self._uploads.begun:
+            self.quotas.found_staged(self._uploader(key) or "", key)
         self.blobs.sweep(self._needed())
         self._seeds.sweep([job.id for job in self.jobs.values() if not job.over or keeps_updates(job)])
         self._hold_ballast()
@@ -214,19 +216,25 @@ class Coordinator:
         return [job for job in self.jobs.values() if not job.over]
 
     def _is_awaited(self, key: Key) -> bool:
-        """Whether an upload may still be finished: by an attempt of an open task, or of an update that is lost here."""
+        """Whether an upload may still be finished."""
+        return self._uploader(key) is not None
+
+    def _uploader(self, key: Key) -> str | None:
+        """Who may finish an upload: the worker of an attempt at an open task, or of an update that is lost here."""
         name, attempt = key
         try:
             job_id, task = parse_assignment(name)
         except LydianError:
-            return False
+            return None
         job = self.jobs.get(job_id)
         if job is None:
-            return False
-        lost = {(update.round, update.shard, update.attempt) for update in rounds.lost_of(job)}
+            return None
+        lost = {(update.round, update.shard, update.attempt): update.worker for update in rounds.lost_of(job)}
         if task.kind == "train" and (task.round, task.shard, attempt) in lost:
-            return True
-        return 1 <= attempt <= rounds.tries_of(job, task).attempt and rounds.is_open(job, task)
+            return lost[task.round, task.shard, attempt]
+        tries = rounds.tries_of(job, task)
+        awaited = 1 <= attempt <= tries.attempt and rounds.is_open(job, task)
+        return tries.workers[attempt - 1] if awaited else None
 
     def _hold_ballast(self) -> None:
         """Keep room for the journal; taken back as soon as there is any, after a full disk."""
@@ -422,6 +430,7 @@ class Coordinator:
             del self._spans[key]
         steps = self.steps.pop(job_id, {})
         self._dropped |= {step.digest for step in steps.values()} | set(drift.carried(self.jobs[job_id]))
+        self._dropped |= {digest} if (digest := self.jobs[job_id].task_digest) is not None else set()
         self._discard()
         self.hub.touch(job_id)
 
@@ -477,6 +486,7 @@ class Coordinator:
             data = request.task_source.encode()
             digest = hashlib.sha256(data).hexdigest()
             self.blobs.put_bytes(data)
+            self._dropped.add(digest)  # should the job not be taken
         elif spec.task not in BUILTIN:
             names = ", ".join(sorted(BUILTIN))
             raise BadTaskError(
@@ -1478,11 +1488,16 @@ class Coordinator:
         self._dropped &= self._arriving.keys()
         self._uploads.keep_only(self._is_awaited)
 
+    def _task_files(self, job: Job) -> set[str]:
+        """The task file of a job, while it goes on, and as long as there is a model of it, which is none without it."""
+        kept = job.task_digest is not None and (not job.over or bool(self.models.get(job.id)))
+        return {job.task_digest} if kept and job.task_digest is not None else set()
+
     def _needed(self) -> set[str]:
         needed = {model.digest for models in self.models.values() for model in models.values()}
         needed |= {step.digest for steps in self.steps.values() for step in steps.values()} | self._keeping.digests()
         for job in self.jobs.values():
-            needed |= {job.task_digest} if job.task_digest else set()
+            needed |= self._task_files(job)
             if job.over:
                 continue
             needed |= {evaluation.model.digest for evaluation in job.evaluations.values()} | set(drift.carried(job))
