@@ -638,7 +638,8 @@ class Coordinator:
         before = known or (self.tokens.joined_before(joining, claim) if joining is not None else None)
         worker_id = before or new_id(registration.name)
         self._refuse_rival(worker_id, registration, now)
-        self.journal.worker_put(worker_id, registration)
+        told = before is None or self.audit.returned(worker_id)
+        self.journal.worker_put(worker_id, registration, told=told)
         credential = self.tokens.credential(worker_id, registration.name, joining, claim)
         for lease in self.fleet.register(worker_id, registration, now):
             if self._goes_on(lease, registration.holding):
