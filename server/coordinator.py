@@ -986,14 +986,19 @@ class Coordinator:
         if reason.attempt in rounds.tries_of(job, task).blamed:
             return  # it failed before: twice is once
         back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail, reason.scene)
-        self._apply(job_id, rounds.hand_back(job, back, self._limits))
+        self._apply(job_id, self._ended(job_id, back))
         self._fail_if_nobody_can(job_id)
 
     def _give_back(self, lease: Lease, code: str, sentence: str) -> None:
         """Take a lease away without a result."""
         self.fleet.release(lease.worker, lease.job, lease.task)
         back = self._back(lease.task, lease.attempt, lease.worker, code, sentence)
-        self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
+        self._apply(lease.job, self._ended(lease.job, back))
+
+    def _ended(self, job_id: str, back: HandedBack) -> Step:
+        """What follows from an attempt that ended without a result, and from who else could do it."""
+        job = self.jobs[job_id]
+        return rounds.hand_back(job, back, self._limits, self.fleet.serving(job, self.clock()))
 
     def _back(
         self,
@@ -1312,7 +1317,7 @@ class Coordinator:
             return  # or one worker could end a job by saying one wrong thing five times
         self._strike(self.worker(worker_id), str(error))
         back = self._back(task, attempt, worker_id, error.code, str(error))
-        self._apply(job_id, rounds.hand_back(self.jobs[job_id], back, self._limits))
+        self._apply(job_id, self._ended(job_id, back))
 
     def _strike(self, worker: Worker, why: str) -> None:
         worker.strikes += 1
@@ -1542,7 +1547,7 @@ class Coordinator:
                 name = self.fleet.workers[lease.worker].name if lease.worker in self.fleet.workers else lease.worker
                 sentence = f"{name} has not been heard of for {self.settings.ttl_s:g} s"
                 back = self._back(lease.task, lease.attempt, lease.worker, "expired", sentence)
-                self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
+                self._apply(lease.job, self._ended(lease.job, back))
             self._hold_ballast()
             self._record_waiting()
             for job in self._active():
