@@ -27,7 +27,7 @@ PURE += common/then.py common/audit.py server/tally.py server/keeping.py
 PURE += common/pins.py common/networks.py
 PURE += server/nova.py server/amplification.py common/cautions.py common/advice.py
 PURE += server/hosts.py server/buckets.py
-PURE += server/calendar.py server/attempts.py server/login.py
+PURE += server/calendar.py server/attempts.py server/blame.py server/login.py
 PURE += server/evaluation.py worker/task_schedule.py client/partition/statistics.py
 PURE += client/service/units.py client/service/given.py client/doctor/judging.py client/doctor/findings.py client/tracking/points.py
 

@@ -4,8 +4,9 @@ The rows are checked here, by hashes computed on this machine: the coordinator's
 """
 
 import json
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from common.api import CoordinatorApi
     from common.audit import AuditEntry
 
+LOOK_S = 1.0  # between two looks for new rows
 COLUMNS = ("ROW", "AT", "BY", "FROM", "ACTION", "OBJECT", "RESULT", "DETAIL")
 
 audit_app = new_app(
@@ -27,6 +29,7 @@ audit_app = new_app(
     Examples:
       lydian audit --job digits-4f2a --action update
       lydian audit --action call.refused --since 2026-01-31
+      lydian audit --follow --json | jq .action
       lydian audit head                      note this somewhere else
       lydian audit verify --since 841:9f3c…  nothing up to row 841 was changed or cut off
     """
@@ -51,6 +54,7 @@ def audit(
         str | None, typer.Option(metavar="ROW|TIME", help="Rows after this one, or from 2026-01-31T12 on (UTC).")
     ] = None,
     last: Annotated[int, typer.Option(min=0, metavar="N", help="At most so many, the newest (0: all).")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Then print rows as they come, until Ctrl-C.")] = False,
     url: Url = DEFAULT_URL,
     token: Token = None,
     as_json: AsJson = False,
@@ -66,15 +70,20 @@ def audit(
         after = number or 0
         if not wanted and since is None and last:
             after = max(api.audit(limit=1).head.seq - last, 0)
-        rows = _rows(api, after, wanted)
+        reading = Reading(api, after, wanted)
+        rows = reading.rest()
         if since is not None and number is None:
             rows = (row for row in rows if _at(row) >= since)
         kept = deque(rows, maxlen=last or None)
-    if as_json:
-        for row in kept:
-            typer.echo(json.dumps(_fields(row)))
-    else:
-        shown.print_table(COLUMNS, [_cells(row) for row in kept], right={"ROW"})
+        if as_json:
+            for row in kept:
+                typer.echo(json.dumps(_fields(row)))
+        else:
+            shown.print_table(COLUMNS, [_cells(row) for row in kept], right={"ROW"})
+        if follow:
+            never = threading.Event()
+            for row in reading.follow(lambda: never.wait(LOOK_S), lambda sentence: typer.echo(sentence, err=True)):
+                typer.echo(json.dumps(_fields(row)) if as_json else "  ".join(_cells(row)))
 
 
 @audit_app.command()
@@ -124,21 +133,63 @@ def verify(
 
         become("server.proof", ["audit", *(f"--since={text}" for text in since or []), "--state-dir", str(state_dir)])
     with coordinator(url, token) as api:
-        for entry in _rows(api, 0, {}):
+        for entry in Reading(api, 0, {}).rest():
             checker.take(entry)
         checker.end()
     anchored = f"; {shown.several(len(since), 'anchor')} found in it" if since else ""
     typer.echo(
         f"{checker.seq} rows and {checker.facts} facts are as written{anchored}; head {checker.seq}:{checker.hash}"
     )
+    typer.echo(checker.proof(), err=True)
 
 
-def _rows(api: "CoordinatorApi", after: int, wanted: dict[str, str]) -> "Iterator[AuditEntry]":
-    following: int | None = after
-    while following is not None:
-        page = api.audit(following, **wanted)
-        yield from page.entries
-        following = page.next
+class Reading:
+    """Reads the record on, page by page; `at` is the row that was looked at last."""
+
+    def __init__(self, api: "CoordinatorApi", at: int, wanted: dict[str, str]) -> None:
+        self._api, self.at, self._wanted = api, at, wanted
+
+    def rest(self) -> "Iterator[AuditEntry]":
+        """The rows that are there by now, those of them that are wanted.
+
+        Raises:
+            BrokenRecordError: the record ends before a row that was there.
+        """
+        from common.audit import BrokenRecordError
+
+        while True:
+            page = self._api.audit(self.at, **self._wanted)
+            if page.head.seq < self.at:
+                raise BrokenRecordError(
+                    f"the audit record ends with row {page.head.seq}, and row {self.at} was there: its end was cut off"
+                )
+            yield from page.entries
+            self.at = page.head.seq if page.next is None else page.next
+            if page.next is None:
+                return
+
+    def follow(self, pause: Callable[[], object], say: Callable[[str], object]) -> "Iterator[AuditEntry]":
+        """The rows as they come, for ever. Outlives a coordinator that is away, and says so once.
+
+        Args:
+            pause: waits for a moment.
+            say: is told what is waited for.
+        """
+        from common.errors import UnavailableError
+        from common.guarding import REFUSALS
+
+        away = False
+        while True:
+            try:
+                yield from self.rest()
+                away = False
+            except UnavailableError as error:
+                if error.code in REFUSALS:
+                    raise
+                if not away:
+                    say(f"{error}; waiting for it to come back")
+                away = True
+            pause()
 
 
 def _at(row: "AuditEntry") -> str:

@@ -27,6 +27,7 @@ from client.calling import (
     print_message,
     print_messages,
     run_program,
+    token_from_file,
     without_secret,
 )
 from client.commands.export import export
@@ -399,7 +400,8 @@ def doctor(
     """
     from client.doctor.checks import Wish, run_doctor
 
-    wish = Wish(url=url, token=token, state_dir=state_dir, device=device, sides=frozenset(only or ()))
+    known = token or token_from_file()
+    wish = Wish(url=url, token=known, state_dir=state_dir, device=device, sides=frozenset(only or ()))
     if tailscaled is not None:
         wish = replace(wish, tailscaled=tailscaled)
     raise typer.Exit(run_doctor(wish, as_json=as_json))

@@ -148,21 +148,34 @@ def list_tokens(
 
 
 @app.command()
-def revoke(which: Which, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+def revoke(
+    which: Which,
+    cancel_jobs: Annotated[
+        bool, typer.Option("--cancel-jobs", help="End the jobs that it submitted, too (default: they go on).")
+    ] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
     """Let a token count no more, from the next call on. What its worker was training goes to others at once.
 
     \b
     Examples:
       lydian token revoke ada
+      lydian token revoke ada --cancel-jobs
       lydian token revoke 8b2364b3c98c
       lydian token revoke gpu-box          # the worker of this name: it has to join anew
     """
     with coordinator(url, token) as api:
-        view = api.revoke_token(which)
+        view = api.revoke_token(which, cancel_jobs=cancel_jobs)
     if as_json:
         print_message(view)
-    else:
-        typer.echo(shown.one_line(f"{view.id} ({view.name or view.scope}) is {view.state}"))
+        return
+    typer.echo(shown.one_line(f"{view.id} ({view.name or view.scope}) is {view.state}"))
+    if view.ended_jobs:
+        typer.echo(shown.one_line(f"cancelled: {', '.join(view.ended_jobs)}"), err=True)
+    if view.open_jobs:
+        typer.echo(shown.one_line(f"go on (--cancel-jobs ends them): {', '.join(view.open_jobs)}"), err=True)
 
 
 @app.command()

@@ -45,6 +45,7 @@ from common.messages import (
     Receipt,
     Registration,
     Reveal,
+    RevokeAnswer,
     Roster,
     RotateAnswer,
     RotateRequest,
@@ -392,9 +393,10 @@ class CoordinatorApi:
         """Give a token a second secret. By id or name, or a worker's; `own`: the one that this is called with."""
         return self._ask(RotateAnswer, "POST", f"/v1/tokens/{_part(token)}/rotate", request)
 
-    def revoke_token(self, token: str) -> TokenView:
-        """Let a token count no more. By id or name, or a worker's."""
-        return self._ask(TokenView, "POST", f"/v1/tokens/{_part(token)}/revoke")
+    def revoke_token(self, token: str, *, cancel_jobs: bool = False) -> RevokeAnswer:
+        """Let a token count no more. By id or name, or a worker's. Its jobs go on, unless they are cancelled too."""
+        params = {"cancel_jobs": "true"} if cancel_jobs else None
+        return self._ask(RevokeAnswer, "POST", f"/v1/tokens/{_part(token)}/revoke", params=params)
 
     def pull(self, job: str, target: Path, *, which: str = "newest", on_bytes: OnBytes | None = None) -> int:
         """Fetch a job's model: `newest`, `best` or a round's number. Returns bytes received; resumes what broke."""

@@ -209,6 +209,20 @@ class Checker:
                 f"the audit record ends with row {self.seq}, and row {beyond} was noted: its end was cut off"
             )
 
+    def proof(self) -> str:
+        """What of a record that holds is proven by it, and what is not, in words."""
+        newest = max(self._anchors, default=0)
+        if not newest:
+            return (
+                f"no anchor was given: that rows after row {self.seq} were cut off, or that all was written anew, "
+                "would not show. Note the head on another machine, and give it with --since the next time"
+            )
+        later = f"; rows {newest + 1} to {self.seq} follow it" if newest < self.seq else ""
+        return (
+            f"nothing up to row {newest}, which was noted, was changed or cut off{later}; that rows after row "
+            f"{self.seq} were cut off would not show"
+        )
+
 
 def _between(first: int, last: int, what: str) -> str:
     """What is missing, or that the order is wrong."""

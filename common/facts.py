@@ -90,6 +90,7 @@ class HandedBack(Message):
     cause: str = Field("", description="what usually does that (common.advice); empty: not known")
     advice: str = Field("", description="what to do about it")
     scene: Scene | None = Field(None, description="the machine then")
+    excludes: bool = Field(False, description="the worker gets no more work of the job: it could not do its part")
 
 
 class Initialised(Message):

@@ -23,6 +23,13 @@ REFUSALS = ("wrong_certificate", "untrusted_certificate", "no_tls", "plain_http"
 NO_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE")
 """OpenSSL's reasons when the other end answers, and not in TLS."""
 
+DATES = (9, 10)  # OpenSSL's verdicts (X509_V_ERR) that a certificate does not count yet, or no more
+OUT_OF_DATE = "Is this machine's clock right? If it is, whoever runs the coordinator has to renew its certificate."
+UNKNOWN = (
+    "Is the URL's name one of the certificate's? Of a certificate that `lydian serve` made itself, the token as it is "
+    "printed has the pin (@sha256.…), or give --pin or LYDIAN_PIN; SSL_CERT_FILE names an authority of your own."
+)
+
 Trace = Callable[[str, dict[str, Any]], None]
 """Told of each step of a connection, as httpx2 does it for the extension `trace` of a request."""
 
@@ -156,9 +163,7 @@ def tls_trouble(url: str, error: BaseException) -> UnavailableError | None:
         return UnavailableError(
             f"the certificate that {url} shows is not trusted here: {cause.verify_message}; nothing was sent to it",
             code="untrusted_certificate",
-            advice="Is the URL's name one of the certificate's? Of a certificate that `lydian serve` made itself, the "
-            "token as it is printed has the pin (@sha256.…), or give --pin or LYDIAN_PIN; SSL_CERT_FILE names "
-            "an authority of your own.",
+            advice=OUT_OF_DATE if cause.verify_code in DATES else UNKNOWN,
         )
     if cause is not None and cause.reason in NO_TLS:
         return UnavailableError(

@@ -1180,6 +1180,13 @@ class TokenView(Message):
     last_address: str | None = Field(None, description="where from")
 
 
+class RevokeAnswer(TokenView):
+    """A token that counts no more, and what became of its jobs."""
+
+    open_jobs: tuple[str, ...] = Field((), description="that it submitted and that go on without it")
+    ended_jobs: tuple[str, ...] = Field((), description="that it submitted and that this call ended")
+
+
 class RotateAnswer(Message):
     """What became of a rotation."""
 

@@ -138,8 +138,9 @@ class Blobs:
         return self._parts / f"{name}.part"
 
     def recorded(self) -> list[str]:
-        """Names of the parts that have a record of what is in them."""
-        return sorted(path.name.removesuffix(RECORD) for path, _ in _files(self._parts, f"*{RECORD}"))
+        """Names of the parts that have a record of what is in them, the one first that was written to longest ago."""
+        found = sorted((about.st_mtime_ns, path.name) for path, about in _files(self._parts, f"*{RECORD}"))
+        return [name.removesuffix(RECORD) for _, name in found]
 
     def clear_parts(self, keep: Collection[str] = ()) -> int:
         """Delete every part and record but those of these names. Returns the bytes that were freed."""

@@ -202,6 +202,8 @@ class Coordinator:
     async def start(self) -> None:
         """Verify what the open rounds stand on, and go on where the last coordinator stopped."""
         self._uploads.restore(self._is_awaited)
+        for key in self._uploads.begun:
+            self.quotas.found_staged(self._uploader(key) or "", key)
         self.blobs.sweep(self._needed())
         self._seeds.sweep([job.id for job in self.jobs.values() if not job.over or keeps_updates(job)])
         self._hold_ballast()
@@ -215,19 +217,25 @@ class Coordinator:
         return [job for job in self.jobs.values() if not job.over]
 
     def _is_awaited(self, key: Key) -> bool:
-        """Whether an upload may still be finished: by an attempt of an open task, or of an update that is lost here."""
+        """Whether an upload may still be finished."""
+        return self._uploader(key) is not None
+
+    def _uploader(self, key: Key) -> str | None:
+        """Who may finish an upload: the worker of an attempt at an open task, or of an update that is lost here."""
         name, attempt = key
         try:
             job_id, task = parse_assignment(name)
         except LydianError:
-            return False
+            return None
         job = self.jobs.get(job_id)
         if job is None:
-            return False
-        lost = {(update.round, update.shard, update.attempt) for update in rounds.lost_of(job)}
+            return None
+        lost = {(update.round, update.shard, update.attempt): update.worker for update in rounds.lost_of(job)}
         if task.kind == "train" and (task.round, task.shard, attempt) in lost:
-            return True
-        return 1 <= attempt <= rounds.tries_of(job, task).attempt and rounds.is_open(job, task)
+            return lost[task.round, task.shard, attempt]
+        tries = rounds.tries_of(job, task)
+        awaited = 1 <= attempt <= tries.attempt and rounds.is_open(job, task)
+        return tries.workers[attempt - 1] if awaited else None
 
     def _hold_ballast(self) -> None:
         """Keep room for the journal; taken back as soon as there is any, after a full disk."""
@@ -423,6 +431,7 @@ class Coordinator:
             del self._spans[key]
         steps = self.steps.pop(job_id, {})
         self._dropped |= {step.digest for step in steps.values()} | set(drift.carried(self.jobs[job_id]))
+        self._dropped |= {digest} if (digest := self.jobs[job_id].task_digest) is not None else set()
         self._discard()
         self.hub.touch(job_id)
 
@@ -478,6 +487,7 @@ class Coordinator:
             data = request.task_source.encode()
             digest = hashlib.sha256(data).hexdigest()
             self.blobs.put_bytes(data)
+            self._dropped.add(digest)  # should the job not be taken
         elif spec.task not in BUILTIN:
             names = ", ".join(sorted(BUILTIN))
             raise BadTaskError(
@@ -517,6 +527,10 @@ class Coordinator:
         job = self._apply(job_id, decide(self.job(job_id), who))
         self._run_queue()
         return job
+
+    def open_jobs_of(self, token_id: str) -> tuple[str, ...]:
+        """Ids of the jobs that are not over and that this token submitted."""
+        return tuple(job.id for job in self._active() if (by := self.submitted_by[job.id]) and by.token == token_id)
 
     def model(self, job_id: str, which: str) -> ModelRef:
         """A model of a job: `newest`, `best`, or a round's number."""
@@ -625,7 +639,8 @@ class Coordinator:
         before = known or (self.tokens.joined_before(joining, claim) if joining is not None else None)
         worker_id = before or new_id(registration.name)
         self._refuse_rival(worker_id, registration, now)
-        self.journal.worker_put(worker_id, registration)
+        told = before is None or self.audit.returned(worker_id)
+        self.journal.worker_put(worker_id, registration, told=told)
         credential = self.tokens.credential(worker_id, registration.name, joining, claim)
         for lease in self.fleet.register(worker_id, registration, now):
             if self._goes_on(lease, registration.holding):
@@ -972,14 +987,19 @@ class Coordinator:
         if reason.attempt in rounds.tries_of(job, task).blamed:
             return  # it failed before: twice is once
         back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail, reason.scene)
-        self._apply(job_id, rounds.hand_back(job, back, self._limits))
+        self._apply(job_id, self._ended(job_id, back))
         self._fail_if_nobody_can(job_id)
 
     def _give_back(self, lease: Lease, code: str, sentence: str) -> None:
         """Take a lease away without a result."""
         self.fleet.release(lease.worker, lease.job, lease.task)
         back = self._back(lease.task, lease.attempt, lease.worker, code, sentence)
-        self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
+        self._apply(lease.job, self._ended(lease.job, back))
+
+    def _ended(self, job_id: str, back: HandedBack) -> Step:
+        """What follows from an attempt that ended without a result, and from who else could do it."""
+        job = self.jobs[job_id]
+        return rounds.hand_back(job, back, self._limits, self.fleet.serving(job, self.clock()))
 
     def _back(
         self,
@@ -1298,7 +1318,7 @@ class Coordinator:
             return  # or one worker could end a job by saying one wrong thing five times
         self._strike(self.worker(worker_id), str(error))
         back = self._back(task, attempt, worker_id, error.code, str(error))
-        self._apply(job_id, rounds.hand_back(self.jobs[job_id], back, self._limits))
+        self._apply(job_id, self._ended(job_id, back))
 
     def _strike(self, worker: Worker, why: str) -> None:
         worker.strikes += 1
@@ -1475,11 +1495,16 @@ class Coordinator:
         self._dropped &= self._arriving.keys()
         self._uploads.keep_only(self._is_awaited)
 
+    def _task_files(self, job: Job) -> set[str]:
+        """The task file of a job, while it goes on, and as long as there is a model of it, which is none without it."""
+        kept = job.task_digest is not None and (not job.over or bool(self.models.get(job.id)))
+        return {job.task_digest} if kept and job.task_digest is not None else set()
+
     def _needed(self) -> set[str]:
         needed = {model.digest for models in self.models.values() for model in models.values()}
         needed |= {step.digest for steps in self.steps.values() for step in steps.values()} | self._keeping.digests()
         for job in self.jobs.values():
-            needed |= {job.task_digest} if job.task_digest else set()
+            needed |= self._task_files(job)
             if job.over:
                 continue
             needed |= {evaluation.model.digest for evaluation in job.evaluations.values()} | set(drift.carried(job))
@@ -1523,7 +1548,7 @@ class Coordinator:
                 name = self.fleet.workers[lease.worker].name if lease.worker in self.fleet.workers else lease.worker
                 sentence = f"{name} has not been heard of for {self.settings.ttl_s:g} s"
                 back = self._back(lease.task, lease.attempt, lease.worker, "expired", sentence)
-                self._apply(lease.job, rounds.hand_back(self.jobs[lease.job], back, self._limits))
+                self._apply(lease.job, self._ended(lease.job, back))
             self._hold_ballast()
             self._record_waiting()
             for job in self._active():

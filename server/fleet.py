@@ -10,12 +10,13 @@ needed by older jobs. A job needs as many workers as its rounds have shards; wit
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from common.messages import Link, Order, Progress, Registration, TorchBuild
 from server.buffering import Buffering
 from server.deadlines import Due
-from server.rounds import Aggregating, Job, Paused, Queued, Task, next_task
+from server.rounds import Aggregating, Job, Paused, Queued, Task, left_to_others, next_task
 
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
 PREPARING_S = 120.0  # a worker that loads a job, and so has no reason to call, is not taken for gone
@@ -247,7 +248,8 @@ class Fleet:
             if job.over or isinstance(job.phase, Paused | Queued) or why_not(worker, job) is not None:
                 continue
             coming = self.coming(job, now) if job.spec.data.shards == "auto" else {}
-            task = next_task(job, worker_id, self.held(job.id), coming)
+            held = self.held(job.id) | left_to_others(job, worker_id, partial(self.serving, job, now))
+            task = next_task(job, worker_id, held, coming)
             if task is not None:
                 return job, task
         return None

@@ -4,8 +4,9 @@
     some calls ──their routes──▶ uploading, streaming, admit_job, admit_worker ──▶ 429
     reports ──▶ cut, may_have_work: what a worker writes into the journal without having trained anything
 
-Kept in memory and by this process's clock alone: after a restart everybody begins anew. Each table is bounded. What is
-refused is counted by its reason for /metrics, and logged: the first time of a caller, then at most once a minute.
+Kept in memory and by this process's clock alone: after a restart everybody begins anew, but for what lies on the disk,
+which is counted again. Each table is bounded. What is refused is counted by its reason for /metrics, and logged: the
+first time of a caller, then at most once a minute.
 """
 
 import logging
@@ -153,6 +154,10 @@ class Quotas:
         kept.append(key)
         self._staged[worker] = kept
         return dropped
+
+    def found_staged(self, worker: str, key: Key) -> None:
+        """Something of an upload lies here from before a restart; the oldest are told first."""
+        self._staged.setdefault(worker, deque()).append(key)
 
     @contextmanager
     def streaming(self, caller: Principal) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What goes into the audit record as often as somebody likes: refused calls, and models that were fetched.
+"""What goes into the audit record as often as somebody likes: refused calls, fetched models, workers that return.
 
 Nobody waits for such a row: it goes with the next transaction of the journal, or in one of its own some seconds later,
 and after a power cut or `kill -9` those seconds may lack. A flood cannot fill the disk (server.tally).
@@ -16,6 +16,7 @@ from server.tally import Tally
 
 SOON_S = 5.0  # that a row waits for a transaction at most
 SHOWN = 200  # characters of a path
+WORKERS = 1_024  # that are told apart when they return within one window
 
 log = logging.getLogger("lydian.audit")
 
@@ -25,7 +26,8 @@ class Recorder:
 
     def __init__(self, journal: Journal, clock: Callable[[], float]) -> None:
         self._journal, self._clock = journal, clock
-        self._tallies = {"call.refused": Tally[Event](), "model.pulled": Tally[Event]()}
+        self._tallies = {name: Tally[Event]() for name in ("call.refused", "model.pulled")}
+        self._tallies["worker.returned"] = Tally[Event](most=WORKERS)
         self._since: float | None = None  # when the oldest row began to wait
 
     def refused(self, method: str, route: str, path: str, error: LydianError) -> None:
@@ -45,6 +47,11 @@ class Recorder:
         """A person fetched a model, or a range of it."""
         caller = CALLER.get()
         self._count((job, digest, caller), Event(caller, "model.pulled", job, "ok", f"{which}: {digest}"))
+
+    def returned(self, worker: str) -> bool:
+        """A worker introduces itself again. Whether that is to be written down at once; else it is counted."""
+        event = Event(CALLER.get(), "worker.returned", worker)
+        return self._tallies[event.action].add(worker, event, self._clock())
 
     def _count(self, kind: tuple[object, ...], event: Event) -> None:
         if self._tallies[event.action].add(kind, event, self._clock()):
@@ -79,7 +86,8 @@ class Recorder:
 
     def _end(self, tally: Tally[Event]) -> None:
         for event, more, others in tally.end():
-            what = "more calls that were not told apart" if others else "more such calls"
+            calls = "returns" if event.action == "worker.returned" else "calls"
+            what = f"more {calls} that were not told apart" if others else f"more such {calls}"
             self._soon(replace(event, object="others" if others else event.object, detail=f"{more} {what}"))
 
     def _write(self) -> None:

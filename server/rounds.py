@@ -15,7 +15,7 @@ Which worker holds what is not known here (server.fleet); only the attempts are,
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeVar, assert_never
@@ -60,6 +60,7 @@ from common.messages import (
     TaskSignature,
 )
 from server import amplification, buffering, nova, outliers
+from server import blame as blame_on
 from server.buffering import Batch
 from server.cutting import Place, Sampled, check_bounds, open_round
 from server.deadlines import Due
@@ -122,8 +123,8 @@ class Tries:
     """What became of the attempts at one task. Attempt n belongs to workers[n - 1]; the newest may still be out."""
 
     workers: tuple[str, ...] = ()
-    failures: int = 0
-    expiries: int = 0
+    failed_on: tuple[str, ...] = ()  # a worker for each failure
+    expired_on: tuple[str, ...] = ()  # and for each lease that ran out
     out: bool = False
     claim_key: str = ""  # of the newest attempt
     blamed: frozenset[int] = frozenset()  # attempts that are among the failures: each once, however often it is said
@@ -132,6 +133,16 @@ class Tries:
     def attempt(self) -> int:
         """The newest attempt's number; 0 before the first."""
         return len(self.workers)
+
+    @property
+    def failures(self) -> int:
+        """Attempts that failed."""
+        return len(self.failed_on)
+
+    @property
+    def expiries(self) -> int:
+        """Leases that ran out."""
+        return len(self.expired_on)
 
 
 @dataclass(frozen=True)
@@ -259,6 +270,7 @@ class Job:
     stale: int = 0  # evaluations in a row without a better value of the target metric
     reference: float | None = None  # the last one that was better, by more than min_delta
     excluded: Mapping[str, str] = field(default_factory=dict)  # worker id -> why it cannot do this job
+    unusable: frozenset[str] = frozenset()  # ids of the workers that said that its task cannot be used
     past: Mapping[int, Past[Tries]] = field(default_factory=dict)  # closed rounds of which late updates are still used
     late: Mapping[tuple[int, int], Accepted] = field(
         default_factory=dict
@@ -427,14 +439,19 @@ def _open_shards(
 ) -> list[Task]:
     """The shards that this worker may train: its own first, then those whose state it has, another's last."""
     shards = [s for s in phase.shards.values() if s.shard not in phase.accepted and s.worker in (None, worker)]
-    evaluates = any(one.worker == worker for one in phase.evaluators)
-    if evaluates and any(s.meant in coming for s in phase.shards.values()):
-        return []  # whoever trains in this round will be done with what is left sooner
+    if any(one.worker == worker for one in phase.evaluators):
+        trainers = {s.meant for s in phase.shards.values() if s.meant is not None and s.meant in coming}
+        # Whoever trains in this round will be done with what is left sooner; not with what it has failed at.
+        shards = [s for s in shards if not _is_left_to_one_of(phase.tries.get(s.shard, Tries()), trainers)]
     tasks = [Task("train", phase.round, s.shard) for s in shards if _may_take(phase, s, worker, coming)]
     return sorted(
         (task for task in tasks if task not in held),
         key=lambda task: (phase.shards[task.shard].meant != worker, _distance(job, task.shard, worker)),
     )
+
+
+def _is_left_to_one_of(tries: Tries, trainers: Iterable[str]) -> bool:
+    return any(not _has_had_its_turns(tries, trainer) for trainer in trainers)
 
 
 def _may_take(phase: Training, shard: Shard, worker: str, coming: Mapping[str, bool]) -> bool:
@@ -493,40 +510,112 @@ def hand_out(job: Job, task: Task, worker: str, claim_key: str = "") -> Step:
     return Step((fact,), f"{task}, attempt {fact.attempt}, to {worker}")
 
 
-def hand_back(job: Job, back: HandedBack, limits: Limits) -> Step:
-    """An attempt ended without a result. Decides whether that ends the task, and with it the job."""
+def hand_back(job: Job, back: HandedBack, limits: Limits, able: Collection[str] = ()) -> Step:
+    """An attempt ended without a result. Decides whether that ends the task, and with it the job, or the worker's part.
+
+    Args:
+        job: the job.
+        back: what is said of the attempt.
+        limits: how often a task may fail.
+        able: ids of the live workers that could do this job's work.
+    """
     task = Task(back.kind, back.round, back.shard)
     if job.over or not is_open(job, task) or is_late(job, task):
         return Step((back,), f"{task} had been settled: {back.sentence}")
     tries = _counted(tries_of(job, task), back)
     blame = f"{task} on {back.worker_name}: {back.sentence}"
+    able = _able_beside(job, task, able)
     if back.code == "bad_task":
-        return Step((back, _changed("failed", blame)), blame)
+        if blame_on.is_proven(said := {*job.unusable, back.worker}, able):
+            blame += f"; {len(said)} workers say that it cannot be used" if len(said) > 1 else ""
+            return Step((back, _changed("failed", blame)), blame)
+        back = back.model_copy(update={"excludes": True})
     if task.kind == "evaluate" and job.evaluations[task.round].workers:
         spent = tries.failures >= limits.evaluation_failures or tries.expiries >= limits.expiries
-        if not spent and back.code not in NOT_FOR_THIS_WORKER:
+        if not spent and back.code not in NOT_FOR_THIS_WORKER and not back.excludes:
             return Step((back,), blame)
         part = without_numbers(task.round, task.shard, back.attempt, back.worker, back.worker_name, back.sentence)
         step = _take_part(job, part)
         return replace(step, facts=(back, *step.facts))
-    if task.kind == "evaluate" and tries.failures >= limits.evaluation_failures:
+    many = {*tries.failed_on, *tries.expired_on}
+    if task.kind == "evaluate" and tries.failures >= limits.evaluation_failures and blame_on.is_proven(many, able):
         reason = f"{task} given up after {tries.failures} failures, the last: {back.sentence}"
         given_up = EvaluationGivenUp(round=task.round, reason=reason)
         return Step((back, given_up, *_finish_if_last(job, task.round, reason)), reason)
     if tries.failures >= limits.failures or tries.expiries >= limits.expiries:
+        if not blame_on.is_proven(many, able):
+            return _without_worker(job, task, back, blame)
         ended = f"{tries.failures} failures and {tries.expiries} lost leases"
         reason = f"{task} was given up after {ended}, the last on {back.worker_name}: {back.sentence}"
         return Step((back, _changed("failed", reason)), reason)
     return Step((back,), blame)
 
 
+def _without_worker(job: Job, task: Task, back: HandedBack, blame: str) -> Step:
+    """A task is not given up, since others are able: they get it. What one worker alone could do goes with it."""
+    if not _is_for_one(job, task):
+        return Step((back,), f"{blame}; it is left to others")
+    back = back.model_copy(update={"excludes": True})
+    return Step((back,), f"{blame}; the job goes on without this worker, which alone could do this")
+
+
+def _is_for_one(job: Job, task: Task) -> bool:
+    """Whether this is a shard that one worker alone could train, since the data is its own."""
+    return task.kind == "train" and subject_of(job, task)[1].worker is not None
+
+
+def _able_beside(job: Job, task: Task, able: Collection[str]) -> Collection[str]:
+    """Who could go on with the job in place of a worker that cannot do this: with own data, those of the open round."""
+    if not _is_for_one(job, task):
+        return able
+    shards = job.inner.shards if isinstance(job.inner, buffering.Buffering) else _training(job).shards
+    owners = {shard.worker for shard in shards.values() if shard.worker is not None}
+    return owners & set(able) | {update.worker for update in accepted_of(job)}
+
+
+def left_to_others(job: Job, worker: str, able: Callable[[], Collection[str]]) -> frozenset[Task]:
+    """The open tasks that a worker does not get for now, since it has failed at them and others have not.
+
+    Args:
+        job: the job.
+        worker: the worker's id.
+        able: gives the ids of the live workers that could do this job's work; not asked where nothing depends on it.
+    """
+    worn = [(task, tries) for task, tries in _tried(job) if _has_had_its_turns(tries, worker)]
+    found = set(able()) if worn else set[str]()
+    return frozenset(
+        task
+        for task, tries in worn
+        if blame_on.leaves_to_others(worker, tries.workers, tries.failed_on, found) and not _is_for_one(job, task)
+    )
+
+
+def _tried(job: Job) -> Iterable[tuple[Task, Tries]]:
+    """What any worker could do, and somebody was given before."""
+    match job.inner:
+        case Initialising(tries=tries):
+            yield Task("init", 0), tries
+        case Training() as phase:
+            yield from ((Task("train", phase.round, shard), tries) for shard, tries in phase.tries.items())
+        case buffering.Buffering() as phase:
+            open_turns = ((shard, turn) for shard, turn in phase.turns.items() if not turn.counted)
+            yield from ((Task("train", phase.newest, shard), turn.tries) for shard, turn in open_turns)
+    for index, evaluation in job.evaluations.items():
+        if not evaluation.workers:
+            yield from ((Task("evaluate", index, part), tries) for part, tries in evaluation.tries.items())
+
+
+def _has_had_its_turns(tries: Tries, worker: str) -> bool:
+    return blame_on.has_had_its_turns(worker, tries.workers, tries.failed_on)
+
+
 def _counted(tries: Tries, back: HandedBack) -> Tries:
     failed = back.code not in NOT_THE_TASKS_FAULT | NOT_FOR_THIS_WORKER and back.attempt not in tries.blamed
     return replace(
         tries,
-        failures=tries.failures + failed,
+        failed_on=(*tries.failed_on, back.worker) if failed else tries.failed_on,
         blamed=tries.blamed | {back.attempt} if failed else tries.blamed,
-        expiries=tries.expiries + (back.code == "expired"),
+        expired_on=(*tries.expired_on, back.worker) if back.code == "expired" else tries.expired_on,
         out=tries.out and back.attempt != tries.attempt,
     )
 
@@ -552,9 +641,9 @@ def _tries_of_turn(turn: buffering.Turn[Tries] | None, round_index: int) -> Trie
     """Of a shard that was not handed out from this version: the failures since it last counted."""
     if turn is not None and turn.round == round_index:
         return turn.tries
-    return (
-        Tries() if turn is None or turn.counted else Tries(failures=turn.tries.failures, expiries=turn.tries.expiries)
-    )
+    if turn is None or turn.counted:
+        return Tries()
+    return Tries(failed_on=turn.tries.failed_on, expired_on=turn.tries.expired_on)
 
 
 def is_late(job: Job, task: Task) -> bool:
@@ -837,10 +926,10 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
         return Step((frozen,) if frozen else (), reason)
     if not isinstance(phase, Training):
         return Step(reason=job.reason)
-    live = set(live)
-    missing = [s for s in phase.shards.values() if s.shard not in phase.accepted]
+    may_come = {None, *live}
+    missing = [s for s in phase.shards.values() if s.shard not in phase.accepted and s.worker not in job.excluded]
     enough = len(phase.accepted) >= job.spec.aggregation.needs
-    awaited = [s for s in missing if s.worker is None or s.worker in live or not enough]
+    awaited = [s for s in missing if s.worker in may_come or not enough]
     held, total, waited = len(phase.accepted), len(phase.accepted) + len(awaited), now - phase.opened_at
     quorum = quorum_of(job.spec, total)
     tally = f"{held} of {total} updates after {waited:.1f} s"
@@ -1298,8 +1387,10 @@ def _resumed(phase: Active, now: float) -> Active:
 def _evolve_back(job: Job, fact: HandedBack) -> Job:
     task = Task(fact.kind, fact.round, fact.shard)
     own_part = fact.kind == "evaluate" and job.spec.evaluation.scope == "workers"  # without test data, it may train
-    if fact.code in NOT_FOR_THIS_WORKER and not own_part:
+    if fact.excludes or (fact.code in NOT_FOR_THIS_WORKER and not own_part):
         job = replace(job, excluded={**job.excluded, fact.worker: fact.sentence})
+    if fact.code == "bad_task":
+        job = replace(job, unusable=job.unusable | {fact.worker})
     if fact.code == "lost" and isinstance(job.inner, buffering.Buffering):
         return _with_inner(job, buffering.without(job.inner, fact.round, fact.shard))
     phase = job.inner.before if isinstance(job.inner, Aggregating) else job.inner

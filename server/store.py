@@ -487,8 +487,14 @@ class Journal:
 
     # ------------------------------------------------------------ workers
 
-    def worker_put(self, worker_id: str, registration: Registration) -> None:
-        """Keep what a worker says about itself; its first day and whether it is set aside stay as they are."""
+    def worker_put(self, worker_id: str, registration: Registration, *, told: bool = True) -> None:
+        """Keep what a worker says about itself; its first day and whether it is set aside stay as they are.
+
+        Args:
+            worker_id: the worker's.
+            registration: what it says.
+            told: whether it is written down that it returned; that it joined always is.
+        """
         values = (worker_id, registration.name, registration.model_dump_json(exclude={"holding"}), _now())
         statement = (
             "INSERT INTO workers (id, name, registration, created_at) VALUES (?, ?, ?, ?)"
@@ -499,7 +505,8 @@ class Journal:
             known = self._database.execute("SELECT 1 FROM workers WHERE id = ?", (worker_id,)).fetchone()
             self._database.execute(statement, values)
             about = f"{registration.name} on {registration.hardware.hostname}, version {registration.version}"
-            self.record("worker.returned" if known else "worker.joined", worker_id, detail=about)
+            if told or not known:
+                self.record("worker.returned" if known else "worker.joined", worker_id, detail=about)
 
         self._write(put)
 

@@ -162,7 +162,11 @@ class Tokens:
         if is_next:
             self._take_second(known)
         elif known.overlap_until is not None and known.overlap_until <= self._calendar.now():
-            raise UnauthenticatedError(f"the token {public} was rotated, and its first secret counts no more")
+            raise UnauthenticatedError(
+                f"the token {public} was rotated, and its first secret counted until {shown(known.overlap_until)}",
+                advice="The second secret counts. A worker that has not fetched it joins anew, by a token that `lydian "
+                "token join` makes.",
+            )
         if address:
             self._note_use(token_id, address)
         return Principal(known.scope, known.id, known.worker, known.name)
@@ -241,8 +245,8 @@ class Tokens:
         known = self._of_worker.get(worker_id)
         if known is None:
             return self.issue("work", worker_id, name=name, joining=joining, claim=claim)
-        if joining is not None or known.renew:  # the first counts until the second is used: either may be the lost one
-            return self._second(known, overlap_s=None)
+        if joining is not None or known.renew:  # either may be the one that was lost on the way
+            return self._second(known, known.overlap_until)
         return None
 
     def is_to_renew(self, worker_id: str, now: float) -> bool:
@@ -265,7 +269,8 @@ class Tokens:
 
         Args:
             token: a join token is none of these: another one is as good.
-            overlap_s: seconds that the first counts on, unless the second is used before.
+            overlap_s: seconds that the first counts on, unless the second is used before. A worker that has not fetched
+                its second by then has to join anew.
 
         Returns:
             The token with its second secret; None for a worker's, which fetches it by itself.
@@ -285,17 +290,17 @@ class Tokens:
                 code="token_dead",
                 advice="`lydian token create` makes a new one.",
             )
+        until = self._calendar.now() + overlap_s
         if token.worker is None:
-            return self._second(token, overlap_s)
-        self._journal.token_put(replace(token, renew=True))
+            return self._second(token, until)
+        self._journal.token_put(replace(token, renew=True, overlap_until=until))
         self._reload()
         self._asked_at.pop(token.worker, None)
         return None
 
-    def _second(self, token: StoredToken, overlap_s: float | None) -> str:
-        """Give a token a second secret, in place of another one that was never used."""
+    def _second(self, token: StoredToken, until: float | None) -> str:
+        """Give a token a second secret, in place of another one that was never used; until when the first counts."""
         secret = secrets.token_urlsafe(32)
-        until = None if overlap_s is None else self._calendar.now() + overlap_s
         self._journal.token_put(replace(token, next_hash=_hash(secret), overlap_until=until))
         self._reload()
         return _written(token, secret)
@@ -354,6 +359,11 @@ class Tokens:
     def view(self, token_id: str) -> TokenView:
         """One token, likewise."""
         return next(view for view in self.views() if view.id == token_id)
+
+    def first_until(self, token_id: str) -> str:
+        """Until when the first secret of a token that was rotated counts, if the second is not used before."""
+        until = self._known[token_id].overlap_until
+        return shown(until) if until is not None else "the second is used"
 
     def labels_of(self, worker_id: str) -> tuple[str, ...]:
         """What a worker is called beside its name, by the token that let it in."""

@@ -37,6 +37,11 @@ class Uploads:
                 self._open[key] = staging
         self._blobs.clear_parts(keep={_name(key) for key in self._open})
 
+    @property
+    def begun(self) -> tuple[Key, ...]:
+        """The uploads that are here, whole or in part, the oldest first."""
+        return tuple(self._open)
+
     def held(self, key: Key) -> tuple[tuple[int, int], ...]:
         """The ranges that are here, merged and sorted."""
         return self._open[key].ranges if key in self._open else ()

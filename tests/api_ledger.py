@@ -29,6 +29,7 @@ from server.store import StoredFact
 
 SAMPLES = 12  # in the training set
 EXCLUDING = ("no_data", "not_trusted", "unknown_task")
+FORGIVEN = ("released", "expired", "lost", "disk_full")
 OVER = ("finished", "failed", "cancelled")
 
 Arrays = dict[str, np.ndarray]
@@ -117,6 +118,7 @@ class Book:
     digest: str | None = None
     evaluations: set[int] = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
+    failures: dict[str, list[str]] = field(default_factory=dict)  # by name: a worker for each attempt that failed
 
     @property
     def over(self) -> bool:
@@ -249,6 +251,8 @@ class Ledger:
         attempt.out = attempt.revived = False
         if fact.code in EXCLUDING:
             book.excluded.add(fact.worker)
+        elif fact.code not in FORGIVEN:
+            book.failures.setdefault(name, []).append(fact.worker)
         if fact.code == "lost" and not book.over:
             assert fact.shard in book.lost
             del book.accepted[fact.shard]

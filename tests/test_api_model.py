@@ -45,6 +45,7 @@ from common.messages import (
 )
 from common.ranges import Ranges, content_range, parse_ranges, with_range
 from common.sharding import cut
+from server.blame import has_had_its_turns
 from tests.api_house import TTL_S, House
 from tests.api_ledger import GOOD, POISON, SAMPLES, Arrays, Book, Ledger, contents, sha
 from tests.rounds_kit import registration, spec
@@ -349,7 +350,7 @@ class ApiMachine(RuleBasedStateMachine):
             assert not self.work_for(player), "a worker was asked to load a job, and there was work"
 
     def work_for(self, player: Player) -> set[str]:
-        """Tasks that nobody holds and this worker could be given."""
+        """Tasks that nobody holds and this worker must be given; those that it may have to leave to others are not."""
         tries = [tries[-1] for book in self.ledger.books.values() for tries in book.tries.values()]
         busy = any(each.worker == player.id and (each.out or each.revived) for each in tries)
         if player.strikes >= STRIKES or player.degraded or busy:
@@ -360,6 +361,9 @@ class ApiMachine(RuleBasedStateMachine):
             if not book.paused and book.state != "queued" and player.id not in book.excluded
             for name in book.open_tasks()
             if not ((newest := book.newest(name)) and (newest.out or newest.revived))
+            and not has_had_its_turns(
+                player.id, [each.worker for each in book.tries.get(name, [])], book.failures.get(name, [])
+            )
         }
 
     def heartbeat(self, work: Work, by: Player, *, stale: bool) -> Call:

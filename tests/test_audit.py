@@ -5,19 +5,23 @@ import json
 import re
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from client.auditing import Reading
 from common.audit import (
     FIRST,
+    GENESIS,
     Anchor,
     AuditEntry,
+    AuditHead,
+    AuditPage,
     BrokenRecordError,
     Checker,
     FactText,
@@ -26,6 +30,7 @@ from common.audit import (
     row_hash,
     shown,
 )
+from common.errors import UnavailableError
 from common.facts import Fact, Late, StateChanged
 from server import recorder
 from server.audit import NOBODY, Caller, actor_of
@@ -34,6 +39,9 @@ from server.store import Journal, StoredToken
 from server.tally import Tally
 from tests.rounds_kit import registration
 from tests.trust_kit import JSON, Fleet, Served
+
+if TYPE_CHECKING:
+    from common.api import CoordinatorApi
 
 REST = "fact, actor, worker, peer, node, at, action, object, result, detail, hash"
 TASK = {"round": 1, "shard": 0, "attempt": 1, "worker": "w"}
@@ -350,6 +358,22 @@ def test_the_first_refusal_is_told_and_a_flood_is_counted(fleet: Fleet, monkeypa
     assert [entry.detail for entry in counted] == ["29 more such calls", "2 more such calls"]
 
 
+def test_a_worker_that_returns_over_and_over_is_told_once_and_counted(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = registration("one", trust="any").model_dump(mode="json")
+    for _ in range(20):
+        fleet.must("POST", "/v1/workers", fleet.one.token, given)
+    assert [(entry.object, entry.worker) for entry in said(record(fleet), "worker.returned")] == [(fleet.one.id,) * 2]
+    now = fleet.coordinator.clock() + 601
+    monkeypatch.setattr(fleet.coordinator.audit, "_clock", lambda: now)
+    fleet.coordinator.audit.tick()
+    told, counted = said(record(fleet), "worker.returned")
+    assert (told.detail, counted.detail) == ("one on one, version 0.1.0", "19 more such returns")
+    fleet.must("POST", "/v1/workers", fleet.one.token, given)
+    assert len(said(record(fleet), "worker.returned")) == 3, "another window, told at once"
+
+
 def test_what_waits_is_written_by_itself_after_some_seconds(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     journal, before = fleet.coordinator.journal, fleet.coordinator.journal.audit_page(0, 1)[1].seq
     fleet.call("GET", "/v1/jobs", None)
@@ -385,6 +409,12 @@ def test_however_often_things_happen_a_window_has_few_rows_and_none_is_lost(step
     counted += sum(more for _, more, _ in tally.end())
     assert told + counted == len(steps)
     assert tally.end() == []
+
+
+def test_kinds_beyond_those_that_are_told_apart_are_one() -> None:
+    tally = Tally[str](most=1)
+    assert [tally.add(kind, kind, 0.0) for kind in "abcab"] == [True, True, False, False, False]
+    assert tally.end() == [("a", 1, False), ("b", 2, True)]
 
 
 def test_who_is_written_down_is_who_decided() -> None:
@@ -424,6 +454,79 @@ def test_the_record_is_checked_beside_a_running_coordinator_and_its_head_printed
     other = run.invoke(app, ["audit", "--since", head[:-1] + ("0" if head[-1] != "0" else "1"), *folder])
     assert (other.exit_code, "written anew" in other.stderr) == (1, True)
     assert run.invoke(app, ["audit", "--since", "7", *folder]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("anchors", "proves"),
+    [
+        ((), "no anchor was given: that rows after row 4 were cut off, or that all was written anew, would not show."),
+        ((2,), "nothing up to row 2, which was noted, was changed or cut off; rows 3 to 4 follow it; that rows after"),
+        ((2, 4), "nothing up to row 4, which was noted, was changed or cut off; that rows after row 4 were cut off"),
+    ],
+)
+def test_a_record_that_holds_says_what_that_proves_and_what_not(anchors: tuple[int, ...], proves: str) -> None:
+    rows = chain(4)
+    checked = check(rows, *(Anchor(seq, rows[seq - 1].hash) for seq in anchors))
+    assert checked.proof().startswith(proves)
+
+
+def chain(length: int) -> list[AuditEntry]:
+    rows, previous = list[AuditEntry](), GENESIS
+    for seq in range(1, length + 1):
+        entry = AuditEntry(seq=seq, actor="x", action=FIRST if seq == 1 else "token.issued", object="o", hash="")
+        previous = row_hash(previous, entry)
+        rows.append(entry.model_copy(update={"hash": previous}))
+    return rows
+
+
+def test_a_row_that_comes_twice_and_a_fact_that_no_row_speaks_of_are_named() -> None:
+    first, second = chain(2)
+    with pytest.raises(BrokenRecordError, match="row 1 of the audit record follows row 2: rows came twice"):
+        check([first, second, first])
+    fact = FactText(id=3, at="", job="j", type="late", round=1, shard=0, body="{}")
+    with pytest.raises(BrokenRecordError, match="speaks of fact 3 after fact 0: facts 1 to 2 are missing"):
+        check([first, second.model_copy(update={"fact": fact})])
+
+
+class Pages:
+    """A coordinator's record that grows between two looks, or is away."""
+
+    def __init__(self, *ends: int) -> None:
+        self._rows, self._ends = chain(max(ends)), list(ends)
+        self.end = self._ends.pop(0)
+
+    def audit(self, after: int, **_: Any) -> AuditPage:
+        if self.end == 0:
+            raise UnavailableError("http://x does not answer", code="unreachable")
+        rows = self._rows[after : min(after + 2, self.end)]
+        following = rows[-1].seq if rows and rows[-1].seq < self.end else None
+        head = AuditHead(seq=self.end, hash=self._rows[self.end - 1].hash)
+        return AuditPage(entries=tuple(rows), next=following, head=head)
+
+    def pause(self) -> None:
+        if not self._ends:
+            raise KeyboardInterrupt
+        self.end = self._ends.pop(0)
+
+
+def followed(*ends: int, at: int = 0) -> tuple[list[int], list[str]]:
+    """The rows that somebody sees who follows a record of so many rows, and what is said meanwhile."""
+    pages, seen, told = Pages(*ends), list[int](), list[str]()
+    with suppress(KeyboardInterrupt):
+        seen.extend(row.seq for row in Reading(cast("CoordinatorApi", pages), at, {}).follow(pages.pause, told.append))
+    return seen, told
+
+
+def test_who_follows_sees_each_row_once_and_outlives_a_coordinator_that_is_away() -> None:
+    away = "http://x does not answer; waiting for it to come back"
+    assert followed(3, 3, 7) == ([1, 2, 3, 4, 5, 6, 7], [])
+    assert followed(5, 0, 0, 6, 0, 8, at=4) == ([5, 6, 7, 8], [away, away])
+
+
+def test_who_follows_hears_of_a_record_that_has_lost_its_end() -> None:
+    pages = Pages(5, 3)
+    with pytest.raises(BrokenRecordError, match="ends with row 3, and row 5 was there: its end was cut off"):
+        list(Reading(cast("CoordinatorApi", pages), 0, {}).follow(pages.pause, print))
 
 
 # ---------------------------------------------------------------- what it costs

@@ -6,6 +6,7 @@ programs that change a machine (pip, useradd, install) replaced by ones that rec
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from client.main import app as lydian
 from server.__main__ import app as serve
 from server.routes.public import router
 from server.settings import Settings
+from tests.tls_kit import Listener, written
 from worker.__main__ import app as work
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,17 +210,35 @@ def answering(status: int) -> Iterator[tuple[int, list[str]]]:
         server.server_close()
 
 
-@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
-def test_the_health_check_asks_a_path_that_there_is_and_goes_by_the_answer(status: int, healthy: bool) -> None:
+def health(port: int) -> tuple[int, str]:
+    """The image's health check, of another port: its exit code, and what it says."""
     words = json.loads(STAGES["coordinator"].last("HEALTHCHECK").partition(" CMD ")[2])
-    assert words[0] == "python"
-    assert words[2].count(f"127.0.0.1:{PORT}") == 1
+    assert words == ["python", "-m", "server.health", f"127.0.0.1:{PORT}"]
+    command = [sys.executable, *words[1:3], f"127.0.0.1:{port}"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize(("status", "said"), [(200, ""), (503, "answers /healthz with 503\n")])
+def test_the_health_check_asks_a_path_that_there_is_and_goes_by_the_answer(status: int, said: str) -> None:
     with answering(status) as (port, asked):
-        command = [sys.executable, *words[1:2], words[2].replace(str(PORT), str(port))]
-        ended = subprocess.run(command, capture_output=True, check=False, timeout=60)
-    assert (ended.returncode == 0) == healthy
+        ended = health(port)
+    assert ended == (1 if said else 0, f"127.0.0.1:{port} {said}" if said else "")
     assert asked == ["/healthz"]
     assert asked[0] in {getattr(route, "path", "") for route in router.routes}
+
+
+def test_the_health_check_speaks_tls_with_a_coordinator_that_does(tmp_path: Path) -> None:
+    with Listener(written(tmp_path)) as listener:
+        assert health(listener.port) == (0, "")
+
+
+def test_the_health_check_says_that_nobody_listens() -> None:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        code, said = health(port)
+    assert (code, said.startswith(f"nobody listens on 127.0.0.1:{port}: ")) == (1, True)
 
 
 # ---------------------------------------------------------------- every RUN, by a real shell

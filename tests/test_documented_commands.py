@@ -42,7 +42,7 @@ WATCHED = re.compile(r" --watch\b")
 
 RUN = re.compile(
     r"(lydian|submit_job) (submit|jobs|workers|logs|watch|cancel|pause|resume|drain|readmit|token|pull"
-    r"|audit(?!.*--state-dir)|init|sign|top --once|(submit )?[a-z0-9./_-]+\.toml|--version)\b"
+    r"|audit(?!.*--state-dir|.*--follow)|init|sign|top --once|(submit )?[a-z0-9./_-]+\.toml|--version)\b"
 )
 """What is run: commands that ask, order or write a file. `--watch` is taken off: nobody trains here."""
 
@@ -58,6 +58,7 @@ NOT_RUN = {
     r"lydian partition\b": "starts torch; tests/test_partition.py",
     r"lydian plan\b": "asks for a job that was trained; tests/acceptance/test_commands.py",
     r"lydian export\b": "starts torch; tests/acceptance/test_commands.py",
+    r"lydian audit --follow\b": "does not end by itself; tests/test_audit.py",
     r"lydian audit \w+ --state-dir\b": "becomes a process of its own; tests/acceptance/test_audit.py",
     r"lydian track\b": "needs the packages of trackers; tests/test_tracking.py",
     r"(\S+=\S+ )?opentelemetry-|pip install opentelemetry": "another program's, around ours",

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from client.calling import run_program
+from client.main import app
 from common import guarding
 from common.api import CoordinatorApi
 from common.errors import LydianError
-from tests.tls_kit import Listener, pin_in, written
+from tests.tls_kit import Listener, issued, pin_in, written
 
 TOKEN = "lyd_admin_0123456789ab_" + "x" * 43
 
@@ -237,3 +239,40 @@ def test_a_worker_that_starts_ends_at_a_refusal_and_not_at_silence(certificates:
     assert refused.value.code == "wrong_certificate"
     with CoordinatorApi(url, TOKEN, pin=pin_in(mine)) as api:
         api.check_line()  # nobody is there
+
+
+# ---------------------------------------------------------------- what people read
+
+COMMANDS = {
+    "jobs": ("jobs",), "watch": ("watch", "j-1"), "submit": ("submit", "digits"), "logs": ("logs", "j-1"),
+    "doctor": ("doctor", "--only", "coordinator"), "audit": ("audit", "--follow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("case", ["another one", "out of date"])
+def test_every_command_says_in_one_sentence_which_certificate_it_was_shown_and_tells_nothing(
+    certificates: tuple[Path, Path],
+    case: str,
+    command: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mine, shown, token = certificates[0], certificates[1], f"{TOKEN}@{pin_in(certificates[0])}"
+    if case == "out of date":
+        shown, token = tmp_path / "old.pem", TOKEN
+        shown.write_text("".join(issued("localhost", days=-1)))
+        monkeypatch.setenv("SSL_CERT_FILE", str(shown))
+    with Listener(shown) as there:
+        for name, value in {"URL": f"https://localhost:{there.port}", "TOKEN": token, "STATE_DIR": tmp_path}.items():
+            monkeypatch.setenv(f"LYDIAN_{name}", str(value))
+        with pytest.raises(SystemExit) as ended:
+            run_program(app, "lydian", command)
+    printed = "".join(capsys.readouterr())
+    assert ended.value.code == 1
+    assert printed.count("nothing was sent to it") == 1
+    told = f"{pin_in(mine)} is pinned" if case == "another one" else "is not trusted here: certificate has expired"
+    assert (told in printed, "this machine's clock" in printed) == (True, case == "out of date")
+    assert "Traceback" not in printed
+    assert there.heard == b""

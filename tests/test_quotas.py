@@ -1,21 +1,27 @@
 """What one caller may have: each limit holds, frees what was let go, and leaves the others alone."""
 
+import hashlib
+import json
 import logging
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import TooLargeError, TooManyError
-from common.messages import Submitter
+from common.facts import Initialised, StateChanged
+from common.messages import ModelFacts, Submitter
+from server.coordinator import Coordinator
 from server.quotas import CUT_TO, HAND_BACKS, REASONS, REGISTRATION, STREAMS_A_WORKER, Quotas
+from server.rounds import Step
 from server.settings import Settings
 from server.tokens import Principal
 from tests.rounds_kit import registration
-from tests.trust_kit import JSON, Fleet
+from tests.trust_kit import JSON, Fleet, Served
 
 ONE, TWO = (Principal("admin", number * 12, None) for number in "12")
 WORKER = Principal("work", "3" * 12, "gpu-1")
@@ -93,6 +99,22 @@ def test_what_a_worker_has_half_sent_makes_way_for_what_it_begins_the_oldest_fir
     assert limits.make_way("another", ("b", 1), here.__contains__) == set()
     here -= {("a", 3)}  # it was handed in
     assert limits.make_way("w", ("a", 5), here.__contains__) == set()
+
+
+@given(st.lists(st.sampled_from(["begin", "finish", "restart"]), max_size=40))
+def test_no_restart_lets_a_worker_hold_room_for_more_than_it_may_upload_at_once(steps: list[str]) -> None:
+    limits, here = quotas(), list[tuple[str, int]]()  # as they lie on the disk, the oldest first
+    for number, step in enumerate(steps):
+        if step == "begin":
+            stale = limits.make_way("w", ("a", number), here.__contains__)
+            here = [*(key for key in here if key not in stale), ("a", number)]
+        elif step == "finish":
+            here = here[1:]
+        else:
+            limits = quotas()
+            for key in here:
+                limits.found_staged("w", key)
+        assert len(here) <= 2, "the default"
 
 
 def test_a_token_follows_so_many_event_streams_and_one_that_ends_frees_its_place() -> None:
@@ -211,3 +233,69 @@ def test_the_application_asks_for_each_limit_where_it_matters(tmp_path: Path) ->
         assert len(log["detail"]) < 1_200
     finally:
         fleet.close()
+
+
+def test_what_a_worker_had_half_sent_before_a_restart_makes_way_for_what_it_begins_after_it(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path / "state", uploads=1)
+    try:
+        name = f"{fleet.work['id']}.{fleet.work['attempt']}"
+        assert fleet.upload(fleet.work, fleet.one.token, b"x" * 100).status == 204
+        fleet.close()
+        Served.__init__(fleet, tmp_path / "state", uploads=1)
+        second = fleet.assignment(fleet.one)
+        assert [file for file in fleet.files() if name in file] != []
+        assert fleet.upload(second, fleet.one.token, b"y" * 100).status == 204
+        assert [file for file in fleet.files() if name in file] == []
+    finally:
+        fleet.close()
+
+
+# ---------------------------------------------------------------- what stays on the disk
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["submit", "build", "cancel", "restart"]), st.integers(0, 2)), min_size=1, max_size=10
+    )
+)
+def test_a_task_file_is_there_as_long_as_a_job_that_names_it_goes_on_or_has_a_model_and_no_longer(
+    steps: list[tuple[str, int]],
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        served = Served(Path(folder) / "state")
+        try:
+            _play_task_files(served, steps)
+        finally:
+            served.close()
+
+
+def _play_task_files(served: Served, steps: list[tuple[str, int]]) -> None:
+    files, jobs, built = [f"# {number}\n" for number in range(3)], list[tuple[str, int]](), set[str]()
+    for number, (step, which) in enumerate(steps):
+        job = jobs[which % len(jobs)][0] if jobs else ""
+        if step == "submit":
+            sent = {"key": f"k{number}", "spec": {"task": "mine"}, "task_source": files[which]}
+            answer = served.call("POST", "/v1/jobs", served.admin, json.dumps(sent).encode(), JSON)
+            jobs.append((answer.json()["id"], which))
+        elif step == "build" and job and served.coordinator.jobs[job].phase.state == "queued":
+            served.run(_build(served.coordinator, job))
+            built.add(job)
+        elif step == "cancel" and job:
+            served.call("POST", f"/v1/jobs/{job}/cancel", served.admin)
+        elif step == "restart":
+            served.close()
+            Served.__init__(served, served.folder)
+        wanted = {which for job, which in jobs if job in built or not served.coordinator.jobs[job].over}
+        digests = [hashlib.sha256(text.encode()).hexdigest() for text in files]
+        assert {which for which in range(3) if served.coordinator.blobs.has(digests[which])} == wanted
+        statuses = {served.call("GET", f"/v1/tasks/{digests[which]}", served.admin).status for which in wanted}
+        assert statuses <= {200}
+
+
+async def _build(coordinator: Coordinator, job: str) -> None:
+    """A job gets its first model."""
+    digest = coordinator.blobs.put_bytes(job.encode())
+    facts = ModelFacts(parameters=1, train_samples=2, test_samples=0, bounds=(0, 2))
+    made = Initialised(attempt=1, worker="w", digest=digest, size=len(job), facts=facts)
+    coordinator._apply(job, Step((StateChanged(state="initialising", reason="for a test"), made), "built"))

@@ -19,7 +19,7 @@ from client.task_file import read_task
 from common import signing
 from common.errors import BadTaskError, LydianError
 from common.messages import JobRequest, JobSpec, TaskRef, TaskSignature
-from common.signing import Signer, sign, signer_in, signers_in, why_unsigned
+from common.signing import Signer, sign, signer_in, signers_in, whos, why_unsigned
 from worker import plan
 from worker.signers import Signers, checked
 
@@ -122,6 +122,10 @@ def test_a_second_spelling_of_the_same_signature_does_not_count() -> None:
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     other = alphabet[alphabet.index(last) ^ 1]  # the last letter has four bits of no meaning
     assert why_unsigned(ref(SIGNED.model_copy(update={"signature": SIGNED.signature[:-1] + other})), [ADA])
+
+
+def test_who_signed_is_told_by_name_and_key() -> None:
+    assert whos([SIGNED, SIGNED]) == f"ada (key {ADA.id}), ada (key {ADA.id})"
 
 
 # ---------------------------------------------------------------- keys on a line

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from client.main import app
 from client.tokens import seconds_of, write_private
 from common.api import CoordinatorApi
 from common.errors import LydianError
+from common.messages import JobRequest, JobSpec
 from server.app import create_app
 from server.settings import Settings
 from tests.rounds_kit import registration
@@ -175,11 +177,37 @@ def test_a_workers_credential_is_never_shown(lydian: Lydian, running: Running) -
     with CoordinatorApi(running.url, (running.folder / "join.token").read_text().strip()) as api:
         welcome = api.register(registration("gpu-box"))
     ran = lydian("token", "rotate", "gpu-box")
-    assert (ran.code, ran.out, ran.err) == (0, "", "gpu-box fetches a new credential\n")
+    assert (ran.code, ran.out) == (0, "")
+    said = "gpu-box is to fetch a new credential by TIME, when the old one ends; else it has to join anew\n"
+    assert re.sub(r"20[0-9T:-]+Z", "TIME", ran.err) == said
     assert lydian("token", "revoke", "gpu-box").out.endswith("(gpu-box) is revoked\n")
     with CoordinatorApi(running.url, welcome.credential) as api, pytest.raises(LydianError, match="was revoked"):
         api.register(registration("gpu-box"))
     assert "credential" not in repr(welcome)
+
+
+def test_a_revoked_tokens_jobs_go_on_unless_they_are_to_end_with_it_which_is_on_record(
+    lydian: Lydian, running: Running
+) -> None:
+    token = lydian("token", "create", "--scope", "submit", "--name", "ada").out.strip()
+    with CoordinatorApi(running.url, token) as api:
+        jobs = [api.submit_job(JobRequest(key=key, spec=JobSpec(task="digits", rounds=1))).id for key in ("k1", "k2")]
+        api.cancel(jobs[0])
+    with CoordinatorApi(running.url, running.admin) as api:
+        others = api.submit_job(JobRequest(key="k3", spec=JobSpec(task="digits", rounds=1))).id
+    ran = lydian("token", "revoke", "ada")
+    assert (ran.code, ran.err) == (0, f"go on (--cancel-jobs ends them): {jobs[1]}\n")
+    with CoordinatorApi(running.url, running.admin) as api:
+        assert api.job(jobs[1]).state == "queued"
+        ran = lydian("token", "revoke", token.split("_")[2], "--cancel-jobs")
+        assert (ran.code, ran.err) == (0, f"cancelled: {jobs[1]}\n")
+        ended = api.job(jobs[1])
+        assert ended.state == "cancelled"
+        assert "who revoked the token ada that submitted it" in ended.reason
+        assert api.job(others).state == "queued"
+        (row,) = api.audit(job=jobs[1], action="job.cancelled").entries
+        assert row.actor == f"admin:{running.admin.split('_')[2]}"
+    assert lydian("token", "revoke", token.split("_")[2], "--cancel-jobs").err == "", "twice is once"
 
 
 # ---------------------------------------------------------------- command lines

@@ -136,7 +136,7 @@ def test_the_first_secret_ends_with_the_overlap_though_the_second_was_never_used
     second = tokens.rotate(tokens.find(id_of(first)), overlap_s=60.0)
     assert second is not None
     clock.now += 60
-    with pytest.raises(UnauthenticatedError, match="was rotated, and its first secret counts no more"):
+    with pytest.raises(UnauthenticatedError, match="its first secret counted until 1972-09-27T00:01:00Z"):
         tokens.check(f"Bearer {first}")
     assert passes(tokens, second)
 
@@ -187,7 +187,7 @@ def test_a_workers_second_secret_waits_for_the_worker_which_is_asked_now_and_the
     assert first is not None
     assert tokens.credential("w1", "gpu-box", None, "claim") is None, "it goes on with what it has"
     assert not tokens.is_to_renew("w1", 0.0)
-    assert tokens.rotate(tokens.find("gpu-box"), overlap_s=1.0) is None
+    assert tokens.rotate(tokens.find("gpu-box"), overlap_s=DAY) is None
     asked = [tokens.is_to_renew("w1", at) for at in (0.0, 1.0, ASKED_EVERY_S, ASKED_EVERY_S + 1)]
     assert asked == [True, False, True, False]
     second = tokens.credential("w1", "gpu-box", None, "claim")
@@ -195,6 +195,35 @@ def test_a_workers_second_secret_waits_for_the_worker_which_is_asked_now_and_the
     assert passes(tokens, first), "its answer may have been lost"
     assert passes(tokens, second)
     assert (passes(tokens, first), tokens.is_to_renew("w1", 1e9)) == (False, False)
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_a_rotated_workers_old_credential_ends_with_the_overlap_whether_the_new_one_was_fetched_or_not(
+    journal: Journal, tokens: Tokens, clock: Clock, fetched: bool
+) -> None:
+    first = tokens.credential("w1", "gpu-box", None, "claim") or ""
+    tokens.rotate(tokens.find("gpu-box"), overlap_s=60.0)
+    clock.now += 59
+    second = tokens.credential("w1", "gpu-box", None, "claim") if fetched else None
+    tokens = Tokens(journal, tokens._calendar)
+    assert passes(tokens, first)
+    assert tokens.first_until(id_of(first)) == "1972-09-27T00:01:00Z"
+    clock.now += 1
+    with pytest.raises(UnauthenticatedError, match="its first secret counted until 1972-09-27T00:01:00Z") as refused:
+        tokens.check(f"Bearer {first}")
+    assert "joins anew" in refused.value.advice
+    assert second is None or passes(tokens, second)
+
+
+def test_a_workers_join_that_is_said_again_ends_neither_of_its_credentials_with_time(
+    tokens: Tokens, clock: Clock
+) -> None:
+    caller = joining(tokens)
+    first, second = let_in(tokens, caller, "w1", "claim"), let_in(tokens, caller, "w1", "claim")
+    clock.now += 100 * DAY
+    assert tokens.first_until(id_of(first)) == "the second is used"
+    assert passes(tokens, first), "whichever of the two answers was lost, the other has come"
+    assert passes(tokens, second)
 
 
 def test_a_join_token_is_replaced_and_not_rotated(tokens: Tokens) -> None:

@@ -48,6 +48,7 @@ def audit(
         with Journal.reading(_journal(state_dir)) as journal:
             found = journal.audit_check(checker)
     typer.echo(whole(found, checker))
+    typer.echo(checker.proof(), err=True)
 
 
 @app.command()

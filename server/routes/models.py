@@ -156,7 +156,11 @@ async def get_model(digest: DigestPath, coordinator: CoordinatorDep, _: AnyoneDe
 @router.get("/v1/tasks/{digest}")
 async def get_task(digest: DigestPath, coordinator: CoordinatorDep, _: TrainerDep) -> Response:
     """A user's task file."""
-    missing = NotFoundError(f"the task file {digest[:12]}… is not kept here", code="unknown_task")
+    missing = NotFoundError(
+        f"the task file {digest[:12]}… is not kept here",
+        code="unknown_task",
+        advice="That of a job which ended without a model was deleted with it.",
+    )
     if not any(digest == job.task_digest for job in coordinator.jobs.values()):
         raise missing
     return BlobResponse(coordinator.blobs, digest, missing)

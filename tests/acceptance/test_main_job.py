@@ -1,6 +1,7 @@
 """The main job with real processes: a coordinator, workers, a model, real images."""
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -228,7 +229,7 @@ def test_a_task_that_breaks_fails_its_job_with_the_traceback_and_leaves_the_flee
     task.write_text(TIED + f"\n\ndef train(model, loader, context):\n    print('I was here')\n    {body}\n")
     job = fleet.submit(task, rounds=1, **SMALL)
     view = fleet.finish(job, "failed")
-    assert "given up after 2 failures" in view.reason
+    assert re.search("given up after [2-4] failures", view.reason), "of both workers"
     entries = fleet.api.logs(job)
     assert {e.code for e in entries} == {code} or code is None
     assert any(says in e.sentence + e.detail for e in entries)
@@ -252,13 +253,14 @@ def test_a_task_that_hangs_is_stopped_and_its_stack_is_shown(tmp_path: Path) -> 
         assert "hangs.py" in entries[0].detail
 
 
-def test_a_task_file_with_a_syntax_error_fails_the_job_at_once(fleet: LocalFleet, tmp_path: Path) -> None:
+def test_a_syntax_error_fails_the_job_once_both_workers_have_seen_it(fleet: LocalFleet, tmp_path: Path) -> None:
     task = tmp_path / "broken.py"
     task.write_text("def model(config:\n")
     view = fleet.finish(fleet.submit(task, rounds=1), "failed")
     assert "broken.py" in view.reason
     assert "line 1" in view.reason or ":1" in view.reason
-    assert len(fleet.api.logs(view.id)) == 1
+    assert len(fleet.api.logs(view.id)) == 2
+    assert view.reason.endswith("2 workers say that it cannot be used")
 
 
 def test_data_that_no_worker_has_fails_the_job_with_what_would_do(fleet: LocalFleet) -> None:
