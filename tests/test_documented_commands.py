@@ -38,7 +38,6 @@ FILES = (
     ("scripts/digits.py", "train.py"),
 )
 """What readers have, from our examples -> what the docs call it."""
-WATCHED = re.compile(r" --watch\b")
 
 RUN = re.compile(
     r"(lydian|submit_job) (submit|jobs|workers|logs|watch|cancel|pause|resume|drain|readmit|token|pull"
