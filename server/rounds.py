@@ -581,7 +581,7 @@ def left_to_others(job: Job, worker: str, able: Callable[[], Collection[str]]) -
         worker: the worker's id.
         able: gives the ids of the live workers that could do this job's work; not asked where nothing depends on it.
     """
-    worn = [(task, tries) for task, tries in _tried(job) if _has_had_its_turns(tries, worker)]
+    worn = [(task, tries) for task, tries in _tried_again(job) if _has_had_its_turns(tries, worker)]
     found = set(able()) if worn else set[str]()
     return frozenset(
         task
@@ -590,13 +590,15 @@ def left_to_others(job: Job, worker: str, able: Callable[[], Collection[str]]) -
     )
 
 
-def _tried(job: Job) -> Iterable[tuple[Task, Tries]]:
-    """What any worker could do, and somebody was given before."""
+def _tried_again(job: Job) -> Iterable[tuple[Task, Tries]]:
+    """What any worker could do, and was given before more than once: of thousands of shards a few."""
+    again = blame_on.FAILURES_EACH
     match job.inner:
         case Initialising(tries=tries):
             yield Task("init", 0), tries
         case Training() as phase:
-            yield from ((Task("train", phase.round, shard), tries) for shard, tries in phase.tries.items())
+            often = ((shard, tries) for shard, tries in phase.tries.items() if tries.attempt >= again)
+            yield from ((Task("train", phase.round, shard), tries) for shard, tries in often)
         case buffering.Buffering() as phase:
             open_turns = ((shard, turn) for shard, turn in phase.turns.items() if not turn.counted)
             yield from ((Task("train", phase.newest, shard), turn.tries) for shard, turn in open_turns)

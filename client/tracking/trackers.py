@@ -8,7 +8,6 @@ It is given all points each time that it is opened, and passes over those that i
         tracker.settle()     what was taken is kept, whatever happens now
 """
 
-import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -49,8 +48,6 @@ class Tracker(Protocol):
 class Kind:
     """A tracker that `--to` knows."""
 
-    module: str
-    """Of client.tracking, with a class Tracked(run, target)."""
     target: str
     """What follows the equals sign, for people."""
     package: str = ""
@@ -60,12 +57,12 @@ class Kind:
 
 
 KINDS = {
-    "csv": Kind("table", "FILE"),
-    "jsonl": Kind("lines", "FILE"),
-    "tensorboard": Kind("tensorboard", "DIR", "tensorboardX", "tensorboard"),
-    "wandb": Kind("hosted", "[ENTITY/]PROJECT", "wandb", "wandb"),
-    "trackio": Kind("hosted", "PROJECT", "trackio", "trackio"),
-    "mlflow": Kind("mlflow", "URI", "mlflow", "mlflow"),
+    "csv": Kind("FILE"),
+    "jsonl": Kind("FILE"),
+    "tensorboard": Kind("DIR", "tensorboardX", "tensorboard"),
+    "wandb": Kind("[ENTITY/]PROJECT", "wandb", "wandb"),
+    "trackio": Kind("PROJECT", "trackio", "trackio"),
+    "mlflow": Kind("URI", "mlflow", "mlflow"),
 }
 
 
@@ -102,9 +99,32 @@ def wish(text: str) -> Wish:
 
 def tracker(one: Wish, run: Run) -> Tracker:
     """The tracker that a wish is for; nothing is opened yet."""
-    module = importlib.import_module(f"client.tracking.{KINDS[one.kind].module}")
-    make: Callable[[str, str, Run], Tracker] = module.tracked
-    return make(one.kind, one.target, run)
+    return _maker(one.kind)(one.kind, one.target, run)
+
+
+def _maker(kind: str) -> Callable[[str, str, Run], Tracker]:
+    """What makes a tracker of a kind. Imported here, since some bring a package that takes seconds."""
+    match kind:
+        case "csv":
+            from client.tracking import table
+
+            return table.tracked
+        case "jsonl":
+            from client.tracking import lines
+
+            return lines.tracked
+        case "tensorboard":
+            from client.tracking import tensorboard
+
+            return tensorboard.tracked
+        case "mlflow":
+            from client.tracking import mlflow
+
+            return mlflow.tracked
+        case _:
+            from client.tracking import hosted
+
+            return hosted.tracked
 
 
 @contextmanager
