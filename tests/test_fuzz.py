@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.targets import CORPUS, TARGETS
 
-EXAMPLES = 25  # of each target; HYPOTHESIS_PROFILE=long tries far more
+EXAMPLES = 250  # of each target, half a minute in all where nothing else runs; HYPOTHESIS_PROFILE=long tries far more
 MEMORY = 48 << 20  # bytes that a target may take for an input of some kilobytes, beside what it keeps
 
 

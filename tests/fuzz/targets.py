@@ -270,7 +270,7 @@ def fixed(data: bytes) -> None:
     numbers = np.frombuffer(data[2 : 2 + (len(data) - 2) // 8 * 8], np.float64) if len(data) > 2 else np.zeros(0)
     sent, cut = chosen.encode(numbers.copy(), samples)
     back = chosen.decode(sent, samples)
-    assert cut == int((np.abs(numbers) * 2.0**chosen.fraction > chosen.levels).sum())
+    assert cut == int((np.abs(numbers) > chosen.levels * 2.0**-chosen.fraction).sum())
     assert np.abs(back - np.clip(numbers, -2, 2)).max(initial=0.0) <= 2.0 ** (1 - chosen.fraction)
 
 
