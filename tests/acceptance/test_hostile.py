@@ -74,7 +74,8 @@ def test_a_hostile_worker_is_refused_named_and_set_aside_and_the_job_ends_well(c
         )
         view = crew.finish(job)
         facts = crew.facts(job)
-    refused = list(of_type(facts, "handed_back"))
+    # Where the first model was to be made by it, it gave that back of its own accord: no refusal.
+    refused = [fact for fact in of_type(facts, "handed_back") if fact["code"] != "released"]
     assert {(fact["code"], fact["worker_name"]) for fact in refused} == {("norm_outlier", "mallory")}
     assert len(refused) == 3
     named = [one for fact in closed_rounds(facts) for one in fact["absent"] if one["worker_name"] == "mallory"]
