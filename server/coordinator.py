@@ -999,7 +999,7 @@ class Coordinator:
     def _ended(self, job_id: str, back: HandedBack) -> Step:
         """What follows from an attempt that ended without a result, and from who else could do it."""
         job = self.jobs[job_id]
-        return rounds.hand_back(job, back, self._limits, self.fleet.serving(job, self.clock()))
+        return rounds.hand_back(job, back, self._limits, lambda: self.fleet.serving(job, self.clock()))
 
     def _back(
         self,
@@ -1030,8 +1030,8 @@ class Coordinator:
 
     def _fail_if_nobody_can(self, job_id: str) -> None:
         job, now = self.jobs[job_id], self.clock()
-        able = [w for w in self.fleet.live(now) if w in job.excluded or w in self.fleet.serving(job, now)]
-        self._apply(job_id, rounds.fail_if_nobody_can(job, able))
+        able = (w for w in self.fleet.live(now) if w in job.excluded)
+        self._apply(job_id, rounds.fail_if_nobody_can(job, (*able, *self.fleet.serving(job, now))))
 
     # ------------------------------------------------------------ updates
 

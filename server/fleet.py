@@ -151,10 +151,11 @@ class Fleet:
     def places(self, job: Job, now: float) -> list[str]:
         """Ids of the workers that a round is cut for: those that serve, and those that vanished a short while ago."""
         serving = self.serving(job, now)
+        there = set(serving)
         expected = (
             w.id
             for w in self.workers.values()
-            if w.id not in serving
+            if w.id not in there
             and w.seen_at is not None
             and now - w.seen_at <= PLACE_KEPT_S
             and not (w.left or w.id in job.excluded)

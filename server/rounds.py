@@ -510,23 +510,22 @@ def hand_out(job: Job, task: Task, worker: str, claim_key: str = "") -> Step:
     return Step((fact,), f"{task}, attempt {fact.attempt}, to {worker}")
 
 
-def hand_back(job: Job, back: HandedBack, limits: Limits, able: Collection[str] = ()) -> Step:
+def hand_back(job: Job, back: HandedBack, limits: Limits, able: Callable[[], Collection[str]] = frozenset) -> Step:
     """An attempt ended without a result. Decides whether that ends the task, and with it the job, or the worker's part.
 
     Args:
         job: the job.
         back: what is said of the attempt.
         limits: how often a task may fail.
-        able: ids of the live workers that could do this job's work.
+        able: gives the ids of the live workers that could do this job's work; not asked where nothing depends on it.
     """
     task = Task(back.kind, back.round, back.shard)
     if job.over or not is_open(job, task) or is_late(job, task):
         return Step((back,), f"{task} had been settled: {back.sentence}")
     tries = _counted(tries_of(job, task), back)
     blame = f"{task} on {back.worker_name}: {back.sentence}"
-    able = _able_beside(job, task, able)
     if back.code == "bad_task":
-        if blame_on.is_proven(said := {*job.unusable, back.worker}, able):
+        if _is_proven(job, task, said := {*job.unusable, back.worker}, able):
             blame += f"; {len(said)} workers say that it cannot be used" if len(said) > 1 else ""
             return Step((back, _changed("failed", blame)), blame)
         back = back.model_copy(update={"excludes": True})
@@ -538,12 +537,13 @@ def hand_back(job: Job, back: HandedBack, limits: Limits, able: Collection[str] 
         step = _take_part(job, part)
         return replace(step, facts=(back, *step.facts))
     many = {*tries.failed_on, *tries.expired_on}
-    if task.kind == "evaluate" and tries.failures >= limits.evaluation_failures and blame_on.is_proven(many, able):
+    too_often = task.kind == "evaluate" and tries.failures >= limits.evaluation_failures
+    if too_often and _is_proven(job, task, many, able):
         reason = f"{task} given up after {tries.failures} failures, the last: {back.sentence}"
         given_up = EvaluationGivenUp(round=task.round, reason=reason)
         return Step((back, given_up, *_finish_if_last(job, task.round, reason)), reason)
     if tries.failures >= limits.failures or tries.expiries >= limits.expiries:
-        if not blame_on.is_proven(many, able):
+        if not _is_proven(job, task, many, able):
             return _without_worker(job, task, back, blame)
         ended = f"{tries.failures} failures and {tries.expiries} lost leases"
         reason = f"{task} was given up after {ended}, the last on {back.worker_name}: {back.sentence}"
@@ -564,13 +564,17 @@ def _is_for_one(job: Job, task: Task) -> bool:
     return task.kind == "train" and subject_of(job, task)[1].worker is not None
 
 
-def _able_beside(job: Job, task: Task, able: Collection[str]) -> Collection[str]:
-    """Who could go on with the job in place of a worker that cannot do this: with own data, those of the open round."""
-    if not _is_for_one(job, task):
-        return able
-    shards = job.inner.shards if isinstance(job.inner, buffering.Buffering) else _training(job).shards
-    owners = {shard.worker for shard in shards.values() if shard.worker is not None}
-    return owners & set(able) | {update.worker for update in accepted_of(job)}
+def _is_proven(job: Job, task: Task, said: Collection[str], able: Callable[[], Collection[str]]) -> bool:
+    """Whether these workers are enough to say that a task cannot be done.
+
+    Against them stand those that could go on with the job in their place: with own data, those of the open round.
+    """
+    beside = able()
+    if _is_for_one(job, task):
+        shards = job.inner.shards if isinstance(job.inner, buffering.Buffering) else _training(job).shards
+        owners = {shard.worker for shard in shards.values() if shard.worker is not None}
+        beside = owners & set(beside) | {update.worker for update in accepted_of(job)}
+    return blame_on.is_proven(said, beside)
 
 
 def left_to_others(job: Job, worker: str, able: Callable[[], Collection[str]]) -> frozenset[Task]:

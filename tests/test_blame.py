@@ -1,5 +1,6 @@
 """Whose fault it is that attempts fail: one worker ends nobody's job, and a task that fails everywhere is given up."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from common.messages import Submission
 from server import rounds
 from server.blame import ATTEMPTS_EACH, FAILURES_EACH, WITNESSES, has_had_its_turns, is_proven, leaves_to_others
 from server.fleet import Fleet, Timing
-from server.rounds import Aggregating, Failed, Finished, Initialising, Task, Training
+from server.rounds import Aggregating, Failed, Finished, Initialising, Job, Task, Training
 from tests.rounds_kit import LIMITS, Play, at, digest, registration, spec, submission, training
 
 FAILING = ("task_failed", "task_exited", "out_of_memory", "bad_task", "non_finite", "expired", "worker_error")
@@ -67,7 +68,7 @@ class Shop:
         self.fleet = Fleet(Timing(ttl_s=1e9))
         for name in workers:
             self.fleet.register(name, registration(name, data=("digits",)), now=0.0)
-        self.given = 0
+        self.given = self.asked = 0
         self.play.begin(*workers)
 
     def turn(self, worker: str, code: str | None) -> None:
@@ -89,10 +90,14 @@ class Shop:
             worker_name=worker, code=code, sentence=f"{code} happened",
         )  # fmt: skip
         job = self.play.job
-        self.play.do(rounds.hand_back(job, back, LIMITS, self.fleet.serving(job, 0.0)))
+        self.play.do(rounds.hand_back(job, back, LIMITS, partial(self._serving, job)))
         live = self.fleet.live(0.0)
         if not self.play.job.over:
             self.play.do(rounds.fail_if_nobody_can(self.play.job, live))
+
+    def _serving(self, job: Job) -> list[str]:
+        self.asked += 1
+        return self.fleet.serving(job, 0.0)
 
     def _succeed(self, task: Task, worker: str) -> None:
         play, attempt = self.play, self._attempt(task)
@@ -209,6 +214,15 @@ def test_a_worker_that_failed_twice_gets_the_task_only_after_the_others_have_fai
     shop.turn("a", "task_failed")
     assert isinstance(shop.play.job.phase, Failed)
     assert "given up after 5 failures" in shop.play.job.reason
+
+
+def test_who_else_could_do_it_is_not_asked_where_nothing_depends_on_it() -> None:
+    shop = Shop(KINDS["fixed shards"], *"abcd")
+    for worker in "abcd":
+        shop.turn(worker, "expired")
+    assert (shop.given, shop.asked) == (4, 0)
+    shop.turn("a", "bad_task")
+    assert (shop.given, shop.asked) == (5, 1)
 
 
 def test_what_one_worker_leaves_is_taken_by_one_that_was_too_slow_for_a_shard() -> None:
