@@ -66,6 +66,7 @@ def beside(name: str) -> ModuleType:
 task_batches = beside("task_batches")
 task_checkpoint = beside("task_checkpoint")
 task_classes = beside("task_classes")
+task_compiler = beside("task_compiler")
 task_ranks = beside("task_ranks")
 task_device = beside("task_device")
 task_precision = beside("task_precision")
@@ -244,10 +245,11 @@ def total_memory(device: torch.device) -> int:
 def ask_for_deterministic_kernels() -> None:
     """Have torch take deterministic kernels where it has them, and warn where not; float32 is float32 on every card.
 
-    Takes two seconds the first time: it imports torch's compiler, as the first optimiser would. Hello goes before.
+    Not by use_deterministic_algorithms, which imports the compiler to tell it: the variable does, when it is imported.
     """
     torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions alone: 10 bits, and only on new cards
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # costs a pass over memory
 
 
@@ -1979,6 +1981,7 @@ def train_for_the_agent(options: argparse.Namespace) -> int:
     task_cage.enter(options.limits)
     sys.meta_path.insert(0, HouseHidden)
     sys.dont_write_bytecode = True  # the task file's folder is not ours to write into
+    task_compiler.wait_until_asked_for()
     events.send({"event": "hello", "torch": build})
     ask_for_deterministic_kernels()
     return serve(Host(device, events, stopping, ranks), device, ranks.commands(commands), events)
