@@ -286,7 +286,7 @@ def _work(spec: JobSpec, base: Measured) -> Work:
         length=length,  # type: ignore[arg-type]
         amount=lengths.get(length) or train.local_epochs or 1,
         shards=None if data.shards == "auto" else data.shards,
-        fraction=data.fraction,
+        fraction=spec.privacy.sample if spec.privacy.level == "worker" else data.fraction,  # in the mean, if drawn
         update=aggregation.update if aggregation.update != "auto" else "fp32",
         masked=spec.secure.enabled,
         whole_download=aggregation.download == "fp32",

@@ -50,7 +50,7 @@ class Work:
     length: Length = "epochs"
     amount: float = 1  # epochs, steps or seconds of local training
     shards: int | None = None  # None: one for each box, sized by its speed
-    fraction: float = 1.0  # of the shards, that trains in a round
+    fraction: float = 1.0  # of the shards, that trains in a round; in the mean where they are drawn one by one
     update: str = "fp32"
     masked: bool = False  # secure aggregation
     whole_download: bool = False  # models go down whole, although updates are encoded

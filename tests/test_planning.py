@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from client.job_file import Job
-from client.planning import Measured, Plan, PlanRow, kept_words, plan_of, show
+from client.planning import Measured, Plan, PlanRow, _plan, kept_words, plan_of, show
 from common.errors import LydianError
-from common.forecast import Row, Work
+from common.forecast import Box, Row, Work
 from common.messages import JobSpec
 
 SPEC = JobSpec.model_validate({"task": "digits", "train": {"local_epochs": 2, "batch_size": 10}})
@@ -89,6 +89,15 @@ def test_a_plan_says_what_kept_updates_take_on_the_disk(keep: Any, wanted: tuple
     said = kept_words(spec, rows, Work(samples=1, model_bytes=4_000_000, batch_size=1))
     assert len(said) == bool(wanted)
     assert all(word in said[0] for word in wanted)
+
+
+def test_shards_that_are_drawn_one_by_one_are_foretold_by_their_mean() -> None:
+    base, boxes = Measured("j-1", {"a": 10.0}, {}, 0.0, 100, 40), [Box("a", rate=10.0, down=1e6, up=1e6)]
+    drawn = {"level": "worker", "sample": 0.25, "noise": 1.0, "delta": 1e-5, "clip": 1.0}
+    keys = {"task": "digits", "data": {"shards": 20}}
+    some, all_of_them = JobSpec.model_validate({**keys, "privacy": drawn}), JobSpec.model_validate(keys)
+    assert [row.samples for row in _plan(base, boxes, some).workers] == [25]
+    assert [row.samples for row in _plan(base, boxes, all_of_them).workers] == [100]
 
 
 def test_truth_stands_beside_the_forecast(capsys: pytest.CaptureFixture[str]) -> None:
