@@ -320,11 +320,6 @@ def test_a_text_that_is_not_the_one_that_was_allowed_is_not_run(desk: Desk) -> N
     assert answer["code"] == "not_trusted"
 
 
-def test_a_script_on_several_devices_is_refused(desk: Desk) -> None:
-    desk.host._ranks.world = 2
-    assert "a script, which trains on one device, and this worker has 2" in desk.fails(GOOD)["sentence"]
-
-
 def test_steps_and_what_a_script_says_of_its_progress_are_seen(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_host, "PROGRESS_EVERY_S", 0.0)
     source = HEAD + LOOP + "loss = step([0]); round.progress(steps=9, samples=4, loss=loss); round.report(1)"

@@ -28,7 +28,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +49,8 @@ MISSING_EVERY_S = 10.0  # between two lines on who is missing at the start
 LOOK_EVERY_S = 0.05  # between two looks at a file that grows without waking anybody up
 LAST_WAIT_S = 30.0  # for torchrun to end a rank whose group broke: it knows better who died
 EXIT_BROKEN = 70  # of a rank that lost the others, or could not keep up with them
+EXIT_LEFT = 71  # of a rank whose script failed in the middle of what it does with the others
+OWN_END_S = 5.0  # for rank 0 to fail for the same reason, and tell the agent itself
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}  # the ranks are in one box, and nobody else has business with them
 
 JOINT = frozenset({"open", "close", "train", "evaluate"})  # commands that every rank carries out
@@ -183,6 +185,21 @@ class Alone:
     def begin(self, model: nn.Module) -> None:
         """Training begins."""
 
+    def all_or_none(self, name: str) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Inside, what one of them raises is raised by all, at the end."""
+        return nullcontext()
+
+    def same(self, model: nn.Module) -> bool:  # noqa: ARG002
+        """Whether all have the same model."""
+        return True
+
+    def of_script(self) -> AbstractContextManager[None]:
+        """Inside, a script finds itself among those that train together, as torchrun has it."""
+        return nullcontext()
+
+    def leave(self, error: Any, tell: Callable[[Any], None]) -> None:  # noqa: ANN401
+        """A script has failed where the others may wait for it."""
+
     def agree(self, what: str, *values: Any) -> None:  # noqa: ANN401
         """Make sure that all ranks are of one mind."""
 
@@ -283,8 +300,16 @@ class Stop:
 class Ranks(Alone):
     """One of several processes. In a command, all of them call the same methods in the same order."""
 
-    def __init__(self, host: ModuleType, rank: int, world: int, wire: torch.device, wanted: threading.Event) -> None:
-        """Use `join`.
+    def __init__(
+        self,
+        host: ModuleType,
+        rank: int,
+        world: int,
+        wire: torch.device,
+        wanted: threading.Event,
+        store: Any = None,  # noqa: ANN401
+    ) -> None:
+        """Use `joined`.
 
         Args:
             host: task_host, whose errors these are.
@@ -292,8 +317,9 @@ class Ranks(Alone):
             world: how many there are.
             wire: where sums are made: the device, or the CPU.
             wanted: set when the agent wants an end; rank 0 alone hears that.
+            store: where a rank that leaves says why; torch's.
         """
-        self._host = host
+        self._host, self._store = host, store
         self.rank, self.world = rank, world
         self._wire = wire
         self._wanted = wanted
@@ -356,6 +382,61 @@ class Ranks(Alone):
             failure = error if isinstance(error, self._host.TaskError) else self._host.unexpected(error, name)
             self.vote(failure=failure)
             raise AssertionError("a vote with a failure always raises") from error
+
+    # ------------------------------------------------------------ a script's
+
+    @contextmanager
+    def all_or_none(self, name: str) -> Iterator[None]:
+        """Inside, what one of them raises is raised by all, at the end."""
+        with self._told_to_all(name):
+            yield
+            self.vote(may_stop=False)
+
+    def same(self, model: nn.Module) -> bool:
+        """Whether all have the same model, in what of it is trained. Raises what a vote raises."""
+        mark = 0
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                numbers = parameter.detach().cpu().contiguous().reshape(-1)
+                mark = zlib.crc32(numbers.view(torch.uint8).numpy().data, mark)
+        return len(set(self.vote(mark=mark).marks)) == 1
+
+    @contextmanager
+    def of_script(self) -> Iterator[None]:
+        """Inside, a script that makes the group of its ranks, as one does under torchrun, finds it made."""
+
+        def is_there(*_: object, **__: object) -> None:
+            sys.stderr.write(f"the group of the {self.world} ranks is there already, and stays\n")
+
+        own = dist.init_process_group, dist.destroy_process_group
+        dist.init_process_group = dist.destroy_process_group = is_there
+        try:
+            yield
+        finally:
+            dist.init_process_group, dist.destroy_process_group = own
+
+    def leave(self, error: Any, tell: Callable[[Any], None]) -> None:  # noqa: ANN401
+        """A script has failed where the others may wait for it: end this rank, which ends all. Never returns.
+
+        Args:
+            error: a TaskError.
+            tell: tells the agent of one; of rank 0.
+        """
+        if self.rank:
+            sys.stderr.write(f"{error}\n{error.detail}\n")
+            sys.stderr.flush()
+            self._store.set("left", json.dumps([self.rank, error.code, str(error), error.detail]))
+            threading.Event().wait(OWN_END_S)  # torchrun ends this one meanwhile, where rank 0 has left too
+        else:
+            tell(self._cause_of(error))
+        os._exit(EXIT_LEFT)
+
+    def _cause_of(self, error: Any) -> Any:  # noqa: ANN401 - TaskErrors
+        """What another rank left for, where rank 0 has only lost it."""
+        if not isinstance(error.__cause__, RuntimeError) or not self._store.check(["left"]):
+            return error
+        rank, code, sentence, detail = json.loads(self._store.get("left"))
+        return self._host.TaskError(code, f"rank {rank} of {self.world}: {sentence}", detail)
 
     # ------------------------------------------------------------ votes
 
@@ -787,7 +868,7 @@ def joined(
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL takes the current one
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    ranks = Ranks(host, rank, world, device if wire == device.type else torch.device("cpu"), wanted)
+    ranks = Ranks(host, rank, world, device if wire == device.type else torch.device("cpu"), wanted, store)
     ranks.vote()
     return device, {**build, "ranks": world}, ranks
 

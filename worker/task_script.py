@@ -13,6 +13,9 @@ script imports and which imports nobody.
 
 So each command has one answer, whoever has to give it: the loop for all but the last, `run` for the one that was under
 way when the script ended, by itself or by an error.
+
+On several devices each rank runs the script, as under torchrun, with the group of the ranks made. All of them have the
+same rounds; what is told and written is rank 0's. A script that fails on one of them ends them all.
 """
 
 import importlib.util
@@ -61,15 +64,25 @@ def run(
     Raises:
         TaskError: what is answered to the command under way when the script ended otherwise.
     """
-    if host._ranks.world > 1:
-        sentence = f"{file.name} is a script, which trains on one device, and this worker has {host._ranks.world}"
-        raise house.TaskError(
-            "worker_error", f"{sentence} train together: start a worker for each GPU, --device cuda:1"
-        )
+    try:
+        return _run(house, host, file, config, terms, allowed)
+    except house.TaskError as error:
+        host._ranks.leave(error, lambda cause: host._events.send(house.failure(cause)))
+        raise
+
+
+def _run(
+    house: ModuleType,
+    host: Any,  # noqa: ANN401 - as `run` takes it
+    file: Path,
+    config: dict[str, Any],
+    terms: dict[str, Any],
+    allowed: str,
+) -> dict[str, Any]:
     lydian = package(house.HERE.parent.parent / PACKAGE)
     loop = Loop(house, host, lydian, file, config, terms)
     loader = house.FromSource("__main__", str(file))
-    with as_main(house, loader, file, terms["script"]["arguments"]) as module:
+    with as_main(house, loader, file, terms["script"]["arguments"]) as module, host._ranks.of_script():
         house.check_text(file, loader.read(), allowed)
         aim(host._device)
         house.seed_everything(terms["seed"])
@@ -143,6 +156,7 @@ class Loop:
     ) -> None:
         """The command `open` is under way."""
         self._house, self._host, self._lydian, self._file = house, host, lydian, file
+        self._ranks = host._ranks
         self._terms: dict[str, Any] = terms["script"]
         self.config: dict[str, Any] = self._terms["config"]
         self.folders: dict[str, str] = config.get("data", {})
@@ -222,6 +236,8 @@ class Loop:
         self._send({"event": "done", **answer})
 
     def _send(self, event: dict[str, Any]) -> None:
+        if self._ranks.rank and event["event"] == "error":
+            sys.stderr.write(f"{event['sentence']}\n{event['detail']}\n")  # rank 0 alone talks with the agent
         self._host._events.send(event)
         self._doing = ""
 
@@ -248,6 +264,8 @@ class Loop:
         if self._doing not in known:
             sentence = f"{self._file.name} is a script, for which there is no command {self._doing!r}"
             raise self._house.TaskError("worker_error", sentence)
+        if self._ranks.rank and self._doing != "evaluate":
+            return {}  # it is done once
         self._host._events.progress("evaluating" if self._doing == "evaluate" else "loading")
         return known[self._doing](**command)
 
@@ -286,12 +304,15 @@ class Loop:
     def _begin(self, **command: Any) -> bool:  # noqa: ANN401 - as plan.script_command has it
         """Have all that a round begins with; where that fails, it is answered, and this is False."""
         try:
-            self._ready(**command)
+            with self._ranks.all_or_none("train"):
+                self._ready(**command)
         except self._house.TaskError as error:
             self._send(self._house.failure(error))
         except Exception as error:  # noqa: BLE001 - a torn file, a full device: told, not lost
             self._send(self._house.failure(self._house.unexpected(error, "train")))
         else:
+            self._training = True
+            self._tell()
             return True
         return False
 
@@ -322,14 +343,21 @@ class Loop:
         )
         self._marks = self._house.task_parts.marks_of(self._wish.model, self._parts.built)
         self._written = self._house.task_parts.marks_of(self._wish.model, self._kinds)
-        self._house.seed_everything(seed)
-        self._steps, self._began, self._told, self._training = 0, time.monotonic(), {}, True
-        self._tell()
+        self._house.seed_everything(self._ranks.own_seed(seed))
+        self._steps, self._began, self._told = 0, time.monotonic(), {}
 
     def _finish(self, base: str, out: str, **_: Any) -> dict[str, Any]:  # noqa: ANN401 - what `_begin` has
         """The body is through: check what it did, and write the update."""
         if self._host._stopping.is_set():
             raise self._house.Stopped
+        if not self._ranks.same(self._wish.model):
+            sentence = f"round {self._round.number} of {self._file.name} leaves its {self._ranks.world} ranks with"
+            raise self._house.TaskError(
+                "task_failed",
+                f"{sentence} different weights: train DistributedDataParallel(model), each rank on its part",
+            )
+        if self._ranks.rank:
+            return {}
         seconds, report = time.monotonic() - self._began, self._round.said
         if report is None:
             raise self._house.TaskError("task_failed", f"{self._file.name}: {self._lydian.forgotten(self._round)}")
