@@ -41,7 +41,7 @@ FILES = (
 
 RUN = re.compile(
     r"(lydian|submit_job) (submit|jobs|workers|logs|watch|cancel|pause|resume|drain|readmit|token|pull"
-    r"|audit(?!.*--state-dir|.*--follow)|init|sign|top --once|(submit )?[a-z0-9./_-]+\.toml|--version)\b"
+    r"|audit(?!.*--state-dir|.*--follow)|init|pack|sign|top --once|(submit )?[a-z0-9./_-]+\.toml|--version)\b"
 )
 """What is run: commands that ask, order or write a file. `--watch` is taken off: nobody trains here."""
 
