@@ -49,6 +49,7 @@ def run(files: Mapping[str, str], *, server: str, client: str, config: Mapping[s
             train(server, Clients(folder, client, config))
         finally:
             sys.path.remove(str(folder))
+            unload(folder)
 
 
 def need_flower() -> None:
@@ -148,7 +149,7 @@ class Clients:
         and so many parts: it is loaded anew when there are more or fewer.
         """
         if self._of not in (0, partitions):
-            self._unload()
+            unload(self._folder)
             self._app = loaded(self._client)
         self._of = partitions
         reply = self._app(message, self.context(partition, partitions))
@@ -196,12 +197,6 @@ class Clients:
                 add(sums, reply.metrics, counted(reply.samples, "evaluate"))
         return sums
 
-    def _unload(self) -> None:
-        """Forget the app's modules."""
-        for name, module in list(sys.modules.items()):
-            if (getattr(module, "__file__", None) or "").startswith(f"{self._folder}/"):
-                del sys.modules[name]
-
 
 def loaded(reference: str) -> Any:  # noqa: ANN401 - a ClientApp or a ServerApp
     """What `package.module:name` stands for."""
@@ -210,6 +205,13 @@ def loaded(reference: str) -> Any:  # noqa: ANN401 - a ClientApp or a ServerApp
     for part in name.split("."):
         found = getattr(found, part)
     return found
+
+
+def unload(folder: Path) -> None:
+    """Forget the modules that come from a folder."""
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(f"{folder}/"):
+            del sys.modules[name]
 
 
 # ---------------------------------------------------------------- numbers

@@ -215,6 +215,7 @@ def typed(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / ".config" / "lydian").mkdir(parents=True)
     for source, name in FILES:
         (tmp_path / name).write_text((ROOT / "examples" / source).read_text(encoding="utf-8"))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
 

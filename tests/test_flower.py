@@ -21,9 +21,7 @@ from lydian import loop
 from tests.test_script import Desk
 
 pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("flwr") is None, reason="flwr is not installed here: make test-flower"
-    ),
+    pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="flwr is not installed here: make test-flower"),
     pytest.mark.filterwarnings("ignore"),  # Flower's own
 ]
 
@@ -180,7 +178,7 @@ def seed(value: int) -> None:
 def test_a_round_of_two_clients_gives_what_flowers_own_fedavg_gives_of_the_same_folder(
     desk: Desk, tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # the ServerApp writes final_model.pt
+    monkeypatch.chdir(tmp_path)  # the ServerApp writes final_model.safetensors
     truth = under_flower(EXAMPLES / name, kind, seeds=(7, 5))
     train = {**desk.train(), "round": 1, "shard": 0, "shards": 1}
     config = {"num-supernodes": 2, "num-server-rounds": 1}

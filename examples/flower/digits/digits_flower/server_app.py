@@ -1,9 +1,9 @@
 """What the server does with the replies."""
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+from safetensors.torch import save_file
 
 from digits_flower.task import Net
 
@@ -19,4 +19,4 @@ def main(grid: Grid, context: Context) -> None:
         train_config=ConfigRecord({"lr": context.run_config["lr"]}),
         num_rounds=context.run_config["num-server-rounds"],
     )
-    torch.save(result.arrays.to_torch_state_dict(), "final_model.pt")
+    save_file(dict(result.arrays.to_torch_state_dict()), "final_model.safetensors")
