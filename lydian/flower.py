@@ -10,6 +10,7 @@ made here, its own ClientApp is called in this process, mods and lifespan with i
 
 import importlib
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -36,6 +37,9 @@ def run(files: Mapping[str, str], *, server: str, client: str, config: Mapping[s
         ModuleNotFoundError: Flower is not installed here, or another version than this was written for.
         RuntimeError, ValueError: what the app asks for, or gives back, cannot be carried.
     """
+    if (devices := os.environ.get("WORLD_SIZE", "1")) != "1":
+        sentence = f"a Flower app trains on one device, and this worker has {devices} that train together"
+        raise RuntimeError(f"{sentence}: start a worker for each GPU, --device cuda:1")
     need_flower()
     with tempfile.TemporaryDirectory(prefix="lydian-flower-") as made:
         folder = Path(made).resolve()

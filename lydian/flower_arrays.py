@@ -42,7 +42,8 @@ class Arrays(nn.Module):
         holder: nn.Module = self
         *path, last = name.split(".")
         for part in path:
-            holder = holder._modules.setdefault(part, nn.Module())  # type: ignore[assignment] - none is None
+            below = holder._modules.get(part) or nn.Module()
+            holder._modules[part] = holder = below
         return holder, last
 
     def arrays(self) -> dict[str, Any]:

@@ -683,9 +683,12 @@ def private_parts(job: Job, task: Task, workers: int) -> int:
     """
     if isinstance(job.inner, buffering.Buffering):
         return max(job.inner.shards) + 1
-    phase = job.past[task.round] if is_late(job, task) else _training(job)
-    there = workers if job.spec.data.fraction < 1 else phase.drawn_from or 1
-    return max(max(phase.shards) + 1, there)
+    if is_late(job, task):
+        drawn, numbers = None, job.past[task.round].shards
+    else:
+        drawn, numbers = _training(job).drawn_from, _training(job).shards
+    there = workers if job.spec.data.fraction < 1 else drawn or 1
+    return max(max(numbers) + 1, there)
 
 
 def is_open(job: Job, task: Task) -> bool:

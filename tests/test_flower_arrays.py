@@ -93,6 +93,15 @@ def test_a_weight_that_is_none_is_refused(samples: object) -> None:
     assert counted(3.0, "train") == 3
 
 
+def test_a_worker_with_several_devices_says_that_an_app_trains_on_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    error = Desk(tmp_path).fails(pack(app_of(FILES, "DIR")))
+    assert "a Flower app trains on one device, and this worker has 2 that train together" in error["sentence"]
+
+
 def test_a_worker_without_flower_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setitem(sys.modules, "flwr", None)
