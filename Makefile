@@ -30,12 +30,13 @@ PURE += server/hosts.py server/buckets.py
 PURE += server/calendar.py server/attempts.py server/blame.py server/login.py
 PURE += server/evaluation.py worker/task_schedule.py client/partition/statistics.py
 PURE += client/service/units.py client/service/given.py client/doctor/judging.py client/doctor/findings.py client/tracking/points.py
+PURE += client/packing.py
 
 empty :=
 comma := ,
 space := $(empty) $(empty)
 
-.PHONY: help demo test check coverage fuzz sbom chaos test-mixed-torch test-previous docs site bench clean distclean
+.PHONY: help demo test check coverage fuzz sbom chaos test-mixed-torch test-flower test-previous docs site bench clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -80,6 +81,14 @@ chaos: $(READY) ## break everything, with the full numbers of docs/reliability.m
 
 test-mixed-torch: $(READY) ## new and legacy torch in one job; builds a second environment, several GB
 	@$(BIN)/python -m pytest -m mixed_torch
+
+FLOWER := build/flower
+test-flower: $(READY) ## Flower apps with Flower itself, in a second environment over the first one
+	@test -x $(FLOWER)/bin/python || $(BIN)/python -m venv $(FLOWER)
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(FLOWER)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/below.pth"
+	@$(FLOWER)/bin/pip install -q 'flwr>=1.42'
+	@$(FLOWER)/bin/python -m pytest -W ignore::DeprecationWarning tests/test_flower.py
 
 PREVIOUS ?= 8091531
 test-previous: $(READY) ## workers and a journal of the version before (PREVIOUS=commit), with this coordinator

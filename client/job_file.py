@@ -8,14 +8,16 @@ flat table from a key's path to its value and to where it was said; a later laye
 
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from client.flower_app import packed, settings
 from client.job_keys import Key, KeyPath, job_keys, key_at, nearest, nearest_of, sections
+from client.packing import remarks, unpack
 from client.signing import read_signatures
 from client.task_file import is_task_file, read_task, script_of, task_name
 from common.errors import BadJobError, BadTaskError
@@ -47,15 +49,17 @@ class Job:
     spec: JobSpec
     task_source: str | None
     signatures: tuple[TaskSignature, ...] = ()  # that were found beside the task file
+    remarks: tuple[str, ...] = ()  # what whoever submits it should know
 
 
-def read_job(file: Path | None, flags: Layer, sets: Layer) -> Job:
+def read_job(file: Path | None, flags: Layer, sets: Layer, flower: Path | None = None) -> Job:
     """The job that a job file (or none), flags and --set options make together.
 
     Args:
         file: a job file; a task file that it names is looked for beside it.
         flags: what `flag_layer` made of the flags; a task file in it is relative to the working directory.
         sets: what `set_layer` made of the --set options.
+        flower: the folder of a Flower app, which is the task then.
 
     Raises:
         BadJobError: a key or value is wrong; one line for each.
@@ -63,6 +67,11 @@ def read_job(file: Path | None, flags: Layer, sets: Layer) -> Job:
     """
     written = file_layer(_read(file), file.name) if file else {}
     given = merge(written, flags, sets)
+    if flower is not None:
+        if TASK in given:
+            raise BadJobError(f"task in {given[TASK].origin} and --flower {flower} both name the task: keep one")
+        name, source = packed(flower)
+        return _script_job(Path(f"{task_name(Path(f'{name}.py'))}.py"), source, given, "--flower")
     task = given.get(TASK)
     if task is None or not isinstance(task.value, str):
         return Job(build_spec(given), None)
@@ -71,8 +80,20 @@ def read_job(file: Path | None, flags: Layer, sets: Layer) -> Job:
     said_in_file = file is not None and task is written.get(TASK)
     path = (file.parent if file and said_in_file else Path()) / Path(task.value).expanduser()
     source = read_task(path)
-    spec = build_spec(merge(script_layer(source, path.name), {**given, TASK: Setting(task_name(path), task.origin)}))
-    return Job(spec, source, read_signatures(path, source))
+    return replace(_script_job(path, source, given, task.origin), signatures=read_signatures(path, source))
+
+
+def _script_job(path: Path, source: str, given: Layer, origin: str) -> Job:
+    """The job of a task file or a script, which may be a Flower app's."""
+    said, app = script_layer(source, path.name), unpack(source, path.name)
+    named = {**given, TASK: Setting(task_name(path), origin)}
+    if app is None:
+        return Job(build_spec(merge(said, named)), source)
+    own = settings(app, {key: setting.value for key, setting in given.items()})
+    below = {key: Setting(value, f"what {path.name} says") for key, value in own.items()}
+    spec = build_spec(merge(said, below, named))
+    notes = tuple(remarks(app, spec.aggregation.algorithm, spec.aggregation.robust))
+    return Job(spec, source, remarks=notes)
 
 
 # ---------------------------------------------------------------- layers

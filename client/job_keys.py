@@ -16,7 +16,7 @@ from common.messages import JobSpec
 KeyPath = tuple[str, ...]
 """("rounds",) or ("train", "lr") or, in the open section, ("config", whatever the user calls it)."""
 
-RESERVED = frozenset({"url", "token", "json", "set", "watch", "key", "help"})
+RESERVED = frozenset({"url", "token", "json", "set", "watch", "key", "help", "flower"})
 """Flags that `lydian submit` has for itself; a key of that name gets its section before it."""
 
 IN_SECTION = frozenset({"enabled", "threshold", "bits"})

@@ -32,6 +32,7 @@ from client.calling import (
 )
 from client.commands.export import export
 from client.commands.init import init
+from client.commands.pack import pack
 from client.commands.top import top
 from client.commands.track import track
 from client.completing import complete_jobs, complete_workers
@@ -420,6 +421,7 @@ def submit(context: typer.Context) -> None:
 
 
 app.command()(init)
+app.command()(pack)
 
 
 @app.command()

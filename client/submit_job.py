@@ -25,7 +25,7 @@ PROGRAM = "submit_job"
 HELP = """Send a job and print its id.
 
 WHAT is a built-in task, a job file (TOML), or a training script that goes through lydian.rounds. Your own task:
---task FILE.py. A flag counts more than the job file, and
+--task FILE.py. A Flower app, as it is: --flower DIR. A flag counts more than the job file, and
 --set more than a flag; the task's own defaults count least.
 
 \b
@@ -38,6 +38,7 @@ Examples:
   {program} job.toml --lr 0.05 --set config.width=64
   {program} --task my_task.py --min-workers 3 --shards 8
   {program} train.py --rounds 10 --arguments "--width 64"
+  {program} --flower examples/flower/digits --min-workers 2 --watch
   {program} char-lm --url http://gpu-box:8470 --json
 """
 
@@ -78,6 +79,7 @@ def submit(
     key: str | None,
     watching: bool,
     as_json: bool,
+    flower: Path | None = None,
 ) -> None:
     """Send a job, print its id (or with `as_json` its view), and watch it.
 
@@ -85,13 +87,13 @@ def submit(
         typer.Exit: with `watching`, the exit code for how the job ended.
         LydianError: the job is wrong, or the coordinator refused it or is away.
     """
-    job = read_what(what, flags, sets)
+    job = read_what(what, flags, sets, flower)
     request = JobRequest(spec=job.spec, task_source=job.task_source, signatures=job.signatures, key=key or uuid4().hex)
     with coordinator(url, token) as api:
         view = api.submit_job(request)
         if job.signatures:
             typer.echo(f"sent with what {whos(job.signatures)} signed", err=True)
-        for sentence in cautions(job.spec):
+        for sentence in (*cautions(job.spec), *job.remarks):
             typer.echo(f"caution: {sentence}", err=True)
         if as_json:
             print_message(view)
@@ -108,17 +110,21 @@ def main() -> NoReturn:
     run_program(make_app(PROGRAM), PROGRAM)
 
 
-def read_what(what: str | None, flags: dict[KeyPath, Any], sets: list[str]) -> Job:
+def read_what(what: str | None, flags: dict[KeyPath, Any], sets: list[str], flower: Path | None = None) -> Job:
     """The job that the command line says."""
     file = Path(what) if what is not None and what.endswith(".toml") else None
+    if flower is not None and ((what is not None and file is None) or TASK in flags):
+        raise typer.BadParameter(f"both {what or flags[TASK]} and --flower {flower} name the task: keep one")
     if what is not None and file is None:
         if TASK in flags:
             raise typer.BadParameter(f"both {what} and --task {flags[TASK]} name the task: keep one")
         flags = flags | {TASK: what}
     set_settings = set_layer(sets)
-    if file is None and TASK not in flags and TASK not in set_settings:
-        raise typer.BadParameter("say what to train: a built-in task, a job file, a script, or --task FILE.py")
-    return read_job(file, flag_layer(flags), set_settings)
+    if file is None and TASK not in flags and TASK not in set_settings and flower is None:
+        raise typer.BadParameter(
+            "say what to train: a built-in task, a job file, a script, --task FILE.py or --flower DIR"
+        )
+    return read_job(file, flag_layer(flags), set_settings, flower)
 
 
 def _with_flags() -> Any:  # noqa: ANN401 - a function whose signature is made here
@@ -136,6 +142,7 @@ def _with_flags() -> Any:  # noqa: ANN401 - a function whose signature is made h
             key=given["key"],
             watching=given["watch"],
             as_json=given["as_json"],
+            flower=given["flower"],
         )
 
     own: dict[str, tuple[Any, Any]] = {
@@ -147,6 +154,10 @@ def _with_flags() -> Any:  # noqa: ANN401 - a function whose signature is made h
             Annotated[
                 list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any key; repeatable.")
             ],
+            None,
+        ),
+        "flower": (
+            Annotated[Path | None, typer.Option("--flower", metavar="DIR", help="A Flower app's folder, unmodified.")],
             None,
         ),
         "watch": (Annotated[bool, typer.Option("--watch", help="Watch the job until it is over.")], False),

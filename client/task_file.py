@@ -16,7 +16,9 @@ from common.errors import BadTaskError
 NEEDED = {"model": "model(config)", "dataset": "dataset(config, split)"}
 PACKAGE = "lydian"
 MAX_BYTES = 1 << 20
-LOOPS = frozenset({"lydian.rounds", "lydian.loop.rounds", "lydian.lightning.fit", "lydian.transformers.train"})
+LOOPS = frozenset(
+    {"lydian.rounds", "lydian.loop.rounds", "lydian.lightning.fit", "lydian.transformers.train", "lydian.flower.run"}
+)
 """What goes through the rounds of a job."""
 
 
@@ -70,7 +72,7 @@ def check_task(content: bytes, shown: str) -> None:
         BadTaskError: it is not UTF-8 or not Python, or does not define `model` and `dataset` at its top level; or, as a
             script, has no loop over `lydian.rounds`.
     """
-    tree = _parsed(content, shown)
+    tree = parsed(content, shown)
     if any(name.partition(".")[0] == PACKAGE for name in _imported(tree).values()):
         if not _loops(tree):
             advice = "`for round in lydian.rounds(model):` around the training, as docs/scripts.md has it."
@@ -84,12 +86,12 @@ def check_task(content: bytes, shown: str) -> None:
 
 def script_of(source: str) -> Script | None:
     """What a file says of itself that `check_task` has let through; None: it is a task file."""
-    loops = _loops(_parsed(source.encode(), "the script"))
+    loops = _loops(parsed(source.encode(), "the script"))
     return Script(any(word.arg == "data" for call in loops for word in call.keywords)) if loops else None
 
 
-def _parsed(content: bytes, shown: str) -> ast.Module:
-    """The syntax tree of a file, or BadTaskError in the words of `check_task`."""
+def parsed(content: bytes, shown: str) -> ast.Module:
+    """The syntax tree of a file that is shown under this name, or BadTaskError in the words of `check_task`."""
     try:
         content.decode("utf-8")
         with warnings.catch_warnings():

@@ -763,7 +763,7 @@ class Assignment(Message):
     kind: Kind
     round: Count = Field(description="the round trained (1…), or whose model is evaluated; 0 for init")
     shard: Count = 0
-    shards: int = Field(ge=1, description="shards that the training set is cut into")
+    shards: int = Field(ge=1, description="parts of the training data: shards as it was cut, or workers with their own")
     samples: Range | None = Field(None, description="train: None means the worker's own data, all of it")
     train_samples: Count = Field(0, description="samples in the training set where the model was built; 0: not known")
     task: TaskRef

@@ -280,11 +280,21 @@ class Here:
 
     place: Place = Alone()
     begun = False
+    own: tuple[str, ...] = ()  # folders whose files are the script's as much as itself
 
 
 def put(place: Place) -> None:
     """Have the script of this process run at a place: of the worker's child, before it runs one."""
-    Here.place, Here.begun = place, False
+    Here.place, Here.begun, Here.own = place, False, ()
+
+
+def owns(folder: str) -> None:
+    """Have errors that come out of a folder's files be told with those files' names and lines.
+
+    Args:
+        folder: with a slash at its end.
+    """
+    Here.own = (*Here.own, folder)
 
 
 def rounds(

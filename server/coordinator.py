@@ -885,6 +885,8 @@ class Coordinator:
                 shards, base = self._shards_to_cut(job), None
             case "train", _:
                 base, shard = rounds.subject_of(job, task)
+                if shard.worker:
+                    shards = rounds.private_parts(job, task, len(self.fleet.places(job, self.clock())))
                 samples = None if shard.worker else Range(start=shard.start, stop=shard.stop)
                 slots = self._slots(job, shard)
             case _:

@@ -673,6 +673,24 @@ def subject_of(job: Job, task: Task) -> tuple[ModelRef, Shard]:
     return phase.base, phase.shards[task.shard]
 
 
+def private_parts(job: Job, task: Task, workers: int) -> int:
+    """How many parts the data of a task's round is in, where each worker has its own: one a worker.
+
+    Args:
+        job: with data that is the workers' own, and the round of the task open.
+        task: of kind train.
+        workers: that serve the job now: a round that draws some of them numbers them among all.
+    """
+    if isinstance(job.inner, buffering.Buffering):
+        return max(job.inner.shards) + 1
+    if is_late(job, task):
+        drawn, numbers = None, job.past[task.round].shards
+    else:
+        drawn, numbers = _training(job).drawn_from, _training(job).shards
+    there = workers if job.spec.data.fraction < 1 else drawn or 1
+    return max(max(numbers) + 1, there)
+
+
 def is_open(job: Job, task: Task) -> bool:
     """Whether a result for this task could still count."""
     if job.over:

@@ -188,6 +188,7 @@ def test_a_worker_with_data_of_its_own_trains_that_alone_and_keeps_its_number() 
     assert stage.ask("a") == Task("train", 2, 2)
     assert stage.ask("d") == Task("train", 2, 1)
     assert stage.ask("c") is None
+    assert rounds.private_parts(stage.job, Task("train", 2, 1), workers=1) == 3
 
 
 # ---------------------------------------------------------------- when a version is made

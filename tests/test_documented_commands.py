@@ -41,7 +41,7 @@ FILES = (
 
 RUN = re.compile(
     r"(lydian|submit_job) (submit|jobs|workers|logs|watch|cancel|pause|resume|drain|readmit|token|pull"
-    r"|audit(?!.*--state-dir|.*--follow)|init|sign|top --once|(submit )?[a-z0-9./_-]+\.toml|--version)\b"
+    r"|audit(?!.*--state-dir|.*--follow)|init|pack|sign|top --once|(submit )?[a-z0-9./_-]+\.toml|--version)\b"
 )
 """What is run: commands that ask, order or write a file. `--watch` is taken off: nobody trains here."""
 
@@ -215,6 +215,7 @@ def typed(house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     (tmp_path / ".config" / "lydian").mkdir(parents=True)
     for source, name in FILES:
         (tmp_path / name).write_text((ROOT / "examples" / source).read_text(encoding="utf-8"))
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
 

@@ -1472,3 +1472,18 @@ def test_a_job_without_its_shards_may_still_be_evaluated() -> None:
     play.whole_round("a", "b")
     seen = rounds.without_shards(play.job)
     assert rounds.next_task(seen, "a", frozenset()) == Task("evaluate", 1)
+
+
+# ---------------------------------------------------------------- data of the workers' own
+
+
+@pytest.mark.parametrize(("fraction", "parts"), [(1.0, 2), (0.5, 5)])
+def test_private_data_is_in_as_many_parts_as_there_are_workers_whoever_is_drawn(fraction: float, parts: int) -> None:
+    play = training(data={"partition": "local", "fraction": fraction})
+    shard = next(iter(play.job.inner.shards))  # type: ignore[union-attr]
+    assert rounds.private_parts(play.job, Task("train", 1, shard), workers=5) == parts
+
+
+def test_a_late_task_of_private_data_is_told_the_parts_of_its_own_round() -> None:
+    play = closing_without(data={"partition": "local"})
+    assert rounds.private_parts(play.job, LATE_TASK, workers=9) == 2

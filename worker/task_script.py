@@ -250,7 +250,7 @@ class Loop:
         except self._house.TaskError as error:
             event = self._house.failure(error)
         except Exception as error:  # noqa: BLE001 - the script's evaluate(), a full disk, a torn file: told, not lost
-            house = not self._own_lines(error)
+            house = not self._own_lines(error) and not self._through_lydian(error)
             event = self._house.failure(self._house.unexpected(error, self._doing) if house else self.explain(error))
         self._send(event)
 
@@ -496,7 +496,7 @@ class Loop:
         if isinstance(error, SyntaxError):
             place = f"{Path(error.filename or name).name}, line {error.lineno}"
             return house.TaskError("bad_task", f"{type(error).__name__} in {place}: {error.msg}", detail)
-        place = f"{name}, line {lines[-1]}, {self._where()}" if lines else f"{name} {self._where()}"
+        place = f"{lines[-1][0]}, line {lines[-1][1]}, {self._where()}" if lines else f"{name} {self._where()}"
         if house.is_out_of_memory(error):
             sentence = f"out of memory in {place}: {house.first_line(error)}; use a smaller batch or a smaller model"
             return house.TaskError("out_of_memory", sentence, detail)
@@ -505,9 +505,15 @@ class Loop:
         code = "no_data" if before and isinstance(error, FileNotFoundError) else code
         return house.TaskError(code, f"{type(error).__name__} in {place}: {house.first_line(error)}", detail)
 
-    def _own_lines(self, error: Exception) -> list[int | None]:
-        """The lines of the script that an exception came through, the innermost last."""
-        return [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(self._file)]
+    def _own_lines(self, error: Exception) -> list[tuple[str, int | None]]:
+        """File and line of what of the script an exception came through, the innermost last."""
+        came, script, own = traceback.extract_tb(error.__traceback__), str(self._file), self._lydian.Here.own
+        return [(Path(f.filename).name, f.lineno) for f in came if f.filename == script or f.filename.startswith(own)]
+
+    def _through_lydian(self, error: Exception) -> bool:
+        """Whether the package that a script imports said it, of what the script gave."""
+        here = f"{Path(self._lydian.__file__).parent}{os.sep}"
+        return any(f.filename.startswith(here) for f in traceback.extract_tb(error.__traceback__))
 
 
 def shown(kind: tuple[torch.dtype, tuple[int, ...]] | None) -> str:

@@ -27,6 +27,7 @@ PARTS = (
         (
             "docs/task-files.md",
             "docs/scripts.md",
+            "docs/flower.md",
             "docs/migration.md",
             "docs/partitions.md",
             "docs/evaluation.md",
