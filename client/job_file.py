@@ -16,15 +16,18 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from client.flower_app import packed, settings
+from client.given import checked, located
 from client.job_keys import Key, KeyPath, job_keys, key_at, nearest, nearest_of, sections
 from client.packing import remarks, unpack
 from client.signing import read_signatures
 from client.task_file import is_task_file, read_task, script_of, task_name
+from common.begins import FILE, is_file
 from common.errors import BadJobError, BadTaskError
 from common.messages import JobSpec, TaskSignature
 from common.tasks import BUILTIN
 
 TASK: KeyPath = ("task",)
+INIT: KeyPath = ("init",)
 OPTIMIZER: KeyPath = ("train", "optimizer")
 RATES: tuple[KeyPath, ...] = (("train", "lr"), ("train", "momentum"), ("train", "weight_decay"))
 LENGTHS: tuple[KeyPath, ...] = (("train", "local_epochs"), ("train", "local_steps"), ("train", "local_seconds"))
@@ -50,23 +53,34 @@ class Job:
     task_source: str | None
     signatures: tuple[TaskSignature, ...] = ()  # that were found beside the task file
     remarks: tuple[str, ...] = ()  # what whoever submits it should know
+    model: Path | None = None  # the file that it begins with, whose digest the spec has
 
 
 def read_job(file: Path | None, flags: Layer, sets: Layer, flower: Path | None = None) -> Job:
     """The job that a job file (or none), flags and --set options make together.
 
     Args:
-        file: a job file; a task file that it names is looked for beside it.
+        file: a job file; a task file that it names is looked for beside it, and so is a file to begin with.
         flags: what `flag_layer` made of the flags; a task file in it is relative to the working directory.
         sets: what `set_layer` made of the --set options.
         flower: the folder of a Flower app, which is the task then.
 
     Raises:
-        BadJobError: a key or value is wrong; one line for each.
+        BadJobError: a key or value is wrong; one line for each. Or what it begins with cannot be used (`bad_init`).
         BadTaskError: the task is not known, or its file cannot be used.
     """
     written = file_layer(_read(file), file.name) if file else {}
     given = merge(written, flags, sets)
+    init = given.get(INIT)
+    if init is None or not isinstance(init.value, str) or not is_file(init.value):
+        return _job(file, written, given, flower)
+    model = located(_beside(file, written, INIT, init))
+    named = Setting(f"{FILE}{checked(model)}", init.origin)
+    return replace(_job(file, written, {**given, INIT: named}, flower), model=model)
+
+
+def _job(file: Path | None, written: Layer, given: Layer, flower: Path | None) -> Job:
+    """The job of settings in which what it begins with is said as it is sent."""
     if flower is not None:
         if TASK in given:
             raise BadJobError(f"task in {given[TASK].origin} and --flower {flower} both name the task: keep one")
@@ -77,8 +91,7 @@ def read_job(file: Path | None, flags: Layer, sets: Layer, flower: Path | None =
         return Job(build_spec(given), None)
     if not is_task_file(task.value):
         return Job(build_spec(merge(_suiting(builtin_layer(task.value), given), given)), None)
-    said_in_file = file is not None and task is written.get(TASK)
-    path = (file.parent if file and said_in_file else Path()) / Path(task.value).expanduser()
+    path = _beside(file, written, TASK, task)
     source = read_task(path)
     return replace(_script_job(path, source, given, task.origin), signatures=read_signatures(path, source))
 
@@ -94,6 +107,12 @@ def _script_job(path: Path, source: str, given: Layer, origin: str) -> Job:
     spec = build_spec(merge(said, below, named))
     notes = tuple(remarks(app, spec.aggregation.algorithm, spec.aggregation.robust))
     return Job(spec, source, remarks=notes)
+
+
+def _beside(file: Path | None, written: Layer, key: KeyPath, said: Setting) -> Path:
+    """The path that a setting names: from the job file's folder where that says it, else from the working directory."""
+    in_file = file is not None and said is written.get(key)
+    return (file.parent if file and in_file else Path()) / Path(str(said.value)).expanduser()
 
 
 # ---------------------------------------------------------------- layers

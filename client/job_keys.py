@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-from common.messages import JobSpec
+from common.messages import INIT, JobSpec
 
 KeyPath = tuple[str, ...]
 """("rounds",) or ("train", "lr") or, in the open section, ("config", whatever the user calls it)."""
@@ -25,6 +25,7 @@ IN_SECTION = frozenset({"enabled", "threshold", "bits"})
 _WORDS = {
     r"^[A-Za-z0-9._-]{1,63}$": "a name (letters, digits, dots, dashes, underscores; at most 63)",
     r"^[A-Za-z][A-Za-z0-9_]{0,62}$": "a name as Python has it (letters, digits, underscores; a letter first)",
+    INIT: "a file or folder of weights (by a slash or its ending), or JOB, JOB@ROUND, JOB@best",
 }
 _SYNONYMS = {
     "batch": "batch_size",

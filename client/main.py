@@ -37,7 +37,7 @@ from client.commands.top import top
 from client.commands.track import track
 from client.completing import complete_jobs, complete_workers
 from client.service.units import Side
-from common import __version__
+from common import __version__, begins
 from common.privacy import shown_epsilon
 
 if TYPE_CHECKING:
@@ -509,8 +509,8 @@ def jobs(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -
     if as_json:
         print_messages(found)
     elif found:
-        header = ["JOB", "NAME", "TASK", "STATE", "ROUND", "ACCURACY", "ε", "REASON"]
-        header, cells = shown.without_empty(header, [_job_cells(job) for job in found], {"ε"})
+        header = ["JOB", "NAME", "TASK", "BEGAN WITH", "STATE", "ROUND", "ACCURACY", "ε", "REASON"]
+        header, cells = shown.without_empty(header, [_job_cells(job) for job in found], {"BEGAN WITH", "ε"})
         shown.print_table(header, cells, right={"ROUND", "ACCURACY", "ε"})
     else:
         typer.echo("no job yet: `lydian submit --help` says how to send one", err=True)
@@ -816,7 +816,8 @@ def _print_worker(view: "WorkerView", *, as_json: bool) -> None:
 def _job_cells(job: "JobView") -> list[str]:
     accuracy = shown.measure(job.metrics.get("accuracy"))
     epsilon = shown_epsilon(job.privacy.epsilon) if job.privacy else shown.NOTHING
-    cells = [job.id, job.name, job.task, job.state, f"{job.round}/{job.rounds}", accuracy, epsilon, job.reason]
+    begun = begins.short(job.begins_with) if job.begins_with else shown.NOTHING
+    cells = [job.id, job.name, job.task, begun, job.state, f"{job.round}/{job.rounds}", accuracy, epsilon, job.reason]
     return [shown.one_line(cell) for cell in cells]
 
 

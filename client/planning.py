@@ -16,7 +16,7 @@ from uuid import uuid4
 import typer
 from pydantic import Field
 
-from client import shown
+from client import sending, shown
 from client.job_file import Job
 from common.api import CoordinatorApi
 from common.cautions import cautions
@@ -241,9 +241,8 @@ def _measure(api: CoordinatorApi, job: Job) -> Measured | None:
     rules = job.spec.round.model_copy(update={"keep_updates": 0})
     changes = {"rounds": MEASURED_ROUNDS, "name": "measurement", "target": None, "round": rules}
     short = job.spec.model_copy(update=changes)
-    view = api.submit_job(
-        JobRequest(spec=short, task_source=job.task_source, signatures=job.signatures, key=uuid4().hex)
-    )
+    request = JobRequest(spec=short, task_source=job.task_source, signatures=job.signatures, key=uuid4().hex)
+    view = sending.submit(api, job, request)
     typer.echo(f"measuring: {view.id} trains {MEASURED_ROUNDS} rounds", err=True)
     events = list(api.events(view.id, on_wait=lambda why: typer.echo(why, err=True)))
     done = api.job(view.id)

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 import typer
 
-from client import shown
+from client import sending, shown
 from client.demo import (
     check_finished,
     checked,
@@ -210,7 +210,8 @@ def _simulate(children: Children, wish: Wish, job: Job, *, as_json: bool) -> Non
     for sentence in cautions(job.spec):
         typer.echo(f"caution: {sentence}", err=True)
     with CoordinatorApi(url, (state / "admin.token").read_text().strip()) as api:
-        view_of_job = api.submit_job(JobRequest(spec=job.spec, task_source=job.task_source, key=uuid4().hex))
+        request = JobRequest(spec=job.spec, task_source=job.task_source, key=uuid4().hex)
+        view_of_job = sending.submit(api, job, request)
         board = Board(view_of_job)
         _watch(api, board, children, as_json=as_json)
         check_finished(board, "--state-dir")

@@ -14,7 +14,7 @@ from client import shown
 from client.watching import read_event
 from common.api import CoordinatorApi
 from common.facts import Accepted, Evaluated, Initialised, RoundClosed, Submitted
-from common.messages import JobView
+from common.messages import Beginning, JobView
 from common.privacy import shown_epsilon
 
 NAMED = 20  # workers by name in the card; the rest are counted
@@ -33,6 +33,7 @@ class Story:
         built: what the first worker found out; None: not known.
         workers: by name, those whose updates are in it.
         version: of the coordinator.
+        begins_with: in place of what model(config) builds.
     """
 
     view: JobView
@@ -43,6 +44,7 @@ class Story:
     built: Initialised | None
     workers: tuple[str, ...]
     version: str
+    begins_with: Beginning | None = None
 
 
 def task_digest(api: CoordinatorApi, job: str) -> str | None:
@@ -74,7 +76,8 @@ def story_of(api: CoordinatorApi, view: JobView, round_index: int) -> Story:
                 break
             case _:
                 pass
-    return Story(view, round_index, task, tuple(closed), evaluated, built, tuple(workers), api.version().version)
+    version = api.version().version
+    return Story(view, round_index, task, tuple(closed), evaluated, built, tuple(workers), version, view.begins_with)
 
 
 def config_json(story: Story) -> str:
@@ -91,6 +94,7 @@ def config_json(story: Story) -> str:
         "job": view.id,
         "round": story.round,
         "seed": view.spec.seed,
+        "began_with": _begun(story.begins_with),
     }
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -153,10 +157,18 @@ def _results(story: Story) -> list[str]:
 
 def _privacy(story: Story) -> str:
     spent = story.closed[-1].privacy if story.closed else None
+    before = ""
+    if story.begins_with is not None:
+        before = " What the model that it began with gives away comes on top."
     if spent is None:
         return "No differential privacy: the model may give away something of the data that it was trained on."
     epsilon = shown_epsilon(spent.epsilon)
-    return f"ε = {epsilon} at δ = {spent.delta:g}, for each {spent.level}, over all rounds up to this one."
+    return f"ε = {epsilon} at δ = {spent.delta:g}, for each {spent.level}, over all rounds up to this one.{before}"
+
+
+def _begun(beginning: Beginning | None) -> dict[str, str | int | None] | None:
+    """What the job began with, for config.json."""
+    return None if beginning is None else beginning.model_dump(include={"digest", "job", "round"})
 
 
 def _origin(story: Story, digest: str) -> Mapping[str, str]:
@@ -164,11 +176,20 @@ def _origin(story: Story, digest: str) -> Mapping[str, str]:
     rows = {
         "model.safetensors (SHA-256)": f"`{digest}`",
         "As the coordinator keeps it (SHA-256)": f"`{kept}`" if kept else "",
+        "Began with": _began_words(story.begins_with),
         "Code": f"task.py, SHA-256 `{story.task_digest}`" if story.task_digest else f"built in: {story.view.task}",
         "Job": f"`{story.view.id}`, submitted {_plain(story.view.submitted_at)}",
         "Made with": f"LydianAI distributed training {_plain(story.version)}",
     }
     return {name: value for name, value in rows.items() if value}
+
+
+def _began_words(beginning: Beginning | None) -> str:
+    """The row of the card; empty: with what model(config) builds."""
+    if beginning is None:
+        return ""
+    of = "a file" if beginning.job is None else f"the model of job `{beginning.job}` after round {beginning.round}"
+    return f"{of}, SHA-256 `{beginning.digest}`"
 
 
 def _loading(story: Story) -> Iterator[str]:

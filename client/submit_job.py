@@ -11,9 +11,9 @@ from uuid import uuid4
 import typer
 from typer.core import TyperCommand
 
-from client import shown
+from client import sending, shown
 from client.calling import DEFAULT_URL, AsJson, Token, Url, coordinator, new_app, print_message, run_program
-from client.job_file import TASK, Job, flag_layer, read_job, set_layer
+from client.job_file import INIT, TASK, Job, flag_layer, read_job, set_layer
 from client.job_keys import Key, KeyPath, job_keys
 from client.watching import watch
 from common.cautions import cautions
@@ -22,6 +22,7 @@ from common.signing import whos
 from common.tasks import BUILTIN
 
 PROGRAM = "submit_job"
+METAVARS = {TASK: "NAME|FILE.py", INIT: "FILE|JOB[@ROUND|@best]"}
 HELP = """Send a job and print its id.
 
 WHAT is a built-in task, a job file (TOML), or a training script that goes through lydian.rounds. Your own task:
@@ -39,6 +40,7 @@ Examples:
   {program} --task my_task.py --min-workers 3 --shards 8
   {program} train.py --rounds 10 --arguments "--width 64"
   {program} --flower examples/flower/digits --min-workers 2 --watch
+  {program} job.toml --init digits-4f2a@best
   {program} char-lm --url http://gpu-box:8470 --json
 """
 
@@ -90,7 +92,7 @@ def submit(
     job = read_what(what, flags, sets, flower)
     request = JobRequest(spec=job.spec, task_source=job.task_source, signatures=job.signatures, key=key or uuid4().hex)
     with coordinator(url, token) as api:
-        view = api.submit_job(request)
+        view = sending.submit(api, job, request)
         if job.signatures:
             typer.echo(f"sent with what {whos(job.signatures)} signed", err=True)
         for sentence in (*cautions(job.spec), *job.remarks):
@@ -186,7 +188,7 @@ def _parameter_name(path: KeyPath) -> str:
 def _option(key: Key) -> Any:  # noqa: ANN401 - an annotation
     section = key.path[0] if len(key.path) > 1 or key.open else ""
     panel = f"[{section}]" if section else "Job"
-    metavar = "NAME|FILE.py" if key.path == TASK else key.shape
+    metavar = METAVARS.get(key.path, key.shape)
     option = typer.Option(key.flag, metavar=metavar, help=key.help, rich_help_panel=panel, show_default=False)
     return Annotated[list[str] | None, option] if key.open else Annotated[str | None, option]
 

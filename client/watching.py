@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from client import shown
 from client.calling import Ending
-from common import privacy
+from common import begins, privacy
 from common.api import CoordinatorApi
 from common.facts import (
     Absent,
@@ -168,6 +168,7 @@ def _plain_line(fact: Message, board: Board) -> str | None:
     match fact:
         case Submitted():
             said = [f"submitted: {fact.spec.task}, {shown.several(fact.spec.rounds, 'round')}"]
+            said += [f"begins with {begins.words(fact.begins_with)}"] if fact.begins_with else []
             return "; ".join([*said, *privacy.budget_words(fact.spec, fact.affordable, fact.planned_epsilon)])
         case Initialised():
             said = [f"model built: {shown.several(fact.facts.parameters, 'parameter')}, {shown.size(fact.size)}"]
@@ -326,6 +327,7 @@ def render(board: Board) -> "RenderableType":
         Text("" if left is None else f"about {shown.duration(left)} left"),
     )
     parts: list[RenderableType] = [head, bar]
+    parts += [Text(f"began with {begins.words(job.begins_with)}")] if job.begins_with else []
     parts += [Text(shown.one_line(warning), style="yellow") for warning in board.warnings]
     if board.waiting:
         parts.append(Text(shown.one_line(board.waiting), style="yellow"))

@@ -251,6 +251,13 @@ RULES: tuple[_Rule, ...] = (
         "torch was built for a newer processor than that machine has: install a build of torch for it.",
     ),
     _rule(
+        "init_misfit",
+        r"the model that the job begins with does not fit",
+        "Submit it with the task file and the [config] that the model was trained with. To begin with a part of it, "
+        "load it in Python with load_state_dict(strict=False) into what model(config) builds, save that state_dict "
+        "with safetensors, and give the file.",
+    ),
+    _rule(
         "class_out_of_range",
         r"device-side assert triggered|Target (?P<number>-?\d{1,12}) is out of bounds|index out of range in self",
         _class_number,

@@ -240,6 +240,21 @@ class CoordinatorApi:
         held = _ranges(self._send("HEAD", path)) if resume else ()
         return Upload(self._client, self.url, path, source, held, stop, on_bytes=on_bytes, idle_s=self._idle_s).run()
 
+    def send_model(
+        self, digest: str, source: Path, *, stop: threading.Event | None = None, on_bytes: OnBytes | None = None
+    ) -> int:
+        """Send a file of weights for a job to begin with: what of it the coordinator does not hold yet.
+
+        Returns:
+            The bytes sent.
+
+        Raises:
+            TransferStopped: `stop` was set.
+        """
+        path = f"/v1/models/{digest}"
+        held = _ranges(self._send("HEAD", path))
+        return Upload(self._client, self.url, path, source, held, stop, on_bytes=on_bytes, idle_s=self._idle_s).run()
+
     def submit(self, assignment: str, submission: Submission) -> Receipt:
         """Hand in the result of an assignment; the bytes were uploaded before."""
         return self._ask(Receipt, "POST", f"/v1/updates/{assignment}/submit", submission, timeout=httpx2.Timeout(300.0))

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from pydantic import Field, ValidationError
 
+from common.begins import words
 from common.errors import LydianError
 from common.facts import (
     FACT,
@@ -294,6 +295,7 @@ def _handed_back(fact: HandedBack) -> tuple[str, str, str, str]:
 _WORDS: dict[type, Callable[..., tuple[str, str, str, str]]] = {
     Submitted: lambda f: (
         "job.submitted", "", "taken", f"task {f.spec.task}" + (f", file {f.task_digest}" if f.task_digest else "")
+        + (f", begins with {words(f.begins_with)}: {f.begins_with.digest}" if f.begins_with else "")
     ),
     StateChanged: _state,
     HandedOut: lambda f: ("task.handed_out", _place(f), "ok", f"to {f.worker}"),

@@ -14,7 +14,7 @@ def cautions(spec: JobSpec) -> tuple[str, ...]:
     """What to tell whoever submits this job."""
     steps = spec.train.local_steps
     few = too_few_steps(spec, steps) if steps is not None else ""
-    return tuple(filter(None, [few, feedback_under_momentum(spec), kept_without_noise(spec)]))
+    return tuple(filter(None, [few, feedback_under_momentum(spec), kept_without_noise(spec), counts_anew(spec)]))
 
 
 def momentum_of(spec: JobSpec) -> float:
@@ -45,6 +45,16 @@ def kept_without_noise(spec: JobSpec) -> str:
     return (
         f"round.keep_updates = {spec.round.keep_updates} leaves each worker's updates, without noise, and the seed of "
         "the noise in the coordinator's state folder, after the job's end too"
+    )
+
+
+def counts_anew(spec: JobSpec) -> str:
+    """What to say where a private job begins with a model that may give something away itself; empty: nothing."""
+    if spec.privacy.level == "none" or spec.init is None:
+        return ""
+    return (
+        f"the epsilon of this job is of its own rounds alone: what the model of init = {spec.init} gives away of the "
+        "same data comes on top"
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from common.messages import (
+    Beginning,
     Count,
     Digest,
     JobSpec,
@@ -39,6 +40,7 @@ class Submitted(Message):
     affordable: Count | None = Field(None, description="rounds within the privacy budget; None: there is none")
     planned_epsilon: float | None = Field(None, ge=0, description="what all its rounds would cost")
     by: Submitter | None = Field(None, description="whose call it was; None: not noted")
+    begins_with: Beginning | None = Field(None, description="None: what model(config) builds")
 
     @model_validator(mode="before")
     @classmethod
@@ -94,7 +96,7 @@ class HandedBack(Message):
 
 
 class Initialised(Message):
-    """The model was built from the seed: version 0."""
+    """The model was built, from the seed or with what the job begins with: version 0."""
 
     type: Literal["initialised"] = "initialised"
     attempt: int

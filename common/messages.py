@@ -232,7 +232,7 @@ NEW_KEYS = {
     ),
 }
 """Section -> all keys of a job that a worker of protocol 1 would refuse as unknown, or whose new values it would."""
-NEW_SECTIONS = ("evaluation", "secure", "privacy", "script", "arguments")
+NEW_SECTIONS = ("evaluation", "secure", "privacy", "script", "arguments", "init")
 """Whole sections, and keys outside of any, that it would refuse."""
 
 
@@ -476,6 +476,10 @@ class PrivacySection(Section):
     )
 
 
+INIT = r"^(sha256:[0-9a-f]{64}|[A-Za-z0-9._-]{1,63}(@([0-9]{1,7}|best|newest))?)$"
+"""What `init` is where it is sent: the client has made a file's digest of its path (common.begins)."""
+
+
 class JobSpec(Message):
     """A whole job, as a job file says it. Every key is also a flag of `lydian submit`."""
 
@@ -488,6 +492,11 @@ class JobSpec(Message):
     script: bool = Field(False, description="the file is a training script that calls lydian.rounds (docs/scripts.md)")
     arguments: Annotated[tuple[Annotated[str, Field(max_length=4_000)], ...], BeforeValidator(_words)] = Field(
         (), max_length=1_000, description='script: its command line, e.g. "--width 64"; one text, or a list of words'
+    )
+    init: Annotated[str, Field(pattern=INIT)] | None = Field(
+        None,
+        description="what the model begins with, in place of what model(config) builds: a file of weights "
+        "(safetensors) or a folder of `lydian pull`; or JOB, JOB@ROUND, JOB@best: a model of another job",
     )
     train: TrainSection = TrainSection()
     data: DataSection = DataSection()
@@ -521,6 +530,7 @@ class JobSpec(Message):
         if self.data.partition in ("quantity", "natural"):
             beyond.append(f"data.partition = {self.data.partition}")
         beyond += ["script"] if self.script else []
+        beyond += ["init"] if self.init is not None else []
         if self.evaluation.scope != "global":
             beyond.append(f"evaluation.scope = {self.evaluation.scope}")
         if self.evaluation.per_class:
@@ -711,6 +721,13 @@ class ModelRef(Message):
     size: Count = Field(description="bytes of the safetensors file")
 
 
+class Beginning(ModelRef):
+    """What a job begins with in place of what `model(config)` builds: decided when it was submitted."""
+
+    job: Name | None = Field(None, description="the job whose model it is; None: a file that was sent for it")
+    round: Count | None = Field(None, description="of that job")
+
+
 class StepRef(Message):
     """The way from one version of a model to the next: an encoded file (common.deltas), applied to the first."""
 
@@ -768,7 +785,9 @@ class Assignment(Message):
     train_samples: Count = Field(0, description="samples in the training set where the model was built; 0: not known")
     task: TaskRef
     spec: JobSpec
-    base: ModelRef | None = Field(None, description="the model to train or evaluate; None for init")
+    base: ModelRef | None = Field(
+        None, description="the model to train or evaluate; init: what the job begins with, None where nothing is given"
+    )
     optimizer_of: Count = Field(
         0,
         description="keep_optimizer, personal: the round whose state of this shard the worker has and goes on from; "
@@ -1047,6 +1066,7 @@ class JobView(Message):
     warnings: tuple[str, ...] = Field((), description="what a person should know before trusting the result")
     slots: Count | None = Field(None, description="train.drift: shards that carry something; the others begin fresh")
     submitted_by: Submitter | None = Field(None, description="None: it was submitted before that was noted")
+    begins_with: Beginning | None = Field(None, description="None: what model(config) builds")
     spec: JobSpec
 
 

@@ -23,7 +23,7 @@ from server.settings import Settings
 
 MESSAGE_BYTES = 8 << 20  # of a body that is no upload: a task file and a traceback have far less
 WINDOW = 4  # the rate is looked at each time that so many idle limits were spent on waiting
-UPLOADS = "/v1/updates/"
+UPLOADS = ("/v1/updates/", "/v1/models/")
 PROBE = "/v1/probe"
 CLOSES = {"Connection": "close"}
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn, Self, TypeVar
 
-from common import PROTOCOL, __version__
+from common import PROTOCOL, __version__, begins
 from common.advice import advise
 from common.cautions import cautions
 from common.drift import check_rate_sum, farthest
@@ -55,11 +55,13 @@ from common.messages import (
     TOGETHER,
     Abandon,
     Assignment,
+    Beginning,
     Group,
     Heartbeat,
     HeartbeatAnswer,
     Holding,
     JobRequest,
+    JobSpec,
     ModelRef,
     Order,
     PollAnswer,
@@ -91,6 +93,7 @@ from server.evaluation import is_repeat
 from server.events import Hub
 from server.failpoints import reach
 from server.fleet import Fleet, Lease, Timing, Worker
+from server.given import Given, job_called, not_here
 from server.inspection import Inspection, inspect
 from server.keeping import Keeping, keeps_updates
 from server.login import parse_rules
@@ -152,6 +155,7 @@ class Coordinator:
         self._keeping = Keeping()
         self.probes, self.audit = Probes(), Recorder(self.journal, self.clock)
         self.quotas = Quotas(self.settings, self.clock)
+        self.given = Given(self._uploads, self.blobs, self.quotas, self.settings.max_model_bytes, self.clock)
         self._sums = Sums(self.journal, self._wake)
         self.accounting, self._seeds = Accounting(), Seeds(self.settings.state_dir)
         given = self.settings
@@ -221,7 +225,12 @@ class Coordinator:
         return self._uploader(key) is not None
 
     def _uploader(self, key: Key) -> str | None:
-        """Who may finish an upload: the worker of an attempt at an open task, or of an update that is lost here."""
+        """Who may finish an upload: the worker of an attempt at an open task, or of an update that is lost here.
+
+        Of a model that a job is to begin with: the token by which it is sent.
+        """
+        if (owner := self.given.owner(key)) is not None:
+            return owner
         name, attempt = key
         try:
             job_id, task = parse_assignment(name)
@@ -281,7 +290,8 @@ class Coordinator:
         except SeedLostError as error:
             self._apply(job.id, rounds.fail(job, f"{error} {error.advice}"))
             return
-        for digest, what in [*([(job.model.digest, "model")] if job.model else []), *drift.carried(job).items()]:
+        models = [job.model.digest] if job.model else rounds.bases_of(job)
+        for digest, what in [*((model, "model") for model in models), *drift.carried(job).items()]:
             if not await asyncio.to_thread(self._intact, digest):
                 self._apply(job.id, rounds.fail(job, f"the {what} {digest[:12]}… is damaged on the disk"))
                 return
@@ -350,6 +360,8 @@ class Coordinator:
         match stored.fact:
             case Initialised() as fact:
                 self._keep(stored.job, 0, ModelRef(digest=fact.digest, size=fact.size))
+                if (given := self.jobs[stored.job].begins_with) is not None:
+                    self._dropped.add(given.digest)  # from now on it has a model of its own
             case RoundClosed() as fact:
                 if fact.step is not None:
                     self.steps.setdefault(stored.job, {})[fact.round] = fact.step
@@ -457,16 +469,44 @@ class Coordinator:
         """
         return None if request.key in self._by_key else await self.accounting.plan(request.spec)
 
-    def submit(self, request: JobRequest, planned: Planned | None = None, by: Submitter | None = None) -> Job:
+    async def take_job(self, request: JobRequest, by: Submitter) -> Job:
+        """Take a job, with the file that it begins with where one was sent for it.
+
+        Raises:
+            NotFoundError, ConflictError, BadUpdateError: there is no such file, or not all of it, or it is damaged.
+        """
+        planned = await self.plan(request)
+        digest = begins.parse(request.spec.init).digest if request.spec.init else ""
+        if not digest or request.key in self._by_key or self.model_called(digest) is not None:
+            return self.submit(request, planned, by)
+        self._admit(request, by)  # before the file is taken, which would have to be sent again
+        with self._arrival(digest):
+            try:
+                brought = await self.given.take(by.token, digest, _die_if_broken)
+            except NotFoundError:
+                if self.model_called(digest) is None:
+                    raise
+                brought = None  # the same call, made twice, has brought it
+            return self.submit(request, planned, by, brought)
+
+    def submit(
+        self,
+        request: JobRequest,
+        planned: Planned | None = None,
+        by: Submitter | None = None,
+        brought: Beginning | None = None,
+    ) -> Job:
         """Take a job. The same key again gives the job that was made for it, to who submitted that.
 
         Args:
             request: the job.
             planned: what `plan` said of it.
             by: whose call it is; None: nobody's that is noted.
+            brought: the file that it begins with, which was sent for it; None: none was.
 
         Raises:
             TooManyError: too many jobs are open.
+            NotFoundError: what it is to begin with is not here.
         """
         if (known := self._by_key.get(request.key)) is not None:
             job = self.jobs[known]
@@ -477,12 +517,9 @@ class Coordinator:
             if job.spec != asked or (by is not None and before is not None and by.token != before.token):
                 raise ConflictError(f"the key {request.key!r} was used for another job, {known}", code="key_reused")
             return job
-        open_of = (self.submitted_by[job.id] for job in self._active())
-        self.quotas.admit_job(by, [one.token if one is not None else None for one in open_of])
-        check_can_sum(request.spec)
+        self._admit(request, by)
         spec, digest = request.spec, None
-        if unfit := nova.why_not(spec, partial(_source_of, request)):
-            raise BadJobError(unfit, advice="Use fedavg, which needs to know nothing of the steps.")
+        begins_with = brought or self._beginning_of(spec)
         if request.task_source is not None:
             data = request.task_source.encode()
             digest = hashlib.sha256(data).hexdigest()
@@ -504,6 +541,7 @@ class Coordinator:
             affordable=planned.affordable if planned else None,
             planned_epsilon=planned.epsilon if planned else None,
             by=by,
+            begins_with=begins_with,
         )
         for stored in self._keep_facts(job_id, Step((taken,), "submitted")):
             self._replay(stored, self.clock())
@@ -514,6 +552,49 @@ class Coordinator:
         self._run_queue()
         self._wake()  # while it waits in the queue it can be prepared
         return self.jobs[job_id]
+
+    async def receive_model(
+        self, token: str, digest: str, span: tuple[int, int, int], body: AsyncIterable[bytes]
+    ) -> None:
+        """Take bytes of a file that a job is to begin with."""
+        await self.given.receive(token, digest, span, body, _die_if_broken)
+
+    def _admit(self, request: JobRequest, by: Submitter | None) -> None:
+        """Refuse a job that is not taken, whatever it begins with."""
+        open_of = (self.submitted_by[job.id] for job in self._active())
+        self.quotas.admit_job(by, [one.token if one is not None else None for one in open_of])
+        check_can_sum(request.spec)
+        if unfit := nova.why_not(request.spec, partial(_source_of, request)):
+            raise BadJobError(unfit, advice="Use fedavg, which needs to know nothing of the steps.")
+
+    def _beginning_of(self, spec: JobSpec) -> Beginning | None:
+        """The model that a job begins with, as it is here now; None: what model(config) builds.
+
+        Raises:
+            NotFoundError: there is no such job, or its model is not kept, or no such file was sent.
+            ConflictError: several jobs have the name (`ambiguous_name`).
+        """
+        if spec.init is None:
+            return None
+        wanted = begins.parse(spec.init)
+        if wanted.digest:
+            if (kept := self.model_called(wanted.digest)) is None:
+                raise not_here(wanted.digest)
+            return kept
+        job = job_called(self.jobs, wanted.job)
+        model = self.model(job.id, wanted.which)
+        named = {"newest": job.closed, "best": job.best_round}
+        number = named[wanted.which] if wanted.which in named else int(wanted.which)
+        return Beginning(digest=model.digest, size=model.size, job=job.id, round=number)
+
+    def model_called(self, digest: str) -> Beginning | None:
+        """The model of this digest that is kept: of a job, or one that an open job is to begin with; None: none is."""
+        for job_id, models in self.models.items():
+            for number, model in models.items():
+                if model.digest == digest:
+                    return Beginning(digest=digest, size=model.size, job=job_id, round=number)
+        waiting = (job.begins_with for job in self._active() if digest in rounds.bases_of(job))
+        return next((one for one in waiting if one is not None and one.digest == digest), None)
 
     def job(self, job_id: str) -> Job:
         """The job of this id."""
@@ -882,7 +963,7 @@ class Coordinator:
         shards = len(job.facts.bounds) - 1 if job.facts and job.facts.bounds else 1
         match task.kind, job.inner:
             case "init", _:
-                shards, base = self._shards_to_cut(job), None
+                shards, base = self._shards_to_cut(job), job.begins_with
             case "train", _:
                 base, shard = rounds.subject_of(job, task)
                 if shard.worker:
@@ -909,7 +990,7 @@ class Coordinator:
             optimizer_of=state.round if state is not None else 0,
             state_shard=state.shard if state is not None and state.shard != task.shard else None,
             ttl_s=self.settings.ttl_s,
-            max_bytes=self._largest(job, base.size) if base else self.settings.max_model_bytes,
+            max_bytes=self._largest(job, base.size) if base and job.model else self.settings.max_model_bytes,
             together=TOGETHER,
             steps=self._way_to(job.id, base),
             slots=slots,
@@ -1552,6 +1633,7 @@ class Coordinator:
                 back = self._back(lease.task, lease.attempt, lease.worker, "expired", sentence)
                 self._apply(lease.job, self._ended(lease.job, back))
             self._hold_ballast()
+            self.given.expire()
             self._record_waiting()
             for job in self._active():
                 self._give_up_lost(job)

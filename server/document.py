@@ -30,6 +30,7 @@ OWN_ERRORS: dict[tuple[str, str], tuple[int, ...]] = {
     ("post", "/v1/tokens/{token}/revoke"): (409,),
     ("get", "/v1/jobs/{job}/model"): (416,),
     ("get", "/v1/models/{digest}"): (416,),
+    ("put", "/v1/models/{digest}"): (409, 422, 507),
     ("get", "/v1/tasks/{digest}"): (416,),
     ("post", "/v1/workers"): (409, 422, 426),
     ("post", "/v1/workers/{worker}/poll"): (409,),
@@ -53,6 +54,7 @@ ANSWERS: dict[tuple[str, str], dict[int, tuple[str, tuple[str, ...]]]] = {
     ("get", "/v1/tasks/{digest}"): {200: ("a task file", (BYTES,)), 206: ("a range of it", (BYTES, "multipart/*"))},
     ("get", "/v1/probe"): {200: ("so many bytes", (BYTES,))},
     ("head", "/v1/updates/{assignment}"): {200: ("the ranges that are here, in Lydian-Ranges", ())},
+    ("head", "/v1/models/{digest}"): {200: ("the ranges that are here, in Lydian-Ranges", ())},
 }
 """Answers that are not JSON: (method, path) -> status -> what it is, and its types."""
 
@@ -112,8 +114,10 @@ def _describe(method: str, path: str, call: dict[str, Any]) -> None:
             if given["name"] == "Lydian-Submission":
                 given["schema"] = {"type": "string"}
                 given["description"] = f"base64 of the JSON of a Submission; at most {HEADER_CHARACTERS} characters"
-    if (method, path) == ("put", "/v1/probe"):
+    if (method, path) in (("put", "/v1/probe"), ("put", "/v1/models/{digest}")):
         call["requestBody"] = RAW
+    if (method, path) == ("put", "/v1/models/{digest}"):
+        call["parameters"] = [*call["parameters"], CONTENT_RANGE]
     if any(status == 206 for status in ANSWERS.get((method, path), {})):
         call["parameters"] = [*call["parameters"], RANGE]
 

@@ -135,7 +135,7 @@ class Quotas:
 
     def _uploads_refused(self, worker: str, what: str) -> TooManyError:
         most = self._settings.uploads
-        sentence = f"{worker} has {what} under way, and {most} uploads at once are all that a worker may have"
+        sentence = f"{worker} has {what} under way, and {most} uploads at once are all that it may have"
         return self._refused("uploads", worker, sentence, code="too_many_uploads", retry_after_s=AGAIN_S)
 
     def make_way(self, worker: str, key: Key, is_here: Callable[[Key], bool]) -> set[Key]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeVar, assert_never
 
+from common import begins
 from common.cautions import cautions, too_few_steps
 from common.errors import BadUpdateError, ConflictError, JobOverError, LateError, NotFoundError, SupersededError
 from common.facts import (
@@ -47,6 +48,7 @@ from common.facts import (
     Submitted,
 )
 from common.messages import (
+    Beginning,
     JobSpec,
     Kind,
     ModelFacts,
@@ -287,6 +289,7 @@ class Job:
     spent: PrivacySpent | None = None  # by the newest round
     private_before: tuple[PrivateSteps, ...] = ()  # example-level privacy: what the worst-off sample has been through
     signatures: tuple[TaskSignature, ...] = ()  # of the task file
+    begins_with: Beginning | None = None  # in place of what model(config) builds
 
     @property
     def task(self) -> TaskRef:
@@ -336,7 +339,8 @@ def begin(job: Job, serving: Sequence[str], spare: int) -> Step:
         taken = f", {len(serving) - spare} of them with older jobs" if spare < len(serving) else ""
         refused = "".join(f"; {why}" for why in sorted(set(job.excluded.values())))
         return Step(reason=f"waiting for {workers(wanted)}: {len(serving)} can serve it{taken}{refused}")
-    there = f"{workers(spare)} there, {wanted} needed: one builds the model"
+    loads = f" and puts {begins.words(job.begins_with)} into it" if job.begins_with else ""
+    there = f"{workers(spare)} there, {wanted} needed: one builds the model{loads}"
     reason = "; caution: ".join([there, *cautions(job.spec)])
     return Step((StateChanged(state="initialising", reason=reason),), reason)
 
@@ -761,7 +765,8 @@ def take_init(job: Job, made: Initialised, places: Sequence[Place], now: float, 
         reason = "evaluation.patience counts evaluations, and there are none: dataset(config, 'test') has no samples"
         return Step((made, _changed("failed", reason)), reason)
     opened = _open(begun, 1, places, sampled=sampled)
-    return Step((made, opened), f"model of {made.facts.parameters:,} parameters built")
+    given = f", which begins with {begins.words(job.begins_with)}" if job.begins_with else ""
+    return Step((made, opened), f"model of {made.facts.parameters:,} parameters built{given}")
 
 
 def _open(
@@ -887,6 +892,8 @@ def base_of(job: Job, task: Task) -> ModelRef | None:
 def bases_of(job: Job) -> frozenset[str]:
     """Digests of the models that the work of this job stands on, and what is being averaged."""
     match job.inner:
+        case Queued() | Initialising() if job.begins_with is not None:
+            return frozenset({job.begins_with.digest})
         case Training(base=base) | Aggregating(base=base):
             return frozenset({base.digest})
         case buffering.Buffering(bases=bases):
@@ -1321,7 +1328,8 @@ def means(metrics: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, flo
 def new_job(job_id: str, fact: Submitted) -> Job:
     """A job, from its first fact."""
     job = Job(job_id, fact.spec, fact.task_digest, Queued(), "in the queue")
-    return replace(job, affordable=fact.affordable, planned_epsilon=fact.planned_epsilon, signatures=fact.signatures)
+    given = replace(job, signatures=fact.signatures, begins_with=fact.begins_with)
+    return replace(given, affordable=fact.affordable, planned_epsilon=fact.planned_epsilon)
 
 
 def evolve(job: Job, fact: Fact, now: float) -> Job:

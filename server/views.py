@@ -65,6 +65,7 @@ def job_view(coordinator: Coordinator, job: Job) -> JobView:
         warnings=_warnings(job),
         slots=len(job.slots) if job.spec.train.drift != "none" else None,
         submitted_by=coordinator.submitted_by[job.id],
+        begins_with=job.begins_with,
         spec=job.spec,
     )
 

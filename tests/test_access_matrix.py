@@ -121,6 +121,8 @@ RULES: dict[Route, Rule] = {
     ("PUT", "/v1/probe"): everyone(body=lambda _: b"12345678"),
     ("GET", "/openapi.json"): workers_and_readers(),
     ("GET", "/v1/models/{digest}"): workers_and_readers(missing=404),
+    ("HEAD", "/v1/models/{digest}"): Rule(submitter=200, stranger=200, admin=200),
+    ("PUT", "/v1/models/{digest}"): Rule(submitter=204, stranger=204, admin=204, body=data),
     ("GET", "/v1/tasks/{digest}"): Rule(owner=200, other=200, admin=200, missing=404),
     ("GET", "/metrics"): readers(),
     ("GET", "/v1/jobs"): readers(),

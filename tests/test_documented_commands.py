@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from typer.testing import CliRunner
 
 from client.main import app
+from common.begins import is_file
 from common.errors import LydianError
 from common.facts import Initialised, StateChanged
 from common.messages import ModelFacts
@@ -240,7 +241,7 @@ class Typist:
     def named(self, word: str) -> str:
         """A word of the docs as it is here."""
         there = {"JOB": JOB, "N": "1", "WORKER": "gpu-box", "http://gpu-box:8470": self.house.url}
-        there |= {"my-task-3f2a": JOB, "/etc/prometheus/lydian.token": "lydian.token"}
+        there |= {"JOB@best": f"{JOB}@best", "my-task-3f2a": JOB, "/etc/prometheus/lydian.token": "lydian.token"}
         if re.match(r"SEQ:HASH|841:|\$\(tail", word):
             head: str = self.runner.invoke(app, ["audit", "head"]).stdout.strip()
             return head
@@ -266,6 +267,8 @@ class Typist:
             case ["submit", *_]:
                 for word in (word for word in words if word.endswith(("/job.toml", "/task.py"))):
                     self.runner.invoke(app, ["init", str(Path(word).parent), "--force"])
+                if "--init" in words and is_file(words[words.index("--init") + 1]):
+                    self.runner.invoke(app, ["pull", JOB, "-o", words[words.index("--init") + 1], "--force"])
             case ["sign", "my_task.py" | "task.py"]:
                 (self.folder / "my_task.py.sig").unlink(missing_ok=True)
         for flag in ("--out", "--new-key"):

@@ -75,6 +75,7 @@ task_stacked = beside("task_stacked")
 task_parts = beside("task_parts")
 task_terms = beside("task_terms")
 task_drift = beside("task_drift")
+task_given = beside("task_given")
 task_private = beside("task_private")
 task_cage = beside("task_cage")
 task_script = beside("task_script")
@@ -1292,7 +1293,13 @@ class Host:
         return {}
 
     def init(
-        self, seed: int, out: str, labels: str | None, per_class: bool = False, splits: Sequence[str] = ("test",)
+        self,
+        seed: int,
+        out: str,
+        labels: str | None,
+        per_class: bool = False,
+        splits: Sequence[str] = ("test",),
+        base: str = "",
     ) -> dict[str, Any]:
         """Build the model from the seed, on the CPU, and write it; count what there is to train on.
 
@@ -1302,12 +1309,15 @@ class Host:
             labels: as `describe` takes it.
             per_class: as `evaluate` takes it; refused here already where it cannot be.
             splits: likewise.
+            base: path of what the model begins with, in place of what the seed gives it; empty: nothing is given.
         """
         self._events.progress("loading")
         if per_class:
             refuse_per_class(self._opened())
         self._forget_model()
         model = self._built(seed)
+        if base:
+            task_given.put(sys.modules[__name__], model, Path(base), self._parts)
         save_state(model, Path(out), self._parts)
         facts, test = self.describe(labels), self._first_split(splits)
         if test is None and "test" not in splits:

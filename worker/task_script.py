@@ -269,9 +269,11 @@ class Loop:
         self._host._events.progress("evaluating" if self._doing == "evaluate" else "loading")
         return known[self._doing](**command)
 
-    def _init(self, out: str, labels: str | None = None, **_: Any) -> dict[str, Any]:  # noqa: ANN401 - what is a task's
-        """Write the model as it is when the loop begins."""
+    def _init(self, out: str, labels: str | None = None, base: str = "", **_: Any) -> dict[str, Any]:  # noqa: ANN401 - what is a task's
+        """Write the model as it is when the loop begins, or with what the job begins with."""
         model = self._wish.model
+        if base:
+            self._house.task_given.put(self._house, model, Path(base), self._parts)
         self._house.save_state(model, Path(out), self._parts)
         return {
             "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

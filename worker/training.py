@@ -251,7 +251,7 @@ class Trainer:
         carried, more = self._carried(begun, heart)
         child = self._child_for(assignment, heart)
         if assignment.kind == "init":
-            return self._spool.finish(begun, self._init(child, begun, heart))
+            return self._spool.finish(begun, self._init(child, begun, base, heart))
         if carried is not None and (carried.slot or carried.total):
             write_correction(Path(base), carried, begun.place.correction)
         done = self._ask(child, self._command(child, begun, base, heart), heart)
@@ -469,10 +469,10 @@ class Trainer:
             log.info("%s is trained in %s: %s", *computes)
             self._computes = computes
 
-    def _init(self, child: Child, begun: Untrained, heart: Heart) -> Submission:
+    def _init(self, child: Child, begun: Untrained, base: str, heart: Heart) -> Submission:
         assignment, out = begun.assignment, begun.place.update
         command = {"do": "init", "seed": plan.init_seed(assignment.spec), "out": str(out), "labels": None}
-        command |= plan.measuring(assignment.spec)
+        command |= plan.measuring(assignment.spec) | ({"base": base} if base else {})
         done = self._ask(child, command, heart)
         bounds: tuple[int, ...] = ()
         if assignment.spec.data.partition != "local":

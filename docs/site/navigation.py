@@ -28,6 +28,7 @@ PARTS = (
             "docs/task-files.md",
             "docs/scripts.md",
             "docs/flower.md",
+            "docs/beginning.md",
             "docs/migration.md",
             "docs/partitions.md",
             "docs/evaluation.md",

@@ -8,7 +8,7 @@ from typing import Any
 from common.messages import JobSpec
 from common.tasks import BUILTIN
 
-FIRST = ("rounds", "name", "seed", "target", "target_metric", "script", "arguments")
+FIRST = ("rounds", "name", "seed", "target", "target_metric", "script", "arguments", "init")
 """Of the top level; the task has a place of its own."""
 TITLES = {
     "train": "Training", "data": "Data", "round": "Rounds", "aggregation": "Aggregation", "evaluation": "Evaluation",

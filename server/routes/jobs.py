@@ -23,9 +23,8 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=TokenFirst)
 @router.post("", status_code=201)
 async def submit_job(request: JobRequest, coordinator: CoordinatorDep, caller: SubmitterDep) -> JobView:
     """Take a job. Idempotent by the request's key, so that a lost answer costs nothing."""
-    planned = await coordinator.plan(request)
     by = Submitter(token=caller.token_id, name=caller.name)
-    return views.job_view(coordinator, coordinator.submit(request, planned, by))
+    return views.job_view(coordinator, await coordinator.take_job(request, by))
 
 
 @router.get("")

@@ -1,24 +1,29 @@
 """Weights and task files, by digest: immutable, so that they can be fetched in pieces and kept for ever."""
 
 import asyncio
+import logging
 import os
 import re
 from http import HTTPStatus
 from typing import Annotated, ClassVar
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import FileResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from common.errors import NotFoundError
-from common.ranges import content_range
-from server.blobs import Blobs
+from common.ranges import content_range, format_ranges
+from server.blobs import Blobs, parse_content_range
 from server.coordinator import Coordinator
-from server.routes.access import AnyoneDep, CoordinatorDep, TokenFirst, TrainerDep
+from server.routes.access import AnyoneDep, CoordinatorDep, SubmitterDep, TokenFirst, TrainerDep
+from server.routes.updates import body_of
 
 router = APIRouter(tags=["models"], route_class=TokenFirst)
+
+log = logging.getLogger("lydian.models")
 
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{1,18})?")
 
@@ -151,6 +156,28 @@ async def get_model(digest: DigestPath, coordinator: CoordinatorDep, _: AnyoneDe
     if not coordinator.keeps(digest):
         raise _no_model(digest)
     return weights_response(coordinator, digest)
+
+
+@router.head("/v1/models/{digest}")
+async def held_of_model(digest: DigestPath, coordinator: CoordinatorDep, caller: SubmitterDep) -> Response:
+    """Which bytes of a file for a job to begin with are here, in the header Lydian-Ranges; of a kept model all are."""
+    kept = coordinator.model_called(digest)
+    ranges = ((0, kept.size),) if kept is not None else coordinator.given.held(caller.token_id, digest)
+    return Response(headers={"Lydian-Ranges": format_ranges(ranges)})
+
+
+@router.put("/v1/models/{digest}", status_code=204)
+async def put_model(
+    digest: DigestPath, request: Request, coordinator: CoordinatorDep, caller: SubmitterDep
+) -> Response:
+    """Take bytes of a file for a job to begin with. PUT with Content-Range: sending a range twice changes nothing."""
+    length = request.headers.get("Content-Length")
+    span = parse_content_range(request.headers.get("Content-Range"), int(length) if length else None)
+    try:
+        await coordinator.receive_model(caller.token_id, digest, span, body_of(request))
+    except ClientDisconnect:
+        log.info("lyd_%s_%s_… broke off sending %s…; what came is kept", caller.scope, caller.token_id, digest[:12])
+    return Response(status_code=204)
 
 
 @router.get("/v1/tasks/{digest}")

@@ -46,7 +46,7 @@ async def upload(
     result = None if submission is None else _whole(submission, attempt, span)
     try:
         with coordinator.quotas.uploading(worker, (assignment, attempt)):
-            await coordinator.receive(worker, assignment, attempt, span, _body(request))
+            await coordinator.receive(worker, assignment, attempt, span, body_of(request))
     except ClientDisconnect:
         log.info("%s broke off an upload for %s; what came is kept", worker, assignment)
         return Response(status_code=204)
@@ -73,7 +73,7 @@ def _whole(header: str, attempt: int, span: tuple[int, int, int]) -> Submission:
     return submission
 
 
-async def _body(request: Request) -> AsyncIterator[bytes]:
+async def body_of(request: Request) -> AsyncIterator[bytes]:
     """The body as it comes. Starlette's own stream holds each piece until the next is there: much, of many uploads.
 
     Raises:
