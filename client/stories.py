@@ -33,7 +33,6 @@ class Story:
         built: what the first worker found out; None: not known.
         workers: by name, those whose updates are in it.
         version: of the coordinator.
-        begins_with: in place of what model(config) builds.
     """
 
     view: JobView
@@ -44,7 +43,6 @@ class Story:
     built: Initialised | None
     workers: tuple[str, ...]
     version: str
-    begins_with: Beginning | None = None
 
 
 def task_digest(api: CoordinatorApi, job: str) -> str | None:
@@ -76,8 +74,7 @@ def story_of(api: CoordinatorApi, view: JobView, round_index: int) -> Story:
                 break
             case _:
                 pass
-    version = api.version().version
-    return Story(view, round_index, task, tuple(closed), evaluated, built, tuple(workers), version, view.begins_with)
+    return Story(view, round_index, task, tuple(closed), evaluated, built, tuple(workers), api.version().version)
 
 
 def config_json(story: Story) -> str:
@@ -94,7 +91,7 @@ def config_json(story: Story) -> str:
         "job": view.id,
         "round": story.round,
         "seed": view.spec.seed,
-        "began_with": _begun(story.begins_with),
+        "began_with": _begun(story.view.begins_with),
     }
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -158,7 +155,7 @@ def _results(story: Story) -> list[str]:
 def _privacy(story: Story) -> str:
     spent = story.closed[-1].privacy if story.closed else None
     before = ""
-    if story.begins_with is not None:
+    if story.view.begins_with is not None:
         before = " What the model that it began with gives away comes on top."
     if spent is None:
         return "No differential privacy: the model may give away something of the data that it was trained on."
@@ -176,7 +173,7 @@ def _origin(story: Story, digest: str) -> Mapping[str, str]:
     rows = {
         "model.safetensors (SHA-256)": f"`{digest}`",
         "As the coordinator keeps it (SHA-256)": f"`{kept}`" if kept else "",
-        "Began with": _began_words(story.begins_with),
+        "Began with": _began_words(story.view.begins_with),
         "Code": f"task.py, SHA-256 `{story.task_digest}`" if story.task_digest else f"built in: {story.view.task}",
         "Job": f"`{story.view.id}`, submitted {_plain(story.view.submitted_at)}",
         "Made with": f"LydianAI distributed training {_plain(story.version)}",

@@ -12,9 +12,9 @@ import pytest
 
 from common.ranges import content_range
 from common.weights import Notes, save
-from server import given
+from server import given, views
 from tests.rounds_kit import spec
-from tests.trust_kit import JSON, TASK_FILE, Answer, Fleet, Served
+from tests.trust_kit import JSON, TASK_FILE, Answer, Fleet, Served, weights
 
 
 @pytest.fixture
@@ -88,6 +88,28 @@ def test_the_worker_that_builds_the_model_is_given_what_the_job_begins_with(flee
     assert (work["job"], work["kind"], work["base"]["digest"]) == (job, "init", fleet.model)
     assert work["max_bytes"] == 1 << 20, "what comes out may be larger: a wider dtype"
     assert fleet.call("GET", f"/v1/models/{fleet.model}", fleet.one.token).status == 200
+    assert views.job_view(fleet.coordinator, fleet.coordinator.jobs[job]).begins_with is not None
+
+
+def test_a_file_goes_when_the_job_has_a_model_of_its_own_and_another_jobs_model_stays(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    data, digest = file_of(tmp_path)
+    send(fleet, fleet.submitter, digest, data)
+    taken = submit(fleet, fleet.submitter, f"sha256:{digest}")
+    other = submit(fleet, fleet.submitter, fleet.job, key="other")
+    fleet.call("POST", f"/v1/jobs/{fleet.job}/cancel", fleet.admin)
+    for job, base in ((taken.json()["id"], digest), (other.json()["id"], fleet.model)):
+        work, path = fleet.assignment(fleet.one), fleet.coordinator.blobs.path(base)
+        assert (work["job"], work["base"]["digest"], path.exists()) == (job, base, True)
+        made = weights(tmp_path / "made")
+        assert fleet.upload(work, fleet.one.token, made).status == 204
+        facts = {"parameters": 8, "train_samples": 60, "test_samples": 0, "bounds": [0, 30, 60]}
+        result = {"attempt": work["attempt"], "digest": hashlib.sha256(made).hexdigest(), "facts": facts}
+        fleet.must("POST", f"/v1/updates/{work['id']}/submit", fleet.one.token, result)
+        assert fleet.coordinator.jobs[job].model is not None
+        fleet.call("POST", f"/v1/jobs/{job}/cancel", fleet.admin)
+        assert path.exists() == (base == fleet.model)
 
 
 # ---------------------------------------------------------------- a file

@@ -8,7 +8,7 @@ import pytest
 
 from client.stories import Story, config_json, model_card, story_of, task_digest
 from common.facts import FACT
-from common.messages import JobView, VersionView
+from common.messages import Beginning, JobView, VersionView
 
 DIGEST = "ab" * 32
 SPEC = {"task": "my_task", "rounds": 3, "config": {"width": 64}, "train": {"local_epochs": 1, "lr": 0.05}}
@@ -126,3 +126,17 @@ def test_a_model_that_is_not_whole_is_loaded_without_strictness(key: dict[str, A
     spec = {**SPEC, "train": {"local_epochs": 1, **key}, "data": {"shards": 2}}
     view = JobView.model_validate({**VIEW.model_dump(mode="json"), "spec": spec})
     assert "strict=False" in model_card(replace(story(), view=view), DIGEST)
+
+
+def test_a_model_says_what_it_began_with() -> None:
+    before = Beginning(digest="ef" * 32, size=10, job="digits-4f2a", round=7)
+    for beginning, row in (
+        (before, f"| Began with | the model of job `digits-4f2a` after round 7, SHA-256 `{before.digest}` |"),
+        (Beginning(digest=before.digest, size=10), f"| Began with | a file, SHA-256 `{before.digest}` |"),
+    ):
+        found = replace(story(), view=VIEW.model_copy(update={"begins_with": beginning}))
+        assert row in model_card(found, DIGEST)
+        told = {"digest": before.digest, "job": beginning.job, "round": beginning.round}
+        assert json.loads(config_json(found))["began_with"] == told
+    assert "Began with" not in model_card(story(), DIGEST)
+    assert json.loads(config_json(story()))["began_with"] is None

@@ -227,6 +227,11 @@ def test_a_rounds_warning_is_among_the_troubles() -> None:
             {"type": "submitted", "spec": {"task": "digits", "rounds": 4}, "key": "k"},
             "submitted: digits, 4 rounds",
         ),
+        (
+            {"type": "submitted", "spec": {"task": "digits", "init": "a-1"}, "key": "k",
+             "begins_with": {"digest": "ab" * 32, "size": 9, "job": "a-1", "round": 3}},
+            "submitted: digits, 5 rounds; begins with the model of a-1 after round 3",
+        ),
         ({"type": "handed_out", "kind": "train", "round": 1, "shard": 0, "attempt": 1, "worker": "w-1"}, None),
         (NOW, None),
     ],
