@@ -120,6 +120,15 @@ SAID = [
         ("fc.weight",),
     ),
     (
+        "bad_task",
+        (
+            "the model that the job begins with does not fit the one that model(config) builds: 'fc.weight' is float32 "
+            "[5, 4], not float32 [2, 4]"
+        ),
+        "init_misfit",
+        ("the [config] that the model was trained with", "strict=False"),
+    ),
+    (
         "task_failed",
         "RuntimeError: The size of tensor a (10) must match the size of tensor b (5) at non-singleton dimension 0",
         "shape_mismatch",
