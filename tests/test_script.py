@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lydian
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 HEAD = """
 import torch, sys
+from safetensors.torch import save_file
 from torch import nn
 import lydian
 
@@ -147,6 +148,16 @@ def test_a_script_trains_and_measures_what_it_is_given_and_answers_each_command_
 def test_a_round_given_again_leaves_the_same_bytes_whatever_was_trained_between(desk: Desk) -> None:
     desk.run(GOOD, desk.init(), desk.train("a"), desk.train("b", rows=[1]), desk.evaluate(), desk.train("c"))
     assert digest(desk.path("a")) == digest(desk.path("c")) != digest(desk.path("b"))
+
+
+def test_the_model_of_a_script_begins_with_what_the_job_begins_with_or_the_misfit_is_told(desk: Desk) -> None:
+    begun = {**desk.init(), "base": str(desk.path("out")), "out": str(desk.path("begun"))}
+    desk.run(GOOD, desk.init(), desk.train(), begun)
+    assert digest(desk.path("begun")) == digest(desk.path("out")) != digest(desk.path("base"))
+    save_file({"weight": torch.zeros(2)}, desk.path("out"))
+    error = Desk(desk.folder).fails(GOOD, begun)
+    assert error["code"] == "bad_task"
+    assert "the model that the job begins with does not fit" in error["sentence"]
 
 
 def test_what_a_script_draws_before_its_loop_comes_from_the_jobs_seed(desk: Desk, tmp_path: Path) -> None:
