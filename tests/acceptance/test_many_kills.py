@@ -23,19 +23,18 @@ JOB: dict[str, Any] = {  # of a built-in task: after any other one a worker star
     "train": {**TRAIN, "local_steps": 50},
     "round": {"min_workers": 1, "evaluate_every": 0},
 }
-LONG_JOB = {**JOB, "train": {**TRAIN, "local_steps": 160}}  # shards that a fault finds in the middle
-DRAWN_JOB = {**JOB, "train": {**TRAIN, "local_steps": 500}}  # the same of TASK, whose net draws numbers in each step
+DRAWN_JOB = {**JOB, "train": {**TRAIN, "local_steps": 500}}  # of TASK, whose net draws numbers; found in the middle
 CHECKPOINTS = ("--trust", "any", "--checkpoint-every", "0.1")
 
 
-def check(fleet: LocalFleet, job: str, truth: str) -> tuple[int, int]:
+def check(fleet: LocalFleet, job: str, truth: str, rounds: int = ROUNDS, shards: int = SHARDS) -> tuple[int, int]:
     """Each shard counted once, and the bytes are those of the undisturbed run. Returns (retrained, resumed) shards."""
     view = fleet.finish(job)
     assert view.model is not None
     assert view.model.digest == truth
     facts = fleet.facts(job)
     accepted = [(a["round"], a["shard"]) for a in of_type(facts, "accepted")]
-    assert sorted(accepted) == [(r, s) for r in range(1, ROUNDS + 1) for s in range(SHARDS)]
+    assert sorted(accepted) == [(r, s) for r in range(1, rounds + 1) for s in range(shards)]
     trained = [h for h in of_type(facts, "handed_out") if h["kind"] == "train"]
     resumed = [a for a in of_type(facts, "accepted") if a["resumed_at"] > 0]
     return len(trained) - len(accepted), len(resumed)
