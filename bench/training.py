@@ -48,7 +48,7 @@ def measure(wish: Wish, _: Limits, say: Say) -> Outcome:
     if task == "fashion-mnist" and not FASHION.is_dir():
         skipped.append("fashion-mnist: the Debian package dataset-fashion-mnist is not installed; digits instead")
         task = "digits"
-    workers = wish.pick(tiny=2, quick=4, full=4)
+    workers = wish.pick(tiny=1, quick=4, full=4)
     rounds = wish.rounds or wish.pick(tiny=2, quick=5, full=5)
     spec = spec_of(task, workers, rounds, wish)
     say(f"{task} on {workers} workers, {rounds} rounds, the second job on warm workers")

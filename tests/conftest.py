@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Of the hundreds of processes that tests start, each would compile all our modules: half a second for a coordinator.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 def in_ci() -> bool:
     """Whether the whole check runs: then nothing that it should have installed may be missing."""

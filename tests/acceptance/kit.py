@@ -21,6 +21,7 @@ import psutil  # type: ignore[import-untyped]
 from common.api import CoordinatorApi
 from common.errors import UnavailableError
 from common.messages import OVER, JobRequest, JobSpec, JobView
+from tests.acceptance import forks
 
 T = TypeVar("T")
 
@@ -39,10 +40,10 @@ signal.signal(signal.SIGTERM, _end_once)
 def wait_for(what: str, look: Callable[[], T | None], patience_s: float = PATIENCE_S) -> T:
     """What `look` returns once it is true."""
     until = time.monotonic() + patience_s
-    while time.monotonic() < until:
+    while (began := time.monotonic()) < until:
         if found := look():
             return found
-        time.sleep(0.02)  # between two looks at a condition
+        time.sleep(min(max(0.02, 5 * (time.monotonic() - began)), 0.3))  # a call is looked at less often than a file
     raise AssertionError(f"waited {patience_s:.0f} s for {what}")
 
 
@@ -58,7 +59,7 @@ def size(small: int, full: int) -> int:
 
 
 class Process:
-    """One process of the fleet, with its output in a file."""
+    """One process of the fleet, its output in a file; forked where that shows nowhere (tests.acceptance.forks)."""
 
     def __init__(
         self,
@@ -67,18 +68,29 @@ class Process:
         environment: dict[str, str],
         python: str = sys.executable,
         cwd: Path | None = None,
+        *,
+        anew: bool = False,
     ) -> None:
+        """Start it.
+
+        Args:
+            arguments: of Python.
+            log: what it says is appended here.
+            environment: beside the test's own, without what is the product's in that.
+            python: what runs it.
+            cwd: where; None: where the test runs.
+            anew: its command line, its first environment or its memory matter: nothing of it is loaded already.
+        """
         self.log = log
         base = {k: v for k, v in os.environ.items() if not k.startswith("LYDIAN_")}
-        with log.open("ab") as out:
-            self.popen = subprocess.Popen(
-                [python, *arguments],
-                stdout=out,
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-                env={**base, **environment},
-                cwd=cwd,
-            )
+        given = {**base, **environment}
+        log.touch()
+        forked = None if anew or python != sys.executable else forks.start(arguments, given, log, log, cwd)
+        self.popen = forked or self._started([python, *arguments], given, cwd)
+
+    def _started(self, command: list[str], environment: dict[str, str], cwd: Path | None) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as out:
+            return subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment, cwd=cwd)
 
     def said(self) -> str:
         return self.log.read_text(errors="replace")
@@ -107,8 +119,11 @@ class LocalFleet:
 
     _truths: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, folder: Path, *, ttl_s: float = 40.0, host: str = "127.0.0.1", **settings: str) -> None:
+    def __init__(
+        self, folder: Path, *, ttl_s: float = 40.0, host: str = "127.0.0.1", anew: bool = False, **settings: str
+    ) -> None:
         self.folder, self.host, self.port = folder, host, free_port()
+        self.anew = anew or host != "127.0.0.1"  # each machine of a played network is a place of its own
         self.state = folder / "state"
         self.environment = {"LYDIAN_TTL_S": str(ttl_s), "LYDIAN_HEARTBEAT_S": str(ttl_s / 8)}
         self.environment |= {"LYDIAN_RESERVE_BYTES": str(4 << 20), **settings}
@@ -123,7 +138,11 @@ class LocalFleet:
         return f"{'https' if self.environment.get('LYDIAN_TLS') else 'http'}://{self.host}:{self.port}"
 
     def __enter__(self) -> Self:
-        self.start_coordinator()
+        try:
+            self.start_coordinator()
+        except BaseException:
+            self.__exit__(None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -137,7 +156,7 @@ class LocalFleet:
     def start_coordinator(self) -> Process:
         self._starts += 1
         arguments = ["-m", "server", "--host", self.host, "--port", str(self.port), "--state-dir", str(self.state)]
-        process = Process(arguments, self.folder / f"coordinator-{self._starts}.log", self.environment)
+        process = Process(arguments, self.folder / f"coordinator-{self._starts}.log", self.environment, anew=self.anew)
         self.coordinator = process
         wait_for("the coordinator to listen", lambda: f"ready {self.url}" in process.said() or _raise_if_dead(process))
         return process
@@ -152,6 +171,7 @@ class LocalFleet:
             self.folder / f"{name}.log",
             {"LYDIAN_TOKEN": token},
             str(python),
+            anew=self.anew,
         )
         self.workers[name] = process
         return process

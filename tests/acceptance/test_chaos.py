@@ -20,7 +20,7 @@ KINDS = "kill-worker,kill-coordinator,cut,corrupt"
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "client.main", "chaos", "--workers", "2", *arguments],
+        [sys.executable, "-m", "client.main", "chaos", *arguments],
         cwd=ROOT, env=os.environ | {"TMPDIR": str(folder)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -36,7 +36,7 @@ def living(folder: Path) -> list[str]:
 
 
 def test_a_handful_of_faults_loses_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    with start(tmp_path, "--faults", "4", "--rounds", "6", "--kinds", KINDS, "--json") as run:
+    with start(tmp_path, "--workers", "2", "--faults", "4", "--rounds", "6", "--kinds", KINDS, "--json") as run:
         out, err = run.communicate(timeout=240)
     assert run.returncode == 0, err
     told = json.loads(out)
@@ -57,7 +57,7 @@ def test_a_handful_of_faults_loses_nothing_and_leaves_nothing(tmp_path: Path) ->
 def test_a_run_that_is_ended_in_the_middle_takes_every_process_with_it(tmp_path: Path, number: signal.Signals) -> None:
     if signal.getsignal(number) is signal.SIG_IGN:
         pytest.skip(f"{number.name} is ignored by whatever started the tests (a shell's background), so by a run too")
-    with start(tmp_path, "--faults", "1", "--kinds", "cut") as run:
+    with start(tmp_path, "--workers", "1", "--faults", "1", "--kinds", "cut") as run:
         wait_for("a worker to run", lambda: any("-m worker" in command for command in living(tmp_path)))
         run.send_signal(number)
         run.communicate(timeout=60)

@@ -8,7 +8,7 @@ import pytest
 
 from client.chaos.clocks import Clock, find_library
 from tests.acceptance.kit import LocalFleet, closed_rounds, of_type, size
-from tests.acceptance.test_many_kills import JOB, TASK, check
+from tests.acceptance.test_many_kills import JOB, check
 
 pytestmark = [
     pytest.mark.acceptance,
@@ -32,12 +32,12 @@ def test_clocks_of_coordinator_and_worker_that_jump_change_nothing(
         with fleet:
             for name, value in clocks["workers"].environment().items():
                 patch.setenv(name, value)
-            fleet.start_workers(2, "--trust", "any")
+            fleet.start_workers(2)
             for name in clocks["workers"].environment():
                 patch.delenv(name)
-            truth = fleet.truth(TASK, **JOB)
+            truth = fleet.truth(**JOB)
             for times in range(size(1, 4)):
-                job = fleet.submit(TASK, **JOB)
+                job = fleet.submit(**JOB)
                 for number, jump in enumerate((HOUR, -HOUR, 10 * DAY, -10 * DAY, 0.0), start=1):
                     fleet.await_event(job, partial(is_round, number), f"round {number}")
                     clocks["coordinator" if (number + times) % 2 else "workers"].set(jump)
@@ -45,7 +45,7 @@ def test_clocks_of_coordinator_and_worker_that_jump_change_nothing(
                 facts = fleet.facts(job)
                 assert not list(of_type(facts, "handed_back", "late"))
                 assert all(0 < closed["seconds"] < HOUR / 2 for closed in closed_rounds(facts)), "a round took a jump"
-            again = fleet.submit(TASK, **JOB)  # with clocks ten days apart
+            again = fleet.submit(**JOB)  # with clocks ten days apart
             clocks["coordinator"].set(10 * DAY)
             assert check(fleet, again, truth)[0] == 0
 

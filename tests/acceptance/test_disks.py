@@ -1,18 +1,23 @@
 """Full and read-only disks: work is refused in words before it is done, and goes on by itself when there is room."""
 
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from client.chaos.disk import Disk, why_no_disk
 from tests.acceptance.kit import LocalFleet, of_type, wait_for
-from tests.acceptance.test_many_kills import JOB, LONG_JOB, TASK, check
+from tests.acceptance.test_many_kills import JOB, TRAIN, check
 from tests.privileges import why_no_mounts
 
 WHY_NOT = why_no_mounts() or why_no_disk()
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)]
+
+
+ROUNDS, SHARDS = 3, 2
+LONG_JOB = {**JOB, "rounds": ROUNDS, "data": {"shards": SHARDS}, "train": {**TRAIN, "local_steps": 400}}
 
 
 def state_of(fleet: LocalFleet, name: str) -> tuple[str, str]:
@@ -25,10 +30,10 @@ def test_a_job_pauses_on_a_full_disk_and_goes_on_by_itself_to_the_same_model(tmp
         fleet = LocalFleet(tmp_path)
         fleet.state = disk.path / "state"
         with fleet:
-            fleet.start_workers(2, "--trust", "any")
-            truth = fleet.truth(TASK, **LONG_JOB)
-            job = fleet.submit(TASK, **LONG_JOB)
-            fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "round 2")
+            fleet.start_workers(2)
+            truth = fleet.truth(**LONG_JOB)
+            job = fleet.submit(**LONG_JOB)
+            fleet.await_event(job, lambda e: e["type"] == "handed_out" and e["round"] == 2, "work of round 2")
             with disk.filled():
                 paused = wait_for(
                     "the job to pause", lambda: v if (v := fleet.api.job(job)).state == "paused" else None
@@ -37,51 +42,65 @@ def test_a_job_pauses_on_a_full_disk_and_goes_on_by_itself_to_the_same_model(tmp
                 assert "bytes do not fit" in paused.reason
                 assert fleet.coordinator is not None
                 assert fleet.coordinator.popen.poll() is None
-            assert check(fleet, job, truth)[0] == 0
-            first, *between, last = [fact["state"] for fact in of_type(fleet.facts(job), "job")]
+            assert check(fleet, job, truth, ROUNDS, SHARDS)[0] == 0
+            states = [fact["state"] for fact in of_type(fleet.facts(job), "job")]
+            first, *between, last = [state for state in states if state != "evaluating"]  # once, after the last round
             assert (first, last) == ("initialising", "finished")
             assert set(between[::2]) == {"paused"}  # by an upload, or by the average of a round
             assert set(between[1::2]) <= {"training", "aggregating"}
 
 
-def test_a_worker_without_room_gives_its_work_back_is_shown_as_degraded_and_works_again_when_there_is_room(
-    tmp_path: Path,
-) -> None:
-    with Disk(tmp_path / "disk.img", tmp_path / "disk") as disk:
-        fleet = LocalFleet(tmp_path, LYDIAN_POLL_S="0.5")
+@pytest.fixture(scope="module")
+def _kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalFleet, Disk]]:
+    folder = tmp_path_factory.mktemp("alone")
+    with Disk(folder / "disk.img", folder / "disk") as disk:
+        fleet = LocalFleet(folder, LYDIAN_POLL_S="0.5")
         fleet.folders["w1"] = disk.path / "w1"
         with fleet:
-            fleet.start_workers(1, "--trust", "any")
-            truth = fleet.truth(TASK, **JOB)
-            with disk.filled():
-                job = fleet.submit(TASK, **JOB)
-                wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
-                fleet.start_worker("w2", "--trust", "any")
-                check(fleet, job, truth)
-                assert "needed" in state_of(fleet, "w1")[1] or "No space left" in state_of(fleet, "w1")[1]
-            backs = list(of_type(fleet.facts(job), "handed_back"))
-            assert {back["code"] for back in backs} == {"disk_full"}
-            assert {back["worker_name"] for back in backs} == {"w1"}
-            wait_for("w1 to be well again", lambda: state_of(fleet, "w1")[0] == "idle")
+            yield fleet, disk
 
 
-def test_a_worker_whose_folder_became_read_only_gives_its_work_back_and_says_why(tmp_path: Path) -> None:
-    fleet = LocalFleet(tmp_path, LYDIAN_POLL_S="0.5")
-    with fleet:
-        fleet.start_workers(1, "--trust", "any")
-        truth = fleet.truth(TASK, **JOB)
-        folder = str(fleet.folder / "w1" / "work")  # nothing in it is open while the worker waits
-        mount("--bind", folder, folder)
-        try:
-            mount("-o", "remount,bind,ro", folder)
-            job = fleet.submit(TASK, **JOB)
-            wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
-            fleet.start_worker("w2", "--trust", "any")
-            check(fleet, job, truth)
-            assert "Read-only file system" in state_of(fleet, "w1")[1]
-        finally:
-            subprocess.run(["umount", folder], check=True)
-        wait_for("w1 to be well again", lambda: state_of(fleet, "w1")[0] == "idle")
+@pytest.fixture
+def alone(_kept: tuple[LocalFleet, Disk]) -> tuple[LocalFleet, Disk]:
+    """A fleet of one worker, w1, that waits for work, and the disk that w1's folder is on."""
+    _kept[0].mend(("w1",))
+    return _kept
+
+
+def test_a_worker_without_room_gives_its_work_back_is_shown_as_degraded_and_works_again_when_there_is_room(
+    alone: tuple[LocalFleet, Disk],
+) -> None:
+    fleet, disk = alone
+    truth = fleet.truth(**JOB)
+    with disk.filled():
+        job = fleet.submit(**JOB)
+        wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
+        fleet.start_worker("w2")
+        check(fleet, job, truth)
+        assert "needed" in state_of(fleet, "w1")[1] or "No space left" in state_of(fleet, "w1")[1]
+    backs = list(of_type(fleet.facts(job), "handed_back"))
+    assert {back["code"] for back in backs} == {"disk_full"}
+    assert {back["worker_name"] for back in backs} == {"w1"}
+    wait_for("w1 to be well again", lambda: state_of(fleet, "w1")[0] == "idle")
+
+
+def test_a_worker_whose_folder_became_read_only_gives_its_work_back_and_says_why(
+    alone: tuple[LocalFleet, Disk],
+) -> None:
+    fleet, disk = alone
+    truth = fleet.truth(**JOB)
+    folder = str(disk.path / "w1" / "work")  # nothing in it is open while the worker waits
+    mount("--bind", folder, folder)
+    try:
+        mount("-o", "remount,bind,ro", folder)
+        job = fleet.submit(**JOB)
+        wait_for("w1 to be degraded", lambda: state_of(fleet, "w1")[0] == "degraded")
+        fleet.start_worker("w2")
+        check(fleet, job, truth)
+        assert "Read-only file system" in state_of(fleet, "w1")[1]
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    wait_for("w1 to be well again", lambda: state_of(fleet, "w1")[0] == "idle")
 
 
 def mount(*arguments: str) -> None:

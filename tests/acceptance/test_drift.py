@@ -1,7 +1,7 @@
 """Jobs with `train.drift`: what shards carry from round to round outlives whoever holds it."""
 
 import shutil
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,6 @@ from tests.acceptance.test_failpoints import doomed
 
 pytestmark = pytest.mark.acceptance
 
-TASK = Path(__file__).with_name("drill_task.py")
 JOB: dict[str, Any] = {
     "rounds": 5,
     "seed": 9,
@@ -22,42 +21,52 @@ JOB: dict[str, Any] = {
 POINTS = ("accepted-after", "model-written", "closed-before", "closed-after")
 
 
-def test_a_coordinator_that_is_killed_and_a_worker_that_comes_back_empty_change_no_byte(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(1, "--trust", "any")
-        truth = fleet.finish(fleet.submit(TASK, **JOB)).model
-        plain = fleet.truth(TASK, **{**JOB, "train": {**JOB["train"], "drift": "none"}})
-        assert truth is not None
-        assert truth.digest != plain
-        job = fleet.submit(TASK, **JOB)
-        for number, point in enumerate(POINTS):
-            assert fleet.coordinator is not None
-            fleet.coordinator.kill()
-            if point == POINTS[2]:
-                fleet.workers["w1"].kill()
-                wait_for("a slot on the worker's disk", lambda: list(tmp_path.glob("w1/slots/*/*")))
-                shutil.rmtree(tmp_path / "w1")
-                fleet.start_worker("w1", "--trust", "any")
-            fleet.coordinator = doomed(fleet, number, point)
-            fleet.coordinator.popen.wait(60)
-        fleet.start_coordinator()
-        ended = fleet.finish(job)
-        assert (ended.model, ended.slots) == (truth, 3)
-        fresh = [closed["fresh"] for closed in closed_rounds(fleet.facts(job))]
-        assert (fresh[0], sum(fresh)) == (2, 3)
-        wait_for("slots to go with their job", lambda: not list(tmp_path.glob("w1/slots/*/*")))
+@pytest.fixture(scope="module")
+def _lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path_factory.mktemp("alone")) as fleet:
+        yield fleet
 
 
-def test_feddyn_sends_no_more_bytes_than_fedavg_while_shards_stay_where_they_are(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(1, "--trust", "any")
-        bytes_of = {}
-        for method in ("none", "feddyn", "scaffold"):
-            train = {**JOB["train"], "drift": method}
-            job = fleet.submit(TASK, **{**JOB, "rounds": 3, "train": train, "data": {"shards": 2}})
-            fleet.finish(job)
-            later = closed_rounds(fleet.facts(job))[1:]  # the first model is the same in all three: it is there already
-            bytes_of[method] = [(r["bytes_down"], r["bytes_up"]) for r in later]
-            numbers = fleet.api.job(job).parameters or 0
-        assert bytes_of["feddyn"] == bytes_of["none"]
-        assert bytes_of["scaffold"] == [(down + 4 * numbers, up) for down, up in bytes_of["none"]], "the sum, once"
+@pytest.fixture
+def alone(_lone: LocalFleet) -> LocalFleet:
+    """A fleet of one worker, w1."""
+    _lone.mend(("w1",))
+    return _lone
+
+
+def test_a_coordinator_that_is_killed_and_a_worker_that_comes_back_empty_change_no_byte(alone: LocalFleet) -> None:
+    fleet, folder = alone, alone.folder / "w1"
+    truth = fleet.finish(fleet.submit(**JOB)).model
+    plain = fleet.truth(**{**JOB, "train": {**JOB["train"], "drift": "none"}})
+    assert truth is not None
+    assert truth.digest != plain
+    job = fleet.submit(**JOB)
+    for number, point in enumerate(POINTS):
+        assert fleet.coordinator is not None
+        fleet.coordinator.kill()
+        if point == POINTS[2]:
+            fleet.workers["w1"].kill()
+            wait_for("a slot on the worker's disk", lambda: list(folder.glob("slots/*/*")))
+            shutil.rmtree(folder)
+            fleet.start_worker("w1")
+        fleet.coordinator = doomed(fleet, number, point)
+        fleet.coordinator.popen.wait(60)
+    fleet.start_coordinator()
+    ended = fleet.finish(job)
+    assert (ended.model, ended.slots) == (truth, 3)
+    fresh = [closed["fresh"] for closed in closed_rounds(fleet.facts(job))]
+    assert (fresh[0], sum(fresh)) == (2, 3)
+    wait_for("slots to go with their job", lambda: not list(folder.glob("slots/*/*")))
+
+
+def test_feddyn_sends_no_more_bytes_than_fedavg_while_shards_stay_where_they_are(alone: LocalFleet) -> None:
+    bytes_of = {}
+    for method in ("none", "feddyn", "scaffold"):
+        train = {**JOB["train"], "drift": method}
+        job = alone.submit(**{**JOB, "rounds": 3, "train": train, "data": {"shards": 2}})
+        alone.finish(job)
+        later = closed_rounds(alone.facts(job))[1:]  # the first model is the same in all three: it is there already
+        bytes_of[method] = [(r["bytes_down"], r["bytes_up"]) for r in later]
+        numbers = alone.api.job(job).parameters or 0
+    assert bytes_of["feddyn"] == bytes_of["none"]
+    assert bytes_of["scaffold"] == [(down + 4 * numbers, up) for down, up in bytes_of["none"]], "the sum, once"

@@ -5,7 +5,6 @@ renamed and never synced, with its name and no bytes.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,18 @@ pytestmark = pytest.mark.acceptance
 TTL_S = 2.0
 
 
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
-    with LocalFleet(tmp_path, ttl_s=TTL_S) as running:
+@pytest.fixture(scope="module")
+def _coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path_factory.mktemp("fleet"), ttl_s=TTL_S) as running:
         yield running
+
+
+@pytest.fixture
+def fleet(_coordinator: LocalFleet) -> LocalFleet:
+    """A coordinator without workers, and without a job that is open."""
+    _coordinator.environment.pop("LYDIAN_FAILPOINT", None)
+    _coordinator.mend(())
+    return _coordinator
 
 
 @pytest.fixture

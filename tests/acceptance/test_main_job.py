@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -16,32 +17,50 @@ from safetensors.torch import load_file
 from bench.reference import fedavg
 from common import tasks
 from common.weights import file_digest, load, publish
-from tests.acceptance.kit import LocalFleet, closed_rounds, of_type, wait_for
+from tests.acceptance.kit import PATIENCE_S, LocalFleet, closed_rounds, of_type, wait_for
 
 pytestmark = pytest.mark.acceptance
 
-SMALL = {"data": {"shards": 4}, "train": {"local_epochs": 1, "batch_size": 32, "lr": 0.1}, "round": {"min_workers": 2}}
+WARY = ("--trust", "any", "--stall-timeout", "15")
+SMALL: dict[str, Any] = {
+    "data": {"shards": 4},
+    "train": {"local_epochs": 1, "batch_size": 32, "lr": 0.1},
+    "round": {"min_workers": 2},
+}
+UNMEASURED = {**SMALL, "round": {**SMALL["round"], "evaluate_every": 0}}
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
-    """A coordinator and two workers that no test kills."""
+def _wary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
     with LocalFleet(tmp_path_factory.mktemp("fleet"), LYDIAN_MAX_ATTEMPTS="2") as running:
-        running.start_workers(2, "--trust", "any")
         yield running
+
+
+@pytest.fixture
+def fleet(_wary: LocalFleet) -> LocalFleet:
+    """A coordinator that gives up after two failures, and two workers that do not wait long for a task that hangs."""
+    _wary.mend(("w1", "w2"), *WARY)
+    return _wary
+
+
+@pytest.fixture
+def alone(_wary: LocalFleet) -> LocalFleet:
+    """The same with one worker."""
+    _wary.mend(("w1",), *WARY)
+    return _wary
 
 
 # ---------------------------------------------------------------- it trains
 
 
-def test_digits_reach_nine_in_ten_in_five_rounds_and_every_round_says_what_it_cost(fleet: LocalFleet) -> None:
+def test_digits_reach_nine_in_ten_in_five_rounds_and_every_round_says_what_it_cost(crew: LocalFleet) -> None:
     defaults = tasks.BUILTIN["digits"].defaults
     spec: dict[str, dict[str, object]] = {"round": {"min_workers": 2}}
     for dotted, value in defaults.items():
         section, _, key = dotted.partition(".")
         spec.setdefault(section, {})[key] = value
-    job = fleet.submit(rounds=5, **spec)
-    facts = fleet.facts(job)
+    job = crew.submit(rounds=5, **spec)
+    facts = crew.facts(job)
     rounds = closed_rounds(facts)
     assert [r["round"] for r in rounds] == [1, 2, 3, 4, 5]
     for closed in rounds:
@@ -53,38 +72,38 @@ def test_digits_reach_nine_in_ten_in_five_rounds_and_every_round_says_what_it_co
     evaluations = {e["round"]: e["metrics"]["accuracy"] for e in of_type(facts, "evaluation")}
     assert set(evaluations) == {1, 2, 3, 4, 5}
     assert evaluations[5] >= 0.90
-    view = fleet.api.job(job)
+    view = crew.api.job(job)
     assert view.best_value == max(evaluations.values())
     assert facts[-1]["type"] == "job"
     assert facts[-1]["state"] == "finished"
 
 
-def test_every_rounds_model_equals_that_of_a_plain_fedavg_loop_bit_for_bit(fleet: LocalFleet) -> None:
+def test_every_rounds_model_equals_that_of_a_plain_fedavg_loop_bit_for_bit(crew: LocalFleet) -> None:
     """The reference: one process, no coordinator, no HTTP, numpy's own sums over whole arrays."""
-    job = fleet.submit(rounds=3, seed=11, **SMALL)
-    facts = fleet.facts(job)
+    job = crew.submit(rounds=3, seed=11, **SMALL)
+    facts = crew.facts(job)
     accuracies = {e["round"]: e["metrics"]["accuracy"] for e in of_type(facts, "evaluation")}
-    for reference in fedavg(fleet.finish(job).spec):
-        pulled = load(fleet.pull(job, str(reference.number)))
+    for reference in fedavg(crew.finish(job).spec):
+        pulled = load(crew.pull(job, str(reference.number)))
         assert pulled.keys() == reference.state.keys()
         for name, tensor in reference.state.items():
             assert pulled[name].tobytes() == tensor.tobytes(), (reference.number, name)
         assert accuracies[reference.number] == reference.accuracy
 
 
-def test_the_same_job_again_gives_the_same_digest(fleet: LocalFleet) -> None:
-    digests = {fleet.finish(fleet.submit(rounds=2, seed=3, **SMALL)).model for _ in range(2)}
+def test_the_same_job_again_gives_the_same_digest(crew: LocalFleet) -> None:
+    digests = {crew.finish(crew.submit(rounds=2, seed=3, **SMALL)).model for _ in range(2)}
     assert len(digests) == 1
-    other = fleet.finish(fleet.submit(rounds=2, seed=4, **SMALL)).model
+    other = crew.finish(crew.submit(rounds=2, seed=4, **SMALL)).model
     assert other not in digests
 
 
-def test_a_pulled_model_loads_into_the_tasks_own_module(fleet: LocalFleet, tmp_path: Path) -> None:
+def test_a_pulled_model_loads_into_the_tasks_own_module(crew: LocalFleet, tmp_path: Path) -> None:
     source = tmp_path / "tied.py"
     source.write_text(TIED)
-    job = fleet.submit(source, rounds=1, **SMALL)
-    fleet.finish(job)
-    publish(fleet.pull(job), tmp_path / "model.safetensors")
+    job = crew.submit(source, rounds=1, **SMALL)
+    crew.finish(job)
+    publish(crew.pull(job), tmp_path / "model.safetensors")
     namespace: dict[str, object] = {}
     exec(compile(TIED, "tied.py", "exec"), namespace)
     model = namespace["model"]({})  # type: ignore[operator]
@@ -131,9 +150,9 @@ def dataset(config, split):
 # ---------------------------------------------------------------- partitions
 
 
-def test_mcmahans_split_with_a_hundred_virtual_clients_draws_ten_a_round(fleet: LocalFleet) -> None:
+def test_mcmahans_split_with_a_hundred_virtual_clients_draws_ten_a_round(crew: LocalFleet) -> None:
     spec = {"data": {"partition": "labels", "shards": 100, "fraction": 0.1}, "train": {"lr": 0.1, "batch_size": 10}}
-    facts = fleet.facts(fleet.submit(rounds=3, **spec))
+    facts = crew.facts(crew.submit(rounds=3, **spec))
     opened = list(of_type(facts, "opened"))
     assert [len(o["shards"]) for o in opened] == [10, 10, 10]
     assert len({tuple(s["shard"] for s in o["shards"]) for o in opened}) == 3
@@ -141,9 +160,9 @@ def test_mcmahans_split_with_a_hundred_virtual_clients_draws_ten_a_round(fleet: 
     assert facts[-1]["state"] == "finished"
 
 
-def test_a_dirichlet_split_uses_every_sample_once_a_round(fleet: LocalFleet) -> None:
+def test_a_dirichlet_split_uses_every_sample_once_a_round(crew: LocalFleet) -> None:
     spec = {"data": {"partition": "dirichlet", "alpha": 0.1, "shards": 5}}
-    facts = fleet.facts(fleet.submit(rounds=1, **spec))
+    facts = crew.facts(crew.submit(rounds=1, **spec))
     (opened,) = of_type(facts, "opened")
     sizes = [s["stop"] - s["start"] for s in opened["shards"]]
     assert sum(sizes) == closed_rounds(facts)[0]["samples"]
@@ -173,6 +192,7 @@ def test_private_data_is_weighted_by_what_each_worker_has(tmp_path: Path) -> Non
 
 PRIVATE = """
 from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -207,8 +227,8 @@ def train(model, loader, context):
 # ---------------------------------------------------------------- it ends, and says why
 
 
-def test_a_job_stops_when_its_target_is_reached(fleet: LocalFleet) -> None:
-    view = fleet.finish(fleet.submit(rounds=50, target=0.5, **SMALL))
+def test_a_job_stops_when_its_target_is_reached(crew: LocalFleet) -> None:
+    view = crew.finish(crew.submit(rounds=50, target=0.5, **SMALL))
     assert view.round < 50
     assert "reached the target 0.5" in view.reason
 
@@ -217,40 +237,36 @@ def test_a_job_stops_when_its_target_is_reached(fleet: LocalFleet) -> None:
     ("body", "code", "says"),
     [
         ("raise ValueError('the loss is purple')", "task_failed", "the loss is purple"),
-        ("import os; os._exit(3)", "task_exited", "3"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "task_exited", "SIGSEGV"),
-        ("torch.empty(1 << 62)", None, "train"),
     ],
 )
 def test_a_task_that_breaks_fails_its_job_with_the_traceback_and_leaves_the_fleet_usable(
-    fleet: LocalFleet, tmp_path: Path, body: str, code: str | None, says: str
+    fleet: LocalFleet, tmp_path: Path, body: str, code: str, says: str
 ) -> None:
     task = tmp_path / "breaks.py"
     task.write_text(TIED + f"\n\ndef train(model, loader, context):\n    print('I was here')\n    {body}\n")
-    job = fleet.submit(task, rounds=1, **SMALL)
+    job = fleet.submit(task, rounds=1, **{**SMALL, "data": {"shards": 2}})
     view = fleet.finish(job, "failed")
     assert re.search("given up after [2-4] failures", view.reason), "of both workers"
     entries = fleet.api.logs(job)
-    assert {e.code for e in entries} == {code} or code is None
+    assert {e.code for e in entries} == {code}
     assert any(says in e.sentence + e.detail for e in entries)
     assert any("I was here" in e.detail or "Traceback" in e.detail for e in entries)
     fleet.finish(fleet.submit(rounds=1, **SMALL))
 
 
-def test_a_task_that_hangs_is_stopped_and_its_stack_is_shown(tmp_path: Path) -> None:
+def test_a_task_that_hangs_is_stopped_and_its_stack_is_shown(fleet: LocalFleet, tmp_path: Path) -> None:
     task = tmp_path / "hangs.py"
     task.write_text(
         TIED
         + "\n\ndef train(model, loader, context):\n    import threading\n    wait_for_godot = threading.Event().wait\n"
         + "    wait_for_godot()\n"
     )
-    with LocalFleet(tmp_path, LYDIAN_MAX_ATTEMPTS="1") as fleet:
-        fleet.start_workers(1, "--trust", "any", "--stall-timeout", "8")
-        job = fleet.submit(task, rounds=1)
-        fleet.finish(job, "failed")
-        entries = fleet.api.logs(job)
-        assert {e.code for e in entries} == {"task_stalled"}
-        assert "hangs.py" in entries[0].detail
+    job = fleet.submit(task, rounds=1, data={"shards": 1})
+    fleet.finish(job, "failed")
+    entries = fleet.api.logs(job)
+    assert {e.code for e in entries} == {"task_stalled"}
+    assert "hangs.py" in entries[0].detail
 
 
 def test_a_syntax_error_fails_the_job_once_both_workers_have_seen_it(fleet: LocalFleet, tmp_path: Path) -> None:
@@ -263,9 +279,9 @@ def test_a_syntax_error_fails_the_job_once_both_workers_have_seen_it(fleet: Loca
     assert view.reason.endswith("2 workers say that it cannot be used")
 
 
-def test_data_that_no_worker_has_fails_the_job_with_what_would_do(fleet: LocalFleet) -> None:
+def test_data_that_no_worker_has_fails_the_job_with_what_would_do(crew: LocalFleet) -> None:
     spec = {"task": "mnist", "config": {"download": False}}
-    view = fleet.finish(fleet.submit(rounds=1, **spec), "failed")
+    view = crew.finish(crew.submit(rounds=1, **spec), "failed")
     assert "none of the 2 live workers can do this job" in view.reason
     assert "--data mnist=" in view.reason
 
@@ -288,14 +304,14 @@ def test_a_task_is_not_run_by_a_worker_whose_owner_did_not_allow_it(tmp_path: Pa
 # ---------------------------------------------------------------- people
 
 
-def test_a_paused_job_stands_still_and_goes_on(fleet: LocalFleet) -> None:
-    job = fleet.submit(rounds=30, **SMALL)
-    fleet.await_event(job, lambda e: e["type"] == "round", "a round closed")
-    assert fleet.api.pause(job).state == "paused"
-    settled = wait_for("the work that was out to come in", lambda: _standing_still(fleet, job))
-    assert fleet.api.job(job).round == settled - 1
-    assert fleet.api.resume(job).state in ("training", "aggregating")
-    fleet.finish(job)
+def test_a_paused_job_stands_still_and_goes_on(crew: LocalFleet) -> None:
+    job = crew.submit(rounds=20, **UNMEASURED)
+    crew.await_event(job, lambda e: e["type"] == "round", "a round closed")
+    assert crew.api.pause(job).state == "paused"
+    settled = wait_for("the work that was out to come in", lambda: _standing_still(crew, job))
+    assert crew.api.job(job).round == settled - 1
+    assert crew.api.resume(job).state in ("training", "aggregating")
+    crew.finish(job)
 
 
 def _standing_still(fleet: LocalFleet, job: str) -> int | None:
@@ -305,31 +321,31 @@ def _standing_still(fleet: LocalFleet, job: str) -> int | None:
     return None if busy or "average" in view.reason else view.round + 1
 
 
-def test_a_cancelled_job_ends_keeps_its_model_and_frees_the_workers(fleet: LocalFleet) -> None:
-    job = fleet.submit(rounds=1000, **SMALL)
-    fleet.await_event(job, lambda e: e["type"] == "round", "a round closed")
-    view = fleet.api.cancel(job)
+def test_a_cancelled_job_ends_keeps_its_model_and_frees_the_workers(crew: LocalFleet) -> None:
+    job = crew.submit(rounds=1000, **SMALL)
+    crew.await_event(job, lambda e: e["type"] == "round", "a round closed")
+    view = crew.api.cancel(job)
     assert view.state == "cancelled"
     assert f"after {view.round} of 1000 rounds" in view.reason
-    assert file_digest(fleet.pull(job)) == view.model.digest  # type: ignore[union-attr]
-    fleet.finish(fleet.submit(rounds=1, **SMALL))
+    assert file_digest(crew.pull(job)) == view.model.digest  # type: ignore[union-attr]
+    crew.finish(crew.submit(rounds=1, **SMALL))
 
 
-def test_a_second_job_waits_in_the_queue_and_then_runs(fleet: LocalFleet) -> None:
-    first = fleet.submit(rounds=20, **SMALL)
-    second = fleet.submit(rounds=1, **SMALL)
-    assert fleet.api.job(second).state == "queued"
-    assert "older jobs go first" in fleet.api.job(second).reason
-    fleet.finish(first)
-    fleet.finish(second)
+def test_a_second_job_waits_in_the_queue_and_then_runs(crew: LocalFleet) -> None:
+    first = crew.submit(rounds=10, **UNMEASURED)
+    second = crew.submit(rounds=1, **SMALL)
+    assert crew.api.job(second).state == "queued"
+    assert "older jobs go first" in crew.api.job(second).reason
+    crew.finish(first)
+    crew.finish(second)
 
 
-def test_two_jobs_run_side_by_side_when_the_first_leaves_workers(fleet: LocalFleet) -> None:
+def test_two_jobs_run_side_by_side_when_the_first_leaves_workers(crew: LocalFleet) -> None:
     one = {"data": {"shards": 1}, "round": {"min_workers": 1}, "train": {"local_epochs": 3}}
-    first, second = fleet.submit(rounds=40, **one), fleet.submit(rounds=2, **one)
-    fleet.finish(second)
-    assert fleet.api.job(first).state == "training"
-    fleet.api.cancel(first)
+    first, second = crew.submit(rounds=40, **one), crew.submit(rounds=2, **one)
+    crew.finish(second)
+    assert crew.api.job(first).state == "training"
+    crew.api.cancel(first)
 
 
 # ---------------------------------------------------------------- processes
@@ -348,18 +364,18 @@ def test_a_worker_drains_on_sigterm_and_leaves_no_child(crew: LocalFleet) -> Non
     wait_for("the other worker to go on alone", lambda: crew.api.job(job).round > before + 1)
 
 
-def test_a_worker_whose_folder_breaks_gives_its_work_back_and_lives_on(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path, LYDIAN_MAX_ATTEMPTS="1") as fleet:
-        fleet.start_workers(1)
-        job = fleet.submit(rounds=1000, data={"shards": 1})
-        fleet.await_event(job, lambda e: e["type"] == "round", "a round closed")
-        work, aside = fleet.folder / "w1" / "work", fleet.folder / "w1" / "aside"
-        work.rename(aside)
-        view = fleet.finish(job, "failed")
+def test_a_worker_whose_folder_breaks_gives_its_work_back_and_lives_on(alone: LocalFleet) -> None:
+    job = alone.submit(rounds=1000, data={"shards": 1})
+    alone.await_event(job, lambda e: e["type"] == "round", "a round closed")
+    work, aside = alone.folder / "w1" / "work", alone.folder / "w1" / "aside"
+    work.rename(aside)
+    try:
+        view = alone.finish(job, "failed")
         assert "work" in view.reason
+    finally:
         aside.rename(work)
-        assert fleet.workers["w1"].popen.poll() is None
-        fleet.finish(fleet.submit(rounds=1, data={"shards": 1}))
+    assert alone.workers["w1"].popen.poll() is None
+    alone.finish(alone.submit(rounds=1, data={"shards": 1}))
 
 
 def test_a_killed_agent_leaves_no_orphan(crew: LocalFleet) -> None:
@@ -370,25 +386,15 @@ def test_a_killed_agent_leaves_no_orphan(crew: LocalFleet) -> None:
     assert not psutil.wait_procs(children, timeout=10)[1]
 
 
-def test_a_coordinator_stops_within_seconds_while_workers_wait_and_people_watch(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(1)
-        job = fleet.submit(rounds=1, round={"min_workers": 2})
-        watching = fleet.api._stream(job, 0)
-        next(watching)
-        assert fleet.coordinator is not None
-        began = time.monotonic()
-        assert fleet.coordinator.terminate() == 0
-        assert time.monotonic() - began < 10
-        watching.close()
-
-
-def test_a_second_coordinator_on_the_folder_ends_at_once_and_says_who_has_it(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path) as fleet:
-        assert fleet.coordinator is not None
-        second = LocalFleet(tmp_path)
-        with pytest.raises(AssertionError, match=str(fleet.coordinator.popen.pid)):
-            second.start_coordinator()
+def test_a_coordinator_stops_within_seconds_while_workers_wait_and_people_watch(crew: LocalFleet) -> None:
+    job = crew.submit(rounds=1, round={"min_workers": 3})
+    watching = crew.api._stream(job, 0)
+    next(watching)
+    assert crew.coordinator is not None
+    began = time.monotonic()
+    assert crew.coordinator.terminate() == 0
+    assert time.monotonic() - began < 10
+    watching.close()
 
 
 def test_the_admin_token_is_private_and_nothing_prints_a_secret(crew: LocalFleet) -> None:
@@ -411,24 +417,19 @@ def _credential(folder: Path) -> str:
     raise AssertionError("no credential was kept")
 
 
-def test_sigint_twice_stops_a_worker_in_the_middle_of_its_work(tmp_path: Path) -> None:
-    task = tmp_path / "slow.py"
-    task.write_text(
-        TIED + "\n\ndef train(model, loader, context):\n    import time\n    while True:\n        time.sleep(0.05)\n"
-        "        context.step(loss=0.0, samples=1)\n"
-    )
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(1, "--trust", "any")
-        job = fleet.submit(task, rounds=1, train={"local_steps": 1_000_000})
-        wait_for("the worker to train", lambda: fleet.api.workers()[0].state == "working" and _is_training(fleet, job))
-        process = fleet.workers["w1"].popen
-        process.send_signal(signal.SIGINT)
-        wait_for("the first signal to be taken", lambda: "once more stops at once" in fleet.workers["w1"].said())
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
-        backs = wait_for("the shard to come back", lambda: [e for e in fleet.api.logs(job) if e.code == "released"])
-        assert len(backs) == 1
+def test_sigint_twice_stops_a_worker_in_the_middle_of_its_work(crew: LocalFleet) -> None:
+    job = crew.submit(rounds=1, data={"shards": 1}, train={"local_steps": 1_000_000})
+    worker = crew.workers[wait_for("a worker to train", lambda: _training(crew, job))]
+    before = len(worker.said())
+    worker.popen.send_signal(signal.SIGINT)
+    wait_for("the first signal to be taken", lambda: "once more stops at once" in worker.said()[before:])
+    worker.popen.send_signal(signal.SIGINT)
+    assert worker.popen.wait(PATIENCE_S) == 0
+    backs = wait_for("the shard to come back", lambda: [e for e in crew.api.logs(job) if e.code == "released"])
+    assert len(backs) == 1
 
 
-def _is_training(fleet: LocalFleet, job: str) -> bool:
-    return (fleet.api.workers()[0].assignment or "").startswith(f"{job}: round")
+def _training(fleet: LocalFleet, job: str) -> str | None:
+    """The worker that trains a shard of the job."""
+    wanted = f"{job}: round"
+    return next((worker.name for worker in fleet.api.workers() if (worker.assignment or "").startswith(wanted)), None)

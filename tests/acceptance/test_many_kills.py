@@ -14,32 +14,27 @@ from tests.acceptance.kit import LocalFleet, of_type, size, wait_for
 pytestmark = pytest.mark.acceptance
 
 TASK = Path(__file__).with_name("drill_task.py")
-ROUNDS, SHARDS = 10, 4
-JOB: dict[str, Any] = {
+ROUNDS, SHARDS = size(5, 10), 4
+TRAIN = {"batch_size": 8, "lr": 0.05, "momentum": 0.9}
+JOB: dict[str, Any] = {  # of a built-in task: after any other one a worker starts its child anew
     "rounds": ROUNDS,
     "seed": 9,
     "data": {"shards": SHARDS},
-    "train": {"local_steps": 150, "batch_size": 8, "lr": 0.05, "momentum": 0.9},
-    "round": {"min_workers": 1},
+    "train": {**TRAIN, "local_steps": 50},
+    "round": {"min_workers": 1, "evaluate_every": 0},
 }
-LONG_JOB = {**JOB, "train": {**JOB["train"], "local_steps": 500}}  # shards that a kill finds in the middle
+DRAWN_JOB = {**JOB, "train": {**TRAIN, "local_steps": 500}}  # of TASK, whose net draws numbers; found in the middle
 CHECKPOINTS = ("--trust", "any", "--checkpoint-every", "0.1")
 
 
-def truth_of(fleet: LocalFleet, spec: dict[str, Any] = JOB) -> str:
-    view = fleet.finish(fleet.submit(TASK, **spec))
-    assert view.model is not None
-    return view.model.digest
-
-
-def check(fleet: LocalFleet, job: str, truth: str) -> tuple[int, int]:
+def check(fleet: LocalFleet, job: str, truth: str, rounds: int = ROUNDS, shards: int = SHARDS) -> tuple[int, int]:
     """Each shard counted once, and the bytes are those of the undisturbed run. Returns (retrained, resumed) shards."""
     view = fleet.finish(job)
     assert view.model is not None
     assert view.model.digest == truth
     facts = fleet.facts(job)
     accepted = [(a["round"], a["shard"]) for a in of_type(facts, "accepted")]
-    assert sorted(accepted) == [(r, s) for r in range(1, ROUNDS + 1) for s in range(SHARDS)]
+    assert sorted(accepted) == [(r, s) for r in range(1, rounds + 1) for s in range(shards)]
     trained = [h for h in of_type(facts, "handed_out") if h["kind"] == "train"]
     resumed = [a for a in of_type(facts, "accepted") if a["resumed_at"] > 0]
     return len(trained) - len(accepted), len(resumed)
@@ -60,11 +55,11 @@ def moment(chance: random.Random, most_s: float) -> None:
 
 
 def test_a_coordinator_killed_at_random_moments_loses_nothing_and_has_nothing_trained_again(crew: LocalFleet) -> None:
-    chance, kills = random.Random(3), size(12, 100)
-    truth = truth_of(crew)
+    chance, kills = random.Random(3), size(6, 100)
+    truth = crew.truth(**JOB)
     done, jobs = 0, 0
     while done < kills:
-        job, jobs = crew.submit(TASK, **JOB), jobs + 1
+        job, jobs = crew.submit(**JOB), jobs + 1
         while done < kills and crew.api.job(job).state != "finished":
             moment(chance, 1.0)
             assert crew.coordinator is not None
@@ -83,10 +78,10 @@ def test_workers_killed_at_random_moments_lose_nothing_and_go_on_where_they_were
     chance, kills = random.Random(4), size(5, 100)
     with LocalFleet(tmp_path, ttl_s=3.0) as fleet:
         fleet.start_workers(3, *CHECKPOINTS)
-        truth = truth_of(fleet, LONG_JOB)
+        truth = fleet.truth(TASK, **DRAWN_JOB)
         done, jobs, retrained, resumed = 0, 0, 0, 0
         while done < kills:
-            job, jobs = fleet.submit(TASK, **LONG_JOB), jobs + 1
+            job, jobs = fleet.submit(TASK, **DRAWN_JOB), jobs + 1
             while done < kills and fleet.api.job(job).state != "finished":
                 name = wait_for("a worker at work, or the end", lambda job=job: at_work(fleet, job, chance))
                 if name == "nobody":
@@ -102,33 +97,31 @@ def test_workers_killed_at_random_moments_lose_nothing_and_go_on_where_they_were
         print(f"{retrained} shards were handed out again, {resumed} went on from a checkpoint")
 
 
-def test_a_killed_worker_that_is_alone_goes_on_from_its_checkpoint_and_its_shard_is_not_handed_out_again(
-    tmp_path: Path,
-) -> None:
-    slow = {**JOB, "rounds": 1, "data": {"shards": 1}, "train": {**JOB["train"], "local_steps": 4000}}
-    with LocalFleet(tmp_path) as fleet:
-        fleet.start_workers(1, *CHECKPOINTS)
-        truth = fleet.finish(fleet.submit(TASK, **slow)).model
-        job = fleet.submit(TASK, **slow)
-        checkpoints = fleet.folder / "w1" / "work"
-        wait_for("a checkpoint", lambda: any(checkpoints.glob("*/checkpoint")))
-        fleet.workers["w1"].kill()
-        fleet.start_worker("w1", *CHECKPOINTS)
-        assert fleet.finish(job).model == truth
-        facts = fleet.facts(job)
-        (accepted,) = of_type(facts, "accepted")
-        assert 0 < accepted["resumed_at"] < 4000
-        assert accepted["attempt"] == 1
-        assert not list(of_type(facts, "handed_back"))
+def test_a_killed_worker_goes_on_from_its_checkpoint_and_its_shard_is_not_handed_out_again(crew: LocalFleet) -> None:
+    slow = {**DRAWN_JOB, "rounds": 1, "data": {"shards": 1}, "train": {**TRAIN, "local_steps": 4000}}
+    truth = crew.truth(TASK, **slow)
+    job = crew.submit(TASK, **slow)
+    victim = wait_for("a checkpoint", lambda: next(crew.folder.glob(f"*/work/{job}.*/checkpoint"), None)).parts[-4]
+    crew.workers[victim].kill()
+    crew.start_worker(victim)
+    view = crew.finish(job)
+    assert view.model is not None
+    assert view.model.digest == truth
+    facts = crew.facts(job)
+    (accepted,) = of_type(facts, "accepted")
+    assert accepted["worker_name"] == victim, "the other one waited for work all the while"
+    assert 0 < accepted["resumed_at"] < 4000
+    assert accepted["attempt"] == 1
+    assert not list(of_type(facts, "handed_back"))
 
 
 def test_a_frozen_worker_is_told_on_waking_that_its_work_went_to_another(tmp_path: Path) -> None:
     times = size(1, 100)
     with LocalFleet(tmp_path, ttl_s=1.5) as fleet:
         fleet.start_workers(2, *CHECKPOINTS)
-        truth = truth_of(fleet)
+        truth = fleet.truth(**JOB)
         for _ in range(times):
-            job = fleet.submit(TASK, **JOB)
+            job = fleet.submit(**JOB)
             fleet.await_event(job, lambda e: e["type"] == "handed_out" and e["kind"] == "train", "work was handed out")
             agent = psutil.Process(fleet.workers["w1"].popen.pid)
             frozen = [agent, *agent.children(recursive=True)]

@@ -12,15 +12,15 @@ import pytest
 
 from common.messages import WorkerView
 from tests.acceptance.kit import LocalFleet, Process, of_type, wait_for
-from tests.acceptance.test_many_kills import TASK
 from tests.fake_senses import see
 
 pytestmark = pytest.mark.acceptance
 
 GAMER = "game (pid 7, 3.0 GB)"
 ROUNDS, SHARDS = 6, 2
-TRAIN = {"local_steps": 100, "batch_size": 8, "lr": 0.05}
-JOB: dict[str, Any] = {"rounds": ROUNDS, "seed": 9, "data": {"shards": SHARDS}, "train": TRAIN}
+TRAIN = {"local_steps": 40, "batch_size": 8, "lr": 0.05}
+ROUND = {"evaluate_every": 0}
+JOB: dict[str, Any] = {"rounds": ROUNDS, "seed": 9, "data": {"shards": SHARDS}, "train": TRAIN, "round": ROUND}
 ENDLESS = {**JOB, "data": {"shards": 1}, "train": {**TRAIN, "local_steps": 10_000_000}}
 
 
@@ -34,7 +34,7 @@ def start_polite(fleet: LocalFleet, name: str, *options: str) -> Path:
     """Start a worker that sees what the file says which is returned."""
     senses = fleet.folder / f"{name}.senses"
     token = (fleet.state / "join.token").read_text().strip()
-    common = ("--threads", "1", "--device", "cpu", "--trust", "any", "--quiet-for", "0.5", "--checkpoint-every", "0.1")
+    common = ("--threads", "1", "--device", "cpu", "--quiet-for", "0.5", "--checkpoint-every", "0.1")
     fleet.workers[name] = Process(
         ["-m", "tests.fake_senses", str(senses), fleet.url, "--name", name,
          "--state-dir", str(fleet.folder / name), *common, *options],
@@ -68,14 +68,14 @@ def test_a_worker_makes_way_for_another_user_of_its_gpu_and_no_shard_is_lost_or_
 ) -> None:
     senses = start_polite(fleet, "w1", "--only-idle")
     fleet.await_workers(1)
-    truth = fleet.truth(TASK, **JOB)
-    job = fleet.submit(TASK, **JOB)
+    truth = fleet.truth(**JOB)
+    job = fleet.submit(**JOB)
     fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "round 2")
     see(senses, device="GPU 0", others_on_gpu=[GAMER])
     view = await_state(fleet, "w1", "resting")
     assert view.reason == "GPU 0 is used by another process"
     wait_for("its child to be gone", lambda: not children(fleet, "w1"))
-    fleet.start_worker("w2", "--trust", "any")
+    fleet.start_worker("w2")
     fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 4, "round 4 by the other worker")
     see(senses)
     await_state(fleet, "w1", "idle", "working")
@@ -94,7 +94,7 @@ def test_a_paused_worker_gives_its_shard_to_another_and_takes_it_up_from_its_che
 ) -> None:
     start_polite(fleet, "w1")
     fleet.await_workers(1)
-    job = fleet.submit(TASK, **ENDLESS)
+    job = fleet.submit(**ENDLESS)
     await_training(fleet, "w1")
     wait_for("a checkpoint", lambda: list((fleet.folder / "w1" / "work").glob("*/checkpoint")))
     fleet.api.pause_worker("w1")
@@ -108,7 +108,7 @@ def test_a_paused_worker_gives_its_shard_to_another_and_takes_it_up_from_its_che
     await_training(fleet, "w1")
     assert "going on at step" in (fleet.folder / "w1" / "child.log").read_text()
     fleet.api.pause_worker("w1")
-    fleet.start_worker("w2", "--trust", "any")
+    fleet.start_worker("w2")
     await_training(fleet, "w2")
     fleet.api.cancel(job)
     fleet.api.resume_worker("w1")

@@ -15,7 +15,7 @@ from client.chaos.disk import Disk, why_no_disk
 from common.messages import JobView
 from common.weights import file_digest
 from tests.acceptance.kit import LocalFleet, closed_rounds, of_type, size, wait_for
-from tests.acceptance.test_many_kills import JOB, ROUNDS, SHARDS, TASK, moment
+from tests.acceptance.test_many_kills import JOB, ROUNDS, SHARDS, moment
 from tests.privileges import why_no_mounts
 
 WHY_NOT = why_no_mounts() or why_no_disk()
@@ -99,14 +99,14 @@ def at_a_random_moment(chance: random.Random, watcher: Watcher, over: Callable[[
 
 
 def test_power_cuts_of_the_coordinator_lose_nothing_that_was_acknowledged(tmp_path: Path, disk: Disk) -> None:
-    chance, cuts, done, came_back = random.Random(6), size(5, 20), 0, 0
+    chance, cuts, done, came_back = random.Random(6), size(3, 20), 0, 0
     fleet = LocalFleet(tmp_path)
     fleet.state = disk.path / "state"
     with fleet:
-        fleet.start_workers(2, "--trust", "any")
-        truth = fleet.truth(TASK, **JOB)
+        fleet.start_workers(2)
+        truth = fleet.truth(**JOB)
         while done < cuts:
-            job = fleet.submit(TASK, **JOB)
+            job = fleet.submit(**JOB)
             over = partial(is_over, fleet, job)
             with Watcher(fleet, job) as watcher:
                 while done < cuts and not over():
@@ -127,7 +127,7 @@ def test_power_cuts_of_the_coordinator_lose_nothing_that_was_acknowledged(tmp_pa
 
 def test_coordinator_and_worker_that_lose_their_power_together_lose_nothing_acknowledged(tmp_path: Path) -> None:
     chance, cuts, done = random.Random(7), size(2, 50), 0
-    worker = ("w1", "--trust", "any", "--checkpoint-every", "0.1")
+    worker = ("w1", "--checkpoint-every", "0.1")
     with ExitStack() as stack:
         disks = [
             stack.enter_context(Disk(tmp_path / f"{name}.img", tmp_path / name)) for name in ("coordinator", "worker")
@@ -137,9 +137,9 @@ def test_coordinator_and_worker_that_lose_their_power_together_lose_nothing_ackn
         fleet.folders["w1"] = disks[1].path / "w1"
         stack.enter_context(fleet)
         fleet.start_worker(*worker)
-        truth = fleet.truth(TASK, **JOB)
+        truth = fleet.truth(**JOB)
         while done < cuts:
-            job = fleet.submit(TASK, **JOB)
+            job = fleet.submit(**JOB)
             over = partial(is_over, fleet, job)
             with Watcher(fleet, job) as watcher:
                 while done < cuts and not over():

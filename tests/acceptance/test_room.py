@@ -44,7 +44,7 @@ def model_file(folder: Path, number: int) -> Path:
 @pytest.mark.timeout(3600)
 def test_eight_large_uploads_at_once_are_averaged_in_a_memory_that_knows_no_model(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        fleet = stack.enter_context(LocalFleet(tmp_path))
+        fleet = stack.enter_context(LocalFleet(tmp_path, anew=True))
         workers = [stack.enter_context(Played(fleet, f"w{number}")) for number in range(UPLOADS)]
         job = fleet.submit(rounds=1, data={"shards": UPLOADS})
         first, initial = workers[0].poll(), model_file(tmp_path, 0)

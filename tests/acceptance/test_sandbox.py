@@ -88,7 +88,7 @@ def test_a_hostile_task_file_in_bubblewrap_trains_and_gets_at_nothing(tmp_path: 
     np.save(data / "x.npy", np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32))
     options = ["--sandbox", "bwrap", "--trust", "any", "--data", f"mine={data}"]
     options += ["--child-user", "nobody"] if os.geteuid() == 0 else []
-    with LocalFleet(tmp_path) as fleet:
+    with LocalFleet(tmp_path, anew=True) as fleet:
         worker = fleet.start_worker("w1", *options)
         fleet.await_workers(1)
         text, file = TASK, tmp_path / "hostile.py"

@@ -102,7 +102,7 @@ def secret_of(token: str) -> str:
 def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run of all that can happen, over by now: what was issued, and what is left."""
     tmp_path = tmp_path_factory.mktemp("run")
-    with Watch() as watch, LocalFleet(tmp_path, LYDIAN_MAX_ATTEMPTS="1") as fleet:
+    with Watch() as watch, LocalFleet(tmp_path, anew=True, LYDIAN_MAX_ATTEMPTS="1") as fleet:
         said, task = Said(fleet), tmp_path / "crashes.py"
         task.write_text(CRASHES)
         issued = {"admin": fleet.admin_token, "join": (fleet.state / "join.token").read_text().strip()}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.acceptance.kit import PATIENCE_S, LocalFleet, of_type, size
-from tests.acceptance.test_many_kills import JOB, TASK
+from tests.acceptance.test_many_kills import JOB
 from tests.net.hosts import Hosts, why_no_hosts
 
 pytestmark = [
@@ -46,9 +46,9 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         fleet = stack.enter_context(LocalFleet(folder, host=hosts.address(0), ttl_s=TTL_S))
         for number in range(1, 1 + WORKERS):
             with hosts.on(number):
-                fleet.start_worker(f"w{number}", "--trust", "any")
+                fleet.start_worker(f"w{number}")
         fleet.await_workers(WORKERS)
-        yield Fleet(hosts, fleet, fleet.truth(TASK, **SHORTER))
+        yield Fleet(hosts, fleet, fleet.truth(**SHORTER))
 
 
 def in_the_middle(seconds: float) -> None:
@@ -61,7 +61,7 @@ def unplug_in_mid_job(net: Fleet, host: int, seconds: float) -> list[str]:
 
     Returns why shards were handed back.
     """
-    job = net.fleet.submit(TASK, **SHORTER)
+    job = net.fleet.submit(**SHORTER)
     net.fleet.await_event(job, lambda e: e["type"] == "round" and e["round"] == 2, "round 2")
     net.hosts.call("cut", str(host))
     in_the_middle(seconds)

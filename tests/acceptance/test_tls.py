@@ -23,7 +23,6 @@ from tests.tls_kit import pin_in, written
 pytestmark = pytest.mark.acceptance
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-TASK = Path(__file__).with_name("drill_task.py")
 
 
 @pytest.fixture(scope="module")
