@@ -45,7 +45,7 @@ def located(path: Path) -> Path:
         meant = f" A job is named without a slash: --init {job}" if job else ""
         raise _wrong(f"there is no file {path} to begin with", f"Check the path.{meant}")
     if path.suffix.lower() != SUFFIX and _is_pickle(path):
-        raise _pickle(path)
+        raise _unsafe(path)
     return path
 
 
@@ -65,7 +65,7 @@ def checked(path: Path) -> str:
         return file_digest(path)
     except BadUpdateError as error:
         if _is_pickle(path):
-            raise _pickle(path) from error
+            raise _unsafe(path) from error
         raise _wrong(f"{path} is no safetensors file that can be used: {error}", error.advice) from error
     except OSError as error:
         raise _wrong(
@@ -78,7 +78,7 @@ def _is_pickle(path: Path) -> bool:
         return file.read(4).startswith(HEADS)
 
 
-def _pickle(path: Path) -> BadJobError:
+def _unsafe(path: Path) -> BadJobError:
     sentence = f"{path} is a pickle, which may run code when it is read: it is not read here, nor sent"
     return _wrong(sentence, TURN.format(name=path.name, stem=path.stem))
 

@@ -60,6 +60,10 @@ ALLOWED = {
         "exec_module",
         "worker/task_script.py",
     ): "runs a training script likewise, and the package that it imports, of ours",
+    (
+        "an import of what is only known at run time",
+        "lydian/flower.py",
+    ): "the two parts that an app names, in the child: of files that came in the script whose text was hashed",
     ("types.CodeType", "worker/task_host.py"): "what a loader of importlib returns: of the text that was hashed",
     (_SHELL, "worker/child.py"): "the options are the sandbox's user, groups and folder",
     (_SHELL, "worker/caging.py"): "the same",
