@@ -298,11 +298,10 @@ class Coordinator:
         known = rounds.lost_of(job)
         for update in rounds.accepted_of(job):
             intact = await asyncio.to_thread(self._intact, update.digest)
-            if intact and update in known:
-                self._apply(job.id, rounds.restored(update))
-            elif not intact and update not in known:
+            if not intact:
                 self.blobs.remove(update.digest)  # no name without its bytes
-                self._apply(job.id, rounds.lost(update))
+            if intact == (update in known):
+                self._apply(job.id, rounds.restored(update) if intact else rounds.lost(update))
         for update in rounds.waiting_late(job):
             if not await asyncio.to_thread(self._intact, update.digest):
                 self.blobs.remove(update.digest)

@@ -82,6 +82,19 @@ def test_a_lost_update_is_asked_for_and_counts_without_being_trained_again(fleet
     assert len([fact for fact in of_type(facts, "handed_out") if fact["kind"] == "train"]) == 2
 
 
+def test_a_second_cut_while_a_lost_update_came_back_leaves_no_file_of_its_name(
+    fleet: LocalFleet, worker: Played
+) -> None:
+    job, work = first_of_two(fleet, worker)
+    copy = worker.holding(work, update(1))
+    assert copy.digest is not None
+    cut_power(fleet, copy.digest)
+    cut_power(fleet, copy.digest)  # its name was there again, and neither its bytes nor the fact
+    assert not (fleet.state / "blobs" / copy.digest[:2] / copy.digest).exists()
+    assert worker.hand_in(work, update(1)).repeat
+    finish_the_other(fleet, worker, job, holding=[copy])
+
+
 def test_other_bytes_than_those_that_counted_do_not_replace_a_lost_update(fleet: LocalFleet, worker: Played) -> None:
     job, work = first_of_two(fleet, worker)
     copy = worker.holding(work, update(1))
