@@ -2,23 +2,28 @@
 
     python examples/experiments/attacks.py                  prints a table in Markdown; a few minutes on two cores
     python examples/experiments/attacks.py --plot bars.png  and draws it; needs matplotlib
-    python examples/experiments/attacks.py --bad 1 --rounds 30 --seed 7
+    python examples/experiments/attacks.py --sorted         each worker has the data of two labels
+    python examples/experiments/attacks.py --bad 1 --rounds 30 --seeds 7
 
 Training is done here, in one process, one worker after the other; what becomes of the updates is the coordinator's own
 code, over real files: server.inspection, server.outliers, server.folding. The data are scikit-learn's digits, cut into
-equal random shards; the model is one hidden layer of 32. As in a job, a shard whose update is refused on arrival (NaN)
-is trained by an honest worker. A worker is not set aside here, however often it is refused: the attack never ends.
+equal random shards, or sorted by label first; the model is one hidden layer of 32. As in a job, a shard whose update is
+refused on arrival (NaN) is trained by an honest worker. A worker is not set aside here, however often it is refused:
+the attack never ends.
 """
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from runs import spread
 from torch import nn
 
 from common.errors import BadUpdateError
@@ -70,10 +75,15 @@ RULES = ("none", "none + guard", "clip", "trimmed", "median", "krum", "multikrum
 class Workers:
     """The data of all workers, and training."""
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, seed: int, *, by_label: bool = False) -> None:
         train, self.test = (digits.dataset({}, split).tensors for split in ("train", "test"))
-        order = np.random.default_rng(seed).permutation(len(train[0]))
-        self.shards = [tuple(part[piece] for part in train) for piece in np.array_split(order, count)]
+        chance = np.random.default_rng(seed)
+        pieces = np.array_split(chance.permutation(len(train[0])), count)
+        if by_label:  # two runs of the sorted samples each. Source: McMahan et al. 2017, section 3
+            runs = np.array_split(np.argsort(train[1].numpy(), kind="stable"), 2 * count)
+            pairs = chance.permutation(2 * count).reshape(-1, 2)
+            pieces = [np.concatenate([runs[at] for at in pair]) for pair in pairs]
+        self.shards, self.by_label = [tuple(part[piece] for part in train) for piece in pieces], by_label
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
 
@@ -106,7 +116,7 @@ def run(rule: str, attack: str, workers: Workers, bad: int, rounds: int, seed: i
     guarded, name = rule.endswith("guard"), rule.split(maxsplit=1)[0]
     robust = None if name == "none" else Rule(name, bad)
     chance = np.random.default_rng(seed)
-    workers = Workers(len(workers.shards), seed)
+    workers = Workers(len(workers.shards), seed, by_label=workers.by_label)
     base, memory = folder / "model", folding.Memory()
     save(base, workers.arrays(), Notes())
     for number in range(rounds):
@@ -148,14 +158,16 @@ def stand_in(number: int, shard: int, norm: float | None) -> Accepted:
     )  # fmt: skip
 
 
-def table(found: dict[str, dict[str, float]], notes: Iterable[str]) -> str:
+def table(found: dict[str, dict[str, list[float]]], notes: Iterable[str]) -> str:
+    """Means over the seeds, and the standard deviation where there are several."""
     lines = [f"| rule | {' | '.join(ATTACKS)} |", f"|---|{'--:|' * len(ATTACKS)}"]
     for rule, cells in found.items():
-        lines.append(f"| {rule} | {' | '.join(f'{100 * cells[attack]:.1f}' for attack in ATTACKS)} |")
+        percent = ([100 * accuracy for accuracy in cells[attack]] for attack in ATTACKS)
+        lines.append(f"| {rule} | {' | '.join(spread(each, '.1f') for each in percent)} |")
     return "\n".join([*lines, "", *notes])
 
 
-def draw(found: dict[str, dict[str, float]], file: Path) -> None:
+def draw(found: dict[str, dict[str, list[float]]], file: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -165,7 +177,7 @@ def draw(found: dict[str, dict[str, float]], file: Path) -> None:
     width = 0.8 / len(ATTACKS)
     for at, attack in enumerate(ATTACKS):
         places = [row + (at - len(ATTACKS) / 2 + 0.5) * width for row in range(len(found))]
-        axes.bar(places, [100 * cells[attack] for cells in found.values()], width, label=attack)
+        axes.bar(places, [100 * statistics.fmean(cells[attack]) for cells in found.values()], width, label=attack)
     axes.set_xticks(range(len(found)), list(found))
     axes.set_ylabel("accuracy, %")
     axes.legend(ncols=len(ATTACKS), loc="lower center", fontsize="small")
@@ -178,27 +190,25 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=10)
     parser.add_argument("--bad", type=int, default=2, help="how many of them attack")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sorted", action="store_true", help="two labels a worker, in place of equal random shards")
     parser.add_argument("--rules", nargs="+", default=RULES, choices=RULES)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table too")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found, notes, began = dict[str, dict[str, float]](), list[str](), time.monotonic()
+    found, notes, began = dict[str, dict[str, list[float]]](), list[str](), time.monotonic()
     with TemporaryDirectory() as folder:
         for rule in given.rules:
             needs = least_updates(rule.split()[0], given.bad, None)
             count = max(given.workers, needs)
             if count > given.workers:
                 notes.append(f"{rule} needs {needs} updates against {given.bad}, and has {count} workers here.")
-            workers = Workers(count, given.seed)
-            found[rule] = {
-                attack: run(rule, attack, workers, given.bad, given.rounds, given.seed, Path(folder))
-                for attack in ATTACKS
-            }
+            workers = Workers(count, 0, by_label=given.sorted)
+            one = partial(run, rule, workers=workers, bad=given.bad, rounds=given.rounds, folder=Path(folder))
+            found[rule] = {attack: [one(attack, seed=seed) for seed in given.seeds] for attack in ATTACKS}
             print(f"{rule}: {time.monotonic() - began:.0f} s", file=sys.stderr)
-    said = (
-        f"Accuracy in % after {given.rounds} rounds; {given.bad} of {given.workers} workers attack; seed {given.seed}"
-    )
+    said = f"Accuracy in % after {given.rounds} rounds; {given.bad} of {given.workers} workers attack"
+    said += f"; {'two labels a worker' if given.sorted else 'equal random shards'}; seeds {given.seeds}"
     print(f"{said}; guard: norm_outlier = {KAPPA:g}.\n\n{table(found, notes)}")
     if given.plot is not None:
         draw(found, given.plot)
