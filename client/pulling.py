@@ -3,13 +3,13 @@
 What breaks is resumed, by the next run too.
 """
 
-import sys
 from glob import escape
 from pathlib import Path
 
+from client.resuming import until_whole
 from client.stories import config_json, model_card, story_of
 from common.api import CoordinatorApi
-from common.errors import LydianError, UnavailableError
+from common.errors import LydianError
 from common.weights import file_digest, publish
 
 
@@ -84,21 +84,5 @@ def pull_folder(api: CoordinatorApi, job: str, folder: Path, *, which: str, forc
 
 def _fetch(api: CoordinatorApi, job: str, fetched: Path, which: str) -> None:
     """Fetch until all is here, for as long as each try brings something."""
-    there = 0
-
-    def seen(size: int) -> None:
-        nonlocal there
-        there = size
-
-    while True:
-        before = there
-        try:
-            api.pull(job, fetched, which=which, on_bytes=seen)
-        except UnavailableError as error:
-            if there <= before:
-                if there:
-                    error.advice = f"{there} bytes are kept; the same command goes on from there. {error.advice}"
-                raise
-            sys.stderr.write(f"{error}; going on after {there} bytes\n")
-        else:
-            return
+    kept = "{there} are kept; the same command goes on from there."
+    until_whole(lambda seen: api.pull(job, fetched, which=which, on_bytes=seen), kept)

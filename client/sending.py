@@ -5,9 +5,10 @@ from pathlib import Path
 
 from client import shown
 from client.job_file import Job
+from client.resuming import until_whole
 from common.api import CoordinatorApi
 from common.begins import FILE
-from common.errors import ConflictError, LydianError, NotFoundError, UnavailableError
+from common.errors import ConflictError, LydianError, NotFoundError
 from common.messages import JobRequest, JobView
 
 
@@ -42,22 +43,6 @@ def _say_if_here(error: LydianError, said: str | None) -> None:
 
 def send(api: CoordinatorApi, path: Path, digest: str) -> None:
     """Send a file, until all is there, for as long as each try brings something."""
-    size, there = path.stat().st_size, 0
-    sys.stderr.write(f"sending {path}, {shown.size(size)}\n")
-
-    def seen(count: int) -> None:
-        nonlocal there
-        there = count
-
-    while True:
-        before = there
-        try:
-            api.send_model(digest, path, on_bytes=seen)
-        except UnavailableError as error:
-            if there <= before:
-                if there:
-                    error.advice = f"What came is kept for an hour; the same command goes on from there. {error.advice}"
-                raise
-            sys.stderr.write(f"{error}; going on after {shown.size(there)}\n")
-        else:
-            return
+    sys.stderr.write(f"sending {path}, {shown.size(path.stat().st_size)}\n")
+    kept = "What came is kept for an hour; the same command goes on from there."
+    until_whole(lambda seen: api.send_model(digest, path, on_bytes=seen), kept)

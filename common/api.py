@@ -236,9 +236,7 @@ class CoordinatorApi:
         Raises:
             TransferStopped: `stop` was set.
         """
-        path = f"/v1/updates/{assignment}?attempt={attempt}"
-        held = _ranges(self._send("HEAD", path)) if resume else ()
-        return Upload(self._client, self.url, path, source, held, stop, on_bytes=on_bytes, idle_s=self._idle_s).run()
+        return self._upload(f"/v1/updates/{assignment}?attempt={attempt}", source, resume, stop, on_bytes)
 
     def send_model(
         self, digest: str, source: Path, *, stop: threading.Event | None = None, on_bytes: OnBytes | None = None
@@ -251,9 +249,7 @@ class CoordinatorApi:
         Raises:
             TransferStopped: `stop` was set.
         """
-        path = f"/v1/models/{digest}"
-        held = _ranges(self._send("HEAD", path))
-        return Upload(self._client, self.url, path, source, held, stop, on_bytes=on_bytes, idle_s=self._idle_s).run()
+        return self._upload(f"/v1/models/{digest}", source, True, stop, on_bytes)
 
     def submit(self, assignment: str, submission: Submission) -> Receipt:
         """Hand in the result of an assignment; the bytes were uploaded before."""
@@ -460,6 +456,12 @@ class CoordinatorApi:
             for line in answer.iter_lines():
                 if line.startswith("data:"):
                     yield _event(line[5:])
+
+    def _upload(
+        self, path: str, source: Path, resume: bool, stop: threading.Event | None, on_bytes: OnBytes | None
+    ) -> int:
+        held = _ranges(self._send("HEAD", path)) if resume else ()
+        return Upload(self._client, self.url, path, source, held, stop, on_bytes=on_bytes, idle_s=self._idle_s).run()
 
     def _download(self, path: str, target: Path, **options: Any) -> int:  # noqa: ANN401
         return Download(self._client, self.url, path, target, idle_s=self._idle_s, **options).run()

@@ -8,14 +8,12 @@ While the file $SLOW_DISK exists, every fsync of the spool waits; $SLOW_DISK.log
 With $FAKE_SENSES the agent sees what that file says (tests/fake_senses.py).
 """
 
-import json
 import os
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-from tests import fake_senses
+from tests import fake_senses, forking
 from worker import child, spool
 from worker.__main__ import app
 
@@ -46,13 +44,7 @@ def become(asked: dict[str, Any]) -> None:
 def main() -> None:
     child.HOST = Path(__file__).with_name("fake_child.py")
     spool._sync = slow_sync
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "wait" in asked:
-            answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
-        elif (answer := os.fork()) == 0:
-            become(asked)
-        print(answer, flush=True)
+    forking.serve(become)
 
 
 if __name__ == "__main__":

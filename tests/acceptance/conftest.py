@@ -25,3 +25,16 @@ def crew(_standing: LocalFleet) -> LocalFleet:
     """A coordinator and two workers, w1 and w2, that wait for work; they take task files, and keep checkpoints."""
     _standing.mend(CREW, "--trust", "any", "--checkpoint-every", "0.1")
     return _standing
+
+
+@pytest.fixture(scope="module")
+def _lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
+    with LocalFleet(tmp_path_factory.mktemp("alone")) as fleet:
+        yield fleet
+
+
+@pytest.fixture
+def alone(_lone: LocalFleet) -> LocalFleet:
+    """A fleet of one worker, w1, that takes task files: the same for all tests of a file."""
+    _lone.mend(("w1",), "--trust", "any")
+    return _lone

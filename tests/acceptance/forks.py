@@ -22,6 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests import forking
+
 MODULES = ("server", "worker", "client.main")
 SPACES = (Path("/proc/thread-self/ns/mnt"), Path("/proc/thread-self/ns/net"))  # what a test may have changed for itself
 
@@ -162,13 +164,7 @@ def become(asked: dict[str, Any]) -> None:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # who starts it ends it, after all that it has started
         signal.signal(number, signal.SIG_IGN)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if "wait" in asked:
-            answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
-        elif (answer := os.fork()) == 0:
-            become(asked)
-        print(answer, flush=True)
+    forking.serve(become)
 
 
 if __name__ == "__main__":

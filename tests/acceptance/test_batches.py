@@ -1,6 +1,5 @@
 """A batch that is left to the workers, a memory that is too small for it, and a restart: on real processes."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,19 +27,6 @@ def dataset(config, split):
     x = torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
     return TensorDataset(x, x[:, :3].argmax(1))
 """
-
-
-@pytest.fixture(scope="module")
-def _lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
-    with LocalFleet(tmp_path_factory.mktemp("alone")) as fleet:
-        yield fleet
-
-
-@pytest.fixture
-def alone(_lone: LocalFleet) -> LocalFleet:
-    """A fleet of one worker, w1, that takes task files."""
-    _lone.mend(("w1",), "--trust", "any")
-    return _lone
 
 
 @pytest.fixture

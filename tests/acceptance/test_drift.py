@@ -1,7 +1,6 @@
 """Jobs with `train.drift`: what shards carry from round to round outlives whoever holds it."""
 
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,19 +18,6 @@ JOB: dict[str, Any] = {
     "round": {"min_workers": 1, "evaluate_every": 0},
 }
 POINTS = ("accepted-after", "model-written", "closed-before", "closed-after")
-
-
-@pytest.fixture(scope="module")
-def _lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
-    with LocalFleet(tmp_path_factory.mktemp("alone")) as fleet:
-        yield fleet
-
-
-@pytest.fixture
-def alone(_lone: LocalFleet) -> LocalFleet:
-    """A fleet of one worker, w1."""
-    _lone.mend(("w1",))
-    return _lone
 
 
 def test_a_coordinator_that_is_killed_and_a_worker_that_comes_back_empty_change_no_byte(alone: LocalFleet) -> None:

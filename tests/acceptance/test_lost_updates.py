@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.errors import LateError, SupersededError, UnavailableError
-from common.messages import Assignment, Heartbeat, Progress, Submission
+from common.messages import Assignment, Heartbeat, Holding, Progress, Submission
 from common.weights import load
 from tests.acceptance.kit import LocalFleet, of_type
 from tests.acceptance.played import MODEL, Played, sha, update
@@ -58,6 +58,15 @@ def first_of_two(fleet: LocalFleet, worker: Played, **spec: Any) -> tuple[str, A
     return job, work
 
 
+def first_is_lost(fleet: LocalFleet, worker: Played, **spec: Any) -> tuple[str, Assignment, Holding]:
+    """The same, and a power cut took its bytes: the job, the work, and the worker's copy."""
+    job, work = first_of_two(fleet, worker, **spec)
+    copy = worker.holding(work, update(1))
+    assert copy.digest is not None
+    cut_power(fleet, copy.digest)
+    return job, work, copy
+
+
 def finish_the_other(fleet: LocalFleet, worker: Played, job: str, **poll: Any) -> None:
     """Train the second shard, and look at the mean of 1 and 3."""
     other = worker.poll(**poll)
@@ -67,10 +76,7 @@ def finish_the_other(fleet: LocalFleet, worker: Played, job: str, **poll: Any) -
 
 
 def test_a_lost_update_is_asked_for_and_counts_without_being_trained_again(fleet: LocalFleet, worker: Played) -> None:
-    job, work = first_of_two(fleet, worker)
-    copy = worker.holding(work, update(1))
-    assert copy.digest is not None
-    cut_power(fleet, copy.digest)
+    job, work, copy = first_is_lost(fleet, worker)
     assert "awaited again: shard 0 from w" in fleet.api.job(job).reason
     answer = worker.ask(holding=[copy])
     assert answer is not None
@@ -85,21 +91,16 @@ def test_a_lost_update_is_asked_for_and_counts_without_being_trained_again(fleet
 def test_a_second_cut_while_a_lost_update_came_back_leaves_no_file_of_its_name(
     fleet: LocalFleet, worker: Played
 ) -> None:
-    job, work = first_of_two(fleet, worker)
-    copy = worker.holding(work, update(1))
-    assert copy.digest is not None
-    cut_power(fleet, copy.digest)
-    cut_power(fleet, copy.digest)  # its name was there again, and neither its bytes nor the fact
-    assert not (fleet.state / "blobs" / copy.digest[:2] / copy.digest).exists()
+    job, work, copy = first_is_lost(fleet, worker)
+    digest = copy.digest or ""
+    cut_power(fleet, digest)  # its name was there again, and neither its bytes nor the fact
+    assert not (fleet.state / "blobs" / digest[:2] / digest).exists()
     assert worker.hand_in(work, update(1)).repeat
     finish_the_other(fleet, worker, job, holding=[copy])
 
 
 def test_other_bytes_than_those_that_counted_do_not_replace_a_lost_update(fleet: LocalFleet, worker: Played) -> None:
-    job, work = first_of_two(fleet, worker)
-    copy = worker.holding(work, update(1))
-    assert copy.digest is not None
-    cut_power(fleet, copy.digest)
+    job, work, copy = first_is_lost(fleet, worker)
     with pytest.raises(SupersededError, match="only those bytes are wanted again"):
         worker.hand_in(work, update(50))
     assert worker.hand_in(work, update(1)).repeat
@@ -107,10 +108,7 @@ def test_other_bytes_than_those_that_counted_do_not_replace_a_lost_update(fleet:
 
 
 def test_a_lost_update_that_its_worker_lost_too_is_trained_again_at_once(fleet: LocalFleet, worker: Played) -> None:
-    job, work = first_of_two(fleet, worker)
-    copy = worker.holding(work, update(1))
-    assert copy.digest is not None
-    cut_power(fleet, copy.digest)
+    job, work, _ = first_is_lost(fleet, worker)
     again = worker.poll()
     assert (again.id, again.attempt) == (work.id, 2)
     worker.hand_in(again, update(1))
