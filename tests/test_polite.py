@@ -344,7 +344,7 @@ def test_the_environment_says_the_same_as_the_flags(plays: ScriptedCoordinator, 
     worker.start(**never)
     plays.wait_for("a poll", lambda: bool(plays.of("poll")))
     said = last_poll(plays)["resting"]
-    assert said == "" or said.startswith("outside its hours (mon@00:00-00:01, tue@00:00-00:01): back on ")
+    assert said == "" or said.startswith("outside its hours (mon@00:00-00:01, tue@00:00-00:01): back ")
     worker.sees(others_on_gpu=[GAMER])
     plays.wait_for("a poll that says so", lambda: last_poll(plays)["resting"] != "")
 

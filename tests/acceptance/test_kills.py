@@ -123,6 +123,7 @@ def test_a_worker_keeps_its_result_while_the_coordinator_is_away(crew: LocalFlee
     )
     (name,) = [worker.name for worker in crew.api.workers() if worker.id == handed_out["worker"]]
     worker, place = crew.workers[name], crew.folder / name / "work"
+    wait_for("it to have all that it trains from", lambda: list(place.glob(f"{job}.train.1.*/indices.npy")))
     assert crew.coordinator is not None
     crew.coordinator.kill()
     before = len(worker.said())

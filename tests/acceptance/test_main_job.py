@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from bench.reference import fedavg
 from common import tasks
+from common.messages import OVER
 from common.weights import file_digest, load, publish
 from tests.acceptance.kit import PATIENCE_S, LocalFleet, closed_rounds, of_type, wait_for
 
@@ -344,7 +345,7 @@ def test_two_jobs_run_side_by_side_when_the_first_leaves_workers(crew: LocalFlee
     one = {"data": {"shards": 1}, "round": {"min_workers": 1}, "train": {"local_epochs": 3}}
     first, second = crew.submit(rounds=40, **one), crew.submit(rounds=2, **one)
     crew.finish(second)
-    assert crew.api.job(first).state == "training"
+    assert crew.api.job(first).state not in OVER
     crew.api.cancel(first)
 
 

@@ -31,6 +31,7 @@ MIB = 1 << 20
 BLOCK = MIB  # bytes that may be sent again after a cut: what the kernel and the server had not passed on
 CUTS = size(20, 50)
 MODEL_BYTES = size(20, 200) * MIB
+FURTHEST = MODEL_BYTES // CUTS // 2  # one stream gets before it is cut; several must not be done before
 IDLE_S = 1.0
 
 
@@ -96,7 +97,7 @@ def test_an_upload_cut_again_and_again_sends_at_most_a_block_twice_for_each_cut(
         nonlocal cuts
         if cuts < CUTS:
             kind = chance.choice(["reset", "close"])
-            line.net.up.fault = Fault(kind, after=chance.randrange(MODEL_BYTES // CUTS))
+            line.net.up.fault = Fault(kind, after=chance.randrange(FURTHEST))
         cuts += 1
         line.upload(again)
 
@@ -119,7 +120,7 @@ def test_a_download_cut_again_and_again_fetches_at_most_a_block_twice_for_each_c
     def download(_: bool) -> None:
         nonlocal cuts
         if cuts < CUTS:
-            line.net.down.fault = Fault(chance.choice(["reset", "close"]), after=chance.randrange(MODEL_BYTES // CUTS))
+            line.net.down.fault = Fault(chance.choice(["reset", "close"]), after=chance.randrange(FURTHEST))
         cuts += 1
         line.api.download_model(base.digest, target, size=base.size)
 
@@ -133,7 +134,7 @@ def test_a_download_cut_again_and_again_fetches_at_most_a_block_twice_for_each_c
 
 
 def test_one_flipped_byte_on_the_way_up_is_no_strike_and_is_sent_again(line: Line) -> None:
-    line.net.up.fault = Fault("corrupt", after=MODEL_BYTES // 2)
+    line.net.up.fault = Fault("corrupt", after=MIB)  # of one stream; of several each may carry but a part
     line.upload(False)
     with pytest.raises(BadUpdateError) as refused:
         line.submit()
@@ -146,7 +147,7 @@ def test_one_flipped_byte_on_the_way_up_is_no_strike_and_is_sent_again(line: Lin
 
 def test_one_flipped_byte_on_the_way_down_is_fetched_again(line: Line, tmp_path: Path) -> None:
     assert line.work.base is not None
-    line.net.down.fault = Fault("corrupt", after=MODEL_BYTES // 2)
+    line.net.down.fault = Fault("corrupt", after=MIB)
     with pytest.raises(BadUpdateError) as damaged:
         line.api.download_model(line.work.base.digest, tmp_path / "m", size=line.work.base.size)
     assert damaged.value.code == "digest_mismatch"
