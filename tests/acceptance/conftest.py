@@ -21,10 +21,10 @@ def _standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 
 @pytest.fixture
-def crew(_standing: LocalFleet) -> LocalFleet:
+def crew(_standing: LocalFleet) -> Iterator[LocalFleet]:
     """A coordinator and two workers, w1 and w2, that wait for work; they take task files, and keep checkpoints."""
-    _standing.mend(CREW, "--trust", "any", "--checkpoint-every", "0.1")
-    return _standing
+    with _standing.mended(CREW, "--trust", "any", "--checkpoint-every", "0.1") as fleet:
+        yield fleet
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def _lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 
 @pytest.fixture
-def alone(_lone: LocalFleet) -> LocalFleet:
+def alone(_lone: LocalFleet) -> Iterator[LocalFleet]:
     """A fleet of one worker, w1, that takes task files: the same for all tests of a file."""
-    _lone.mend(("w1",), "--trust", "any")
-    return _lone
+    with _lone.mended(("w1",), "--trust", "any") as fleet:
+        yield fleet

@@ -1,11 +1,13 @@
-"""Coordinators, agents and commands without the second that each takes to load: a program that has, forks them.
+"""Coordinators, agents and commands without the seconds that each takes to load: a program that has, forks them.
 
 A test run starts hundreds of them, and loading is most of what they cost. A forked one differs in nothing that a fleet
 shows: its arguments, environment, folder, output, signals and end are its own. Its command line and the environment
 that it began with, as /proc has them, are the program's, and its memory holds what all three need; a test that looks at
 those starts processes anew (kit.Process), and so does one for which Python or its libraries load something else.
 
-The program reads a JSON object a line: {"module", "arguments", "environment", "cwd", "out", "err"} starts a process and
+Agents have a program of their own, with torch in it: they fork their children in turn (tests.acceptance.children).
+
+A program reads a JSON object a line: {"module", "arguments", "environment", "cwd", "out", "err"} starts a process and
 is answered with its id; {"wait": id} is answered with its exit code (negative: the signal).
 """
 
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import forking
+from tests.acceptance import children
 
 MODULES = ("server", "worker", "client.main")
 SPACES = (Path("/proc/thread-self/ns/mnt"), Path("/proc/thread-self/ns/net"))  # what a test may have changed for itself
@@ -70,14 +73,16 @@ class Forked:
 
 
 class Program:
-    """The program, as the test sees it."""
+    """A program, as the test sees it."""
 
-    def __init__(self) -> None:
-        self.spaces = spaces()
+    def __init__(self, *, agents: bool) -> None:
+        self.agents, self.spaces = agents, spaces()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("LYDIAN_")}
+        if agents:
+            environment |= children.LOADED
         self._asking = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.acceptance.forks"],
+            [sys.executable, "-m", "tests.acceptance.forks", *(["agents"] if agents else [])],
             env=environment, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         atexit.register(self.close)
@@ -102,6 +107,16 @@ def loading(environment: Mapping[str, str]) -> dict[str, str]:
 _programs: list[Program] = []
 
 
+def _program(module: str) -> Program:
+    """The program that forks this module's processes, in the namespaces of now; it is started when there is none."""
+    agents = module == "worker"
+    for program in _programs:
+        if program.agents == agents and program.spaces == spaces():
+            return program
+    _programs.append(Program(agents=agents))
+    return _programs[-1]
+
+
 def start(
     arguments: list[str], environment: dict[str, str], out: Path, err: Path, cwd: Path | None = None
 ) -> Forked | None:
@@ -116,9 +131,7 @@ def start(
     """
     if arguments[0] != "-m" or arguments[1] not in MODULES or loading(environment) != loading(os.environ):
         return None
-    if not _programs or _programs[-1].spaces != spaces():
-        _programs.append(Program())
-    program = _programs[-1]
+    program = _program(arguments[1])
     asked = {"module": arguments[1], "arguments": arguments[2:], "environment": environment}
     return Forked(program, program.ask({**asked, "cwd": str(cwd or Path.cwd()), "out": str(out), "err": str(err)}))
 
@@ -156,6 +169,7 @@ def become(asked: dict[str, Any]) -> None:
         case "server":
             server.app(prog_name="lydian serve")
         case "worker":
+            children.install()
             worker.app(prog_name="lydian work")
         case _:
             client.main()
@@ -172,4 +186,6 @@ if __name__ == "__main__":
     from server import __main__ as server
     from worker import __main__ as worker
 
+    if sys.argv[1:] == ["agents"]:
+        children.load()
     main()

@@ -182,19 +182,29 @@ class LocalFleet:
             self.start_worker(f"w{number}", *arguments)
         self.await_workers(count)
 
-    def mend(self, names: Sequence[str], *arguments: str) -> None:
-        """Let these workers, and no others, wait for work, whatever was done to this fleet."""
+    @contextlib.contextmanager
+    def mended(self, names: Sequence[str], *arguments: str) -> Iterator[Self]:
+        """This fleet with these workers, and no others, waiting for work, whatever was done to it before.
+
+        A job that is still open at the end is cancelled then: it would take the processor from the tests to come.
+        """
         if self.coordinator is None or self.coordinator.popen.poll() is not None:
             self.start_coordinator()
-        for job in self.api.jobs():
-            if job.state not in OVER:
-                self.api.cancel(job.id)
+        self._cancel_all()
         for name in [name for name in self.workers if name not in names]:
-            self.workers.pop(name).kill_all()
+            self.workers.pop(name).terminate()  # so that it is known to be gone
         for name in names:
             if name not in self.workers or self.workers[name].popen.poll() is not None:
                 self.start_worker(name, *arguments)
         self.await_workers(len(names))
+        yield self
+        if self.coordinator.popen.poll() is None:
+            self._cancel_all()
+
+    def _cancel_all(self) -> None:
+        for job in self.api.jobs():
+            if job.state not in OVER:
+                self.api.cancel(job.id)
 
     def await_workers(self, count: int) -> None:
         def there() -> bool:

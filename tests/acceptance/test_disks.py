@@ -61,10 +61,10 @@ def _kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalFleet
 
 
 @pytest.fixture
-def alone(_kept: tuple[LocalFleet, Disk]) -> tuple[LocalFleet, Disk]:
+def alone(_kept: tuple[LocalFleet, Disk]) -> Iterator[tuple[LocalFleet, Disk]]:
     """A fleet of one worker, w1, that waits for work, and the disk that w1's folder is on."""
-    _kept[0].mend(("w1",))
-    return _kept
+    with _kept[0].mended(("w1",)):
+        yield _kept
 
 
 def test_a_worker_without_room_gives_its_work_back_is_shown_as_degraded_and_works_again_when_there_is_room(

@@ -27,10 +27,10 @@ def _impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]
 
 
 @pytest.fixture
-def impatient(_impatient: LocalFleet) -> LocalFleet:
+def impatient(_impatient: LocalFleet) -> Iterator[LocalFleet]:
     """A fleet of two workers whose leases last two seconds."""
-    _impatient.mend(("w1", "w2"))
-    return _impatient
+    with _impatient.mended(("w1", "w2")) as fleet:
+        yield fleet
 
 
 def test_a_coordinator_killed_again_and_again_ends_with_the_same_model_and_trains_nothing_twice(

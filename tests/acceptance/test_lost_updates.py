@@ -28,11 +28,11 @@ def _coordinator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFlee
 
 
 @pytest.fixture
-def fleet(_coordinator: LocalFleet) -> LocalFleet:
+def fleet(_coordinator: LocalFleet) -> Iterator[LocalFleet]:
     """A coordinator without workers, and without a job that is open."""
     _coordinator.environment.pop("LYDIAN_FAILPOINT", None)
-    _coordinator.mend(())
-    return _coordinator
+    with _coordinator.mended(()) as fleet:
+        yield fleet
 
 
 @pytest.fixture

@@ -38,17 +38,17 @@ def _wary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalFleet]:
 
 
 @pytest.fixture
-def fleet(_wary: LocalFleet) -> LocalFleet:
+def fleet(_wary: LocalFleet) -> Iterator[LocalFleet]:
     """A coordinator that gives up after two failures, and two workers that do not wait long for a task that hangs."""
-    _wary.mend(("w1", "w2"), *WARY)
-    return _wary
+    with _wary.mended(("w1", "w2"), *WARY) as fleet:
+        yield fleet
 
 
 @pytest.fixture
-def alone(_wary: LocalFleet) -> LocalFleet:
+def alone(_wary: LocalFleet) -> Iterator[LocalFleet]:
     """The same with one worker."""
-    _wary.mend(("w1",), *WARY)
-    return _wary
+    with _wary.mended(("w1",), *WARY) as fleet:
+        yield fleet
 
 
 # ---------------------------------------------------------------- it trains
