@@ -7,6 +7,7 @@ every time: one commit, one verdict) or `long` (run it with --timeout=0, on one 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,11 +22,10 @@ def in_ci() -> bool:
 
 
 # No deadlines: on a machine that is busy with something else, the time of one example says nothing.
-settings.register_profile("default", deadline=None, max_examples=60)
+TIMELESS: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=60, **TIMELESS)
 settings.register_profile("ci", parent=settings.get_profile("default"), derandomize=True, print_blob=True)
-settings.register_profile(
-    "long", deadline=None, max_examples=100_000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
-)
+settings.register_profile("long", max_examples=100_000, print_blob=True, **TIMELESS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if in_ci() else "default"))
 
 

@@ -33,12 +33,14 @@ from server.coordinator import Coordinator
 from server.fleet import Lease
 from server.rounds import Task
 from server.settings import Settings
+from tests.acceptance.kit import free_port
 from tests.rounds_kit import digest, registration, spec
 
 T = TypeVar("T")
 HOST = "127.0.0.1"
 T0 = "2026-01-01T00:00:00.000Z"
 PATIENCE_S = 120.0
+DAY_S = 86_400.0  # a lease that outlasts all tests of a file
 
 
 class _Server(uvicorn.Server):
@@ -62,11 +64,9 @@ class House:
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.settings = Settings(
-            state_dir=folder, reserve_bytes=1 << 16, tailscaled=folder / "no-tailscaled", ttl_s=600, **settings
+            state_dir=folder, reserve_bytes=1 << 16, tailscaled=folder / "no-tailscaled", ttl_s=DAY_S, **settings
         )
-        with socket.socket() as free:
-            free.bind((HOST, 0))
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
         self.folder = folder
 
@@ -130,7 +130,7 @@ class House:
 
         def hold() -> None:
             now = self.coordinator.clock()
-            lease = Lease(job, task, 1, worker, expires_at=now + 600, progress=progress, since=now, said=said)
+            lease = Lease(job, task, 1, worker, expires_at=now + DAY_S, progress=progress, since=now, said=said)
             self.coordinator.fleet.leases[worker] = lease
             self.coordinator.hub.touch(job)
 

@@ -4,9 +4,11 @@ The folder is $FAKE_CHILD. A file hold-DO in it keeps the command DO waiting, ho
 removed; fail-DO holds the error event that DO is answered with. calls.txt gets a line for everything that is done.
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import signal
 import struct
 import sys
 import threading
@@ -16,6 +18,7 @@ from typing import Any
 CONTROL = Path(os.environ.get("FAKE_CHILD", "."))
 STEPS = 4
 SAMPLES = 10
+PR_SET_PDEATHSIG = 1  # prctl(2)
 stopping = threading.Event()
 
 
@@ -127,6 +130,8 @@ def answer(command: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    if sys.platform == "linux":  # as the real one: no step is taken after its agent's death, whoever lets it go on
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     send("hello", torch={"version": "none", "device": "cpu", "threads": 1})
     for line in sys.stdin:
         command = json.loads(line)

@@ -126,7 +126,7 @@ class ScriptedCoordinator:
     def of(self, name: str) -> list[Call]:
         return [call for call in self.calls if call.name == name]
 
-    def wait_for(self, what: str, true: Callable[[], bool], patience_s: float = 20.0) -> None:
+    def wait_for(self, what: str, true: Callable[[], bool], patience_s: float = 120.0) -> None:
         """Wait until something that a call brings about is true."""
         with self._changed:
             assert self._changed.wait_for(true, patience_s), f"waited {patience_s:g} s for {what}: {self.names}"

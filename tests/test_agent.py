@@ -39,9 +39,8 @@ from tests.privileges import needs_mounts
 from tests.scripted_coordinator import MODEL, Garble, Hold, Lose, ScriptedCoordinator, assignment
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.timeout(90)
 
-BOUND_S = 30.0  # for what happens at once on a machine that has nothing else to do
+BOUND_S = 120.0  # for what happens at once on a machine that has nothing else to do
 WORK = assignment().id
 
 
@@ -707,11 +706,11 @@ def test_an_answer_to_a_beat_that_comes_late_does_not_stop_the_next_work(
 def test_work_under_way_is_finished_within_the_grace(plays: ScriptedCoordinator, worker: Worker) -> None:
     release = worker.hold("train-2")
     plays.hand_out(assignment())
-    worker.start("--grace", "30")
+    worker.start("--grace", "300")
     worker.wait_trained("train begin 0")
     worker.signal(signal.SIGTERM)
     wait_until(
-        "the agent to say what it waits for", lambda: f"finishing {WORK} (training), at most 30 s" in worker.said
+        "the agent to say what it waits for", lambda: f"finishing {WORK} (training), at most 300 s" in worker.said
     )
     release.unlink()
     assert worker.ended() == 0
@@ -1003,8 +1002,7 @@ def test_what_the_disk_did_to_the_child_is_told_from_what_the_task_did(
     plays.hand_out(assignment())
     worker.start()
     assert plays.wait_call("abandon").body["code"] == code
-    plays.wait_for("the next poll", lambda: plays.names[-1] == "poll")
-    assert (plays.of("poll")[-1].body["degraded"] != "") == (code == "disk_full")
+    assert (plays.wait_call("poll", 2).body["degraded"] != "") == (code == "disk_full")  # it may soon be well again
 
 
 def test_a_broken_disk_stops_the_agent_with_a_sentence(plays: ScriptedCoordinator, worker: Worker) -> None:
@@ -1136,7 +1134,7 @@ def test_a_job_whose_worker_is_killed_in_each_round_trains_each_step_once(starte
         token = (fleet.state / "join.token").read_text().strip()
         with Worker(starter, tmp_path, fleet.url, token) as worker:
             worker.start()
-            hold = worker.hold("train-2")
+            hold, later = worker.hold("train-2"), worker.control / "hold-train-3"
             job = fleet.submit(rounds=2, data={"shards": 1}, round={"evaluate_every": 0})
             for number in (1, 2):
                 worker.wait_trained("train begin 0", number)
@@ -1144,9 +1142,12 @@ def test_a_job_whose_worker_is_killed_in_each_round_trains_each_step_once(starte
                 worker.kill()
                 worker.start()
                 worker.wait_trained("train begin 2", number)
+                later.touch()
                 hold.unlink()
+                wait_until("the next step", lambda: _checkpoints(worker) == ["3"])
+                hold.touch()  # for the next round, which may begin at once
+                later.unlink()
                 worker.wait_trained("train end", number)
-                hold.touch()
             fleet.finish(job)
             facts = fleet.facts(job)
             handed_out = [fact for fact in of_type(facts, "handed_out") if fact["kind"] == "train"]
@@ -1157,4 +1158,8 @@ def test_a_job_whose_worker_is_killed_in_each_round_trains_each_step_once(starte
 
 
 def _checkpoints(worker: Worker) -> list[str]:
-    return [path.read_text() for path in (worker.state / "work").glob("*/checkpoint")]
+    found = list[str]()
+    for path in (worker.state / "work").glob("*/checkpoint"):
+        with suppress(FileNotFoundError):  # it is trained, and the agent deletes what it needs no more
+            found.append(path.read_text())
+    return found

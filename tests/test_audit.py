@@ -376,11 +376,12 @@ def test_a_worker_that_returns_over_and_over_is_told_once_and_counted(
 
 def test_what_waits_is_written_by_itself_after_some_seconds(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     journal, before = fleet.coordinator.journal, fleet.coordinator.journal.audit_page(0, 1)[1].seq
+    now = fleet.coordinator.clock()
+    monkeypatch.setattr(fleet.coordinator.audit, "_clock", lambda: now)
     fleet.call("GET", "/v1/jobs", None)
     fleet.coordinator.audit.tick()
     assert journal.audit_page(0, 1)[1].seq == before
-    now = fleet.coordinator.clock() + recorder.SOON_S
-    monkeypatch.setattr(fleet.coordinator.audit, "_clock", lambda: now)
+    now += recorder.SOON_S
     fleet.coordinator.audit.tick()
     assert journal.audit_page(0, 1)[1].seq == before + 1
 

@@ -864,8 +864,23 @@ def test_every_generator_goes_on_where_it_was(draws: list[str]) -> None:
 # ---------------------------------------------------------------- real processes
 
 
+HELD = """
+import time
+from pathlib import Path
+CALLS = 0
+def loss(model, batch, config):
+    global CALLS
+    CALLS += 1
+    if CALLS > 40 and Path(config["gate"]).exists():
+        time.sleep(1.0)  # it is killed before many of these are taken
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+"""
+
+
 def test_a_child_killed_in_mid_training_goes_on_where_it_was(tmp_path: Path) -> None:
-    bench = Bench(tmp_path)
+    gate = tmp_path / "gate"
+    bench = Bench(tmp_path, TASK + HELD, gate=str(gate))
+    gate.touch()
     command = bench.command(epochs=150, checkpoint_every_s=0.05)
     opened = {"do": "open", "task": str(bench.task), "config": bench.config}
 
@@ -881,6 +896,7 @@ def test_a_child_killed_in_mid_training_goes_on_where_it_was(tmp_path: Path) -> 
         first.ask(opened, on_progress=lambda _: None, stall_s=60)
         with pytest.raises(TaskStopped):
             first.ask(command, on_progress=kill_in_the_middle, stall_s=60)
+    gate.unlink()
     with child() as second:
         told: list[int] = []
         second.ask(opened, on_progress=lambda _: None, stall_s=60)

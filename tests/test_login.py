@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common import tailscale
 from common.tailscale import Person, parse_person, person
 from server.login import SCOPES, may_log_in, parse_rules, scope_of
 from server.logins import Logins
@@ -104,7 +105,8 @@ def test_a_guest_and_strange_grants_are_seen_as_such() -> None:
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[FakeTailscaled]:
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTailscaled]:
+    monkeypatch.setattr(tailscale, "TIMEOUT_S", 60.0)  # it answers from a thread of this busy process
     alice = Peer("100.64.0.3", "laptop", login="alice@example.com", proxied=(HERE,))
     with FakeTailscaled(tmp_path / "tailscaled.sock", [Peer("100.64.0.1", "coordinator"), alice]) as running:
         yield running

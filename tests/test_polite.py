@@ -17,8 +17,6 @@ from tests.fake_senses import see
 from tests.scripted_coordinator import ScriptedCoordinator, assignment
 from tests.test_agent import WORK, Starter, Worker, wait_until
 
-pytestmark = pytest.mark.timeout(120)
-
 GAMER = "game (pid 7, 3.0 GB)"
 
 

@@ -51,7 +51,7 @@ def simulating(coordinator: ScriptedCoordinator, folder: Path, workers: int = 3)
         yield ended
     finally:
         coordinator.script["poll"] += [UnauthenticatedError("the test is over")] * 100
-        thread.join(30)
+        thread.join(120)
         simulator.close()
         assert not thread.is_alive()
 

@@ -64,6 +64,17 @@ def loss(model, batch, config):
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 """
 
+HELD = f"""{TASK}
+from pathlib import Path
+STEPS = 0
+def loss(model, batch, config):
+    global STEPS
+    STEPS += 1
+    if STEPS > 20 and Path(config["gate"]).exists():
+        threading.Event().wait(1.0)  # it is asked to stop before many of these are taken
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+"""
+
 OWN_LOOP = f"""{TASK}
 def train(model, loader, context):
     seen = 0
@@ -298,14 +309,18 @@ def test_an_evaluation_by_two_is_that_of_one_to_the_bit(pair: Pair) -> None:
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_bytes(pair: Pair) -> None:
-    pair.open(dropout=0.5, norm=True)
+    gate = pair.folder / "gate"
+    pair.open(HELD, dropout=0.5, norm=True, gate=str(gate))
     length = {"steps": 100}
     pair.train("undisturbed", **length)
     kept = {"checkpoint": str(pair.folder / "kept"), "checkpoint_every_s": 0.0, "base_digest": "b"}
     pair.when_seen = lambda progress: pair.child.stop() if (progress.step or 0) > 10 else None
+    pair.open(HELD, dropout=0.5, norm=True, gate=str(gate))  # which counts its steps anew
+    gate.touch()
     with pytest.raises(TaskStopped):
         pair.train(**length, **kept)
     pair.when_seen = lambda _: None
+    gate.unlink()
     done, _ = pair.train(**length, **kept)
     assert done["resumed_at"] > 0
     assert done["steps"] == 100
@@ -397,7 +412,7 @@ def test_a_rank_that_hangs_is_found_by_its_stack(groups: list[Child], tmp_path: 
     pair = Pair(groups[1], tmp_path)
     pair.open(FAULTY.replace("{fault}", "threading.Event().wait()"))
     with pytest.raises(TaskFailure) as caught:
-        pair.child.ask({"do": "train", **pair.command("out")}, on_progress=lambda _: None, stall_s=3.0)
+        pair.child.ask({"do": "train", **pair.command("out")}, on_progress=lambda _: None, stall_s=8.0)
     assert caught.value.code == "task_stalled"
     assert "in loss" in caught.value.detail  # of rank 1
     assert "in vote" in caught.value.detail  # of rank 0, which waits for it

@@ -21,7 +21,7 @@ from common.messages import (
     Submission,
 )
 from common.weights import Notes, save
-from tests.acceptance.kit import LocalFleet
+from tests.acceptance.kit import LocalFleet, wait_for
 from tests.rounds_kit import registration
 
 Arrays = dict[str, np.ndarray]
@@ -67,9 +67,8 @@ class Played:
         return answer
 
     def poll(self, wait_s: float = 5.0, **fields: object) -> Assignment:
-        """One poll that must bring work."""
-        answer = self.ask(wait_s, **fields)
-        assert answer is not None
+        """Polls until one is answered, which must bring work."""
+        answer = wait_for("work", lambda: self.ask(wait_s, **fields))
         assert answer.assignment is not None
         return answer.assignment
 

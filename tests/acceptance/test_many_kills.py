@@ -27,6 +27,18 @@ DRAWN_JOB = {**JOB, "train": {**TRAIN, "local_steps": 500}}  # of TASK, whose ne
 CHECKPOINTS = ("--trust", "any", "--checkpoint-every", "0.1")
 
 
+HELD = """
+import time
+from pathlib import Path
+
+
+def loss(model, batch, config):
+    if Path("@GATE@").exists():
+        time.sleep(0.05)  # thousands of such steps are longer than anybody takes to kill it
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+"""
+
+
 def check(fleet: LocalFleet, job: str, truth: str, rounds: int = ROUNDS, shards: int = SHARDS) -> tuple[int, int]:
     """Each shard counted once, and the bytes are those of the undisturbed run. Returns (retrained, resumed) shards."""
     view = fleet.finish(job)
@@ -97,12 +109,18 @@ def test_workers_killed_at_random_moments_lose_nothing_and_go_on_where_they_were
         print(f"{retrained} shards were handed out again, {resumed} went on from a checkpoint")
 
 
-def test_a_killed_worker_goes_on_from_its_checkpoint_and_its_shard_is_not_handed_out_again(crew: LocalFleet) -> None:
+def test_a_killed_worker_goes_on_from_its_checkpoint_and_its_shard_is_not_handed_out_again(
+    crew: LocalFleet, tmp_path: Path
+) -> None:
+    task, gate = tmp_path / "held_task.py", tmp_path / "gate"
+    task.write_text(TASK.read_text() + HELD.replace("@GATE@", str(gate)))
     slow = {**DRAWN_JOB, "rounds": 1, "data": {"shards": 1}, "train": {**TRAIN, "local_steps": 4000}}
-    truth = crew.truth(TASK, **slow)
-    job = crew.submit(TASK, **slow)
+    truth = crew.truth(task, **slow)
+    gate.touch()
+    job = crew.submit(task, **slow)
     victim = wait_for("a checkpoint", lambda: next(crew.folder.glob(f"*/work/{job}.*/checkpoint"), None)).parts[-4]
     crew.workers[victim].kill()
+    gate.unlink()
     crew.start_worker(victim)
     view = crew.finish(job)
     assert view.model is not None

@@ -28,7 +28,7 @@ def test_workers_on_the_legacy_and_the_newest_torch_finish_a_job_together(legacy
         versions = {worker.name: worker.hardware.torch.version for worker in fleet.api.workers()}
         assert versions["old"].startswith("2.7.1")
         assert not versions["new"].startswith("2.7.")
-        job = fleet.submit(rounds=3, data={"shards": 2}, round={"min_workers": 2}, train={"local_epochs": 5})
+        job = fleet.submit(rounds=3, data={"shards": "auto"}, round={"min_workers": 2}, train={"local_epochs": 5})
         view = fleet.finish(job)
         assert view.metrics["accuracy"] > 0.5
         assert {a["worker_name"] for a in of_type(fleet.facts(job), "accepted")} == {"new", "old"}

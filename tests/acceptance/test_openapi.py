@@ -38,7 +38,9 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     folder = tmp_path_factory.mktemp("openapi")
-    with LocalFleet(folder, LYDIAN_POLL_S="0.02", LYDIAN_STRIKES="1000000") as fleet, Played(fleet, "one") as one:
+    many = str(1_000_000)  # of what is limited: every call is to be answered by what it asks
+    limits = {"LYDIAN_STRIKES": many, "LYDIAN_STRANGER_CALLS_PER_S": many, "LYDIAN_STRANGER_CALLS_BURST": many}
+    with LocalFleet(folder, LYDIAN_POLL_S="0.02", **limits) as fleet, Played(fleet, "one") as one:
         over = fleet.submit(rounds=1, data={"shards": 2})
         fleet.api.cancel(over)
         fleet.submit(rounds=2, data={"shards": 2})

@@ -1,12 +1,13 @@
 """Two workers that share a body and keep a head each, over rounds and over the end of one of them."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
-from tests.acceptance.kit import LocalFleet, closed_rounds, wait_for
+from tests.acceptance.kit import LocalFleet, closed_rounds
 
 pytestmark = pytest.mark.acceptance
 
@@ -27,10 +28,11 @@ def test_heads_stay_with_their_workers_and_differ_while_the_body_is_one_and_the_
         job = fleet.submit(TASK, **JOB)
         fleet.await_event(job, lambda event: event["type"] == "round" and event["round"] == 2, "its second round")
         fleet.api.pause(job)
-        wait_for("nobody to be at work", lambda: all(one.assignment is None for one in fleet.api.workers()))
+        fleet.await_workers(2)  # who wait for work have put aside what they trained
         assert load_file(fleet.pull(job)).keys() == {"body.0.weight", "body.0.bias"}
-        updates = [load_file(path).keys() for path in tmp_path.glob(f"w?/work/{job}.train.*/update.safetensors")]
-        assert all("head.weight" not in update for update in updates)
+        for path in tmp_path.glob(f"w?/work/{job}.train.*/update.safetensors"):
+            with contextlib.suppress(FileNotFoundError):  # one that has counted goes while the test looks
+                assert "head.weight" not in load_file(path)
         heads = {name: newest_head(tmp_path / name, job) for name in ("w1", "w2")}
         assert not (heads["w1"]["model.head.weight"] == heads["w2"]["model.head.weight"]).all()
 

@@ -26,7 +26,7 @@ ENDLESS = {**JOB, "data": {"shards": 1}, "train": {**TRAIN, "local_steps": 10_00
 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[LocalFleet]:
-    with LocalFleet(tmp_path, ttl_s=8.0) as running:
+    with LocalFleet(tmp_path, LYDIAN_HEARTBEAT_S="1") as running:
         yield running
 
 

@@ -1,15 +1,17 @@
 """Private jobs with real processes: epsilon in every round, a budget that ends the job, the same bytes after a kill."""
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.acceptance.kit import LocalFleet, closed_rounds, of_type, wait_for
+from tests.acceptance.kit import PATIENCE_S, LocalFleet, closed_rounds, of_type, wait_for
 from tests.acceptance.test_failpoints import doomed
 
 pytestmark = pytest.mark.acceptance
@@ -21,6 +23,18 @@ JOB: dict[str, Any] = {
     "round": {"evaluate_every": 0},
     "privacy": {"level": "worker", "clip": 1.0, "noise": 4.0, "delta": 1e-5, "budget": 2.0},
 }
+
+
+@contextlib.contextmanager
+def frozen(fleet: LocalFleet) -> Iterator[None]:
+    """Its workers stand still."""
+    for worker in fleet.workers.values():
+        worker.popen.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for worker in fleet.workers.values():
+            worker.popen.send_signal(signal.SIGCONT)
 
 
 def lydian(fleet: LocalFleet, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,17 +52,17 @@ def test_a_private_job_tells_epsilon_ends_at_its_budget_and_comes_out_the_same_a
         if isinstance(keys, dict):
             lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
     file.write_text("\n".join(lines))
-    sent = lydian(crew, "submit", str(file))
-    assert "So few cannot hide one of them" in sent.stderr, sent.stderr
-    assert "the budget of ε 2 is spent after 4 of 9 rounds, and the job ends there" in sent.stderr
-    job = sent.stdout.strip()
-    seed = crew.state / "privacy" / f"{job}.seed"
-    secret = seed.read_bytes()
-
-    assert crew.coordinator is not None
-    crew.coordinator.kill()
-    crew.coordinator = doomed(crew, 1, "model-named:2")
-    assert crew.coordinator.popen.wait(90) == -signal.SIGKILL
+    with frozen(crew):  # nothing is trained before the failpoint is set
+        sent = lydian(crew, "submit", str(file))
+        assert "So few cannot hide one of them" in sent.stderr, sent.stderr
+        assert "the budget of ε 2 is spent after 4 of 9 rounds, and the job ends there" in sent.stderr
+        job = sent.stdout.strip()
+        seed = crew.state / "privacy" / f"{job}.seed"
+        secret = seed.read_bytes()
+        assert crew.coordinator is not None
+        crew.coordinator.kill()
+        crew.coordinator = doomed(crew, 1, "model-named:2")
+    assert crew.coordinator.popen.wait(PATIENCE_S) == -signal.SIGKILL
     made = {path.name for path in (crew.state / "blobs").rglob("*") if path.is_file()}
     crew.start_coordinator()
     view = crew.finish(job)
@@ -67,6 +81,7 @@ def test_a_private_job_tells_epsilon_ends_at_its_budget_and_comes_out_the_same_a
     assert facts[-1]["state"] == "finished"
 
     wait_for("the seed to be deleted with its job", lambda: not seed.exists())
+    crew.coordinator.kill()  # so that no file goes while it is read
     kept = [path for path in crew.state.rglob("*") if path.is_file() and path.suffix != ".part"]
     assert not [path for path in kept if secret in path.read_bytes()], "the secret seed is in a file"
     assert secret.hex() not in watched.stdout + crew.coordinator.said()

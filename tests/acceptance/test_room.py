@@ -14,7 +14,7 @@ import pytest
 
 from common.messages import ModelFacts, Submission
 from common.weights import Notes, file_digest, load, save
-from tests.acceptance.kit import LocalFleet, size
+from tests.acceptance.kit import PATIENCE_S, LocalFleet, size
 from tests.acceptance.played import Played
 
 pytestmark = pytest.mark.acceptance
@@ -44,7 +44,7 @@ def model_file(folder: Path, number: int) -> Path:
 @pytest.mark.timeout(3600)
 def test_eight_large_uploads_at_once_are_averaged_in_a_memory_that_knows_no_model(tmp_path: Path) -> None:
     with ExitStack() as stack:
-        fleet = stack.enter_context(LocalFleet(tmp_path, anew=True))
+        fleet = stack.enter_context(LocalFleet(tmp_path, ttl_s=600.0, anew=True))  # nobody beats for these workers
         workers = [stack.enter_context(Played(fleet, f"w{number}")) for number in range(UPLOADS)]
         job = fleet.submit(rounds=1, data={"shards": UPLOADS})
         first, initial = workers[0].poll(), model_file(tmp_path, 0)
@@ -90,7 +90,7 @@ def test_an_upload_that_does_not_fit_is_refused_before_its_body_comes_and_pauses
         worker = stack.enter_context(Played(fleet, "w"))
         job = fleet.submit(rounds=1, data={"shards": 1})
         work = worker.poll()
-        with closing(HTTPConnection("127.0.0.1", fleet.port, timeout=20)) as line:
+        with closing(HTTPConnection("127.0.0.1", fleet.port, timeout=PATIENCE_S)) as line:
             line.putrequest("PUT", f"/v1/updates/{work.id}?attempt={work.attempt}")
             line.putheader("Content-Length", str(announced))
             line.putheader("Authorization", f"Bearer {worker.token}")

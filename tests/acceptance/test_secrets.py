@@ -125,13 +125,13 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         said.lydian("jobs", token=issued["join"])
         printed = said.lydian("token", "join").strip()
         issued["printed"] = printed
+        for process in fleet.workers.values():
+            process.terminate()  # no file goes while one is looked for
         for name in fleet.workers:
             (identity,) = tmp_path.joinpath(name).rglob("identity.json")
             found = re.findall(r"lyd_work_[A-Za-z0-9_-]+", identity.read_text())
             assert len(found) == 1
             issued[f"{name}'s own"] = found[0]
-        for process in fleet.workers.values():
-            process.terminate()
     return {"folder": tmp_path, "issued": issued, "outputs": said.outputs, "watch": watch, "failed": failed}
 
 

@@ -38,7 +38,7 @@ def plain_sum(base: Path, trained: dict[Path, int], fixed: Fixed) -> str:
 def test_workers_that_die_before_and_after_their_update_leave_the_plain_sum_of_all_that_came(tmp_path: Path) -> None:
     dump = tmp_path / "dump"
     dump.mkdir()
-    with LocalFleet(tmp_path, ttl_s=10.0) as fleet:
+    with LocalFleet(tmp_path, ttl_s=20.0) as fleet:
         job = fleet.submit(
             TASK,
             rounds=1,

