@@ -86,6 +86,7 @@ class Process:
             anew: its command line, its first environment or its memory matter: nothing of it is loaded already.
         """
         self.log = log
+        self.before = len(self.said()) if log.exists() else 0  # characters that an earlier process has said there
         base = {k: v for k, v in os.environ.items() if not k.startswith("LYDIAN_")}
         given = {**base, **environment}
         log.touch()
@@ -215,9 +216,10 @@ class LocalFleet:
         def there() -> bool:
             for process in self.workers.values():
                 _raise_if_dead(process)
-                if f" at {self.url}" not in process.said():  # it is known there, and has kept that
+                if f" at {self.url}" not in process.said()[process.before :]:  # it is known there, and has kept that
                     return False
-            return sum(w.state == "idle" and w.last_seen_s == 0 for w in self.api.workers()) >= count
+            waiting = (w.name for w in self.api.workers() if w.state == "idle" and w.last_seen_s == 0)
+            return len(self.workers.keys() & set(waiting)) >= count  # one that was killed is shown waiting for a while
 
         wait_for(f"{count} workers to wait for work", there)
 

@@ -58,7 +58,7 @@ class Played:
     def start_id(self) -> str:
         return self.registration.start_id
 
-    def ask(self, wait_s: float = 5.0, **fields: object) -> PollAnswer | None:
+    def ask(self, wait_s: float = 25.0, **fields: object) -> PollAnswer | None:
         """One poll; asked to load a job, which a played worker has no use for, it polls again."""
         request = {"start_id": self.start_id, "claim_key": os.urandom(4).hex(), "wait_s": wait_s, **fields}
         answer = self.api.poll(self.id, PollRequest.model_validate(request))

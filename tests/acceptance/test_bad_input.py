@@ -74,7 +74,7 @@ def refused(kind: type[LydianError], code: str, call: Callable[[], object]) -> L
 def test_every_route_needs_a_token_but_two_and_the_empty_pages(fleet: LocalFleet) -> None:
     calls = list(_calls(create_app().routes))
     assert len(calls) > 20
-    with httpx2.Client(base_url=fleet.url) as stranger:
+    with httpx2.Client(base_url=fleet.url, timeout=60) as stranger:
         statuses = {(method, path): stranger.request(method, path).status_code for method, path in calls}
     public = {path for (_, path), status in statuses.items() if status != 401}
     assert public == {"/healthz", "/version", "/", "/submit", "/jobs/job", "/static/file"}
@@ -167,7 +167,7 @@ def test_an_unknown_task_names_the_built_in_ones(fleet: LocalFleet) -> None:
 )
 def test_a_malformed_job_is_refused_naming_the_field(fleet: LocalFleet, body: bytes) -> None:
     headers = {"Authorization": f"Bearer {fleet.admin_token}", "Content-Type": "application/json"}
-    answer = httpx2.post(f"{fleet.url}/v1/jobs", content=body, headers=headers)
+    answer = httpx2.post(f"{fleet.url}/v1/jobs", content=body, headers=headers, timeout=60)
     assert answer.status_code == 400
     assert answer.json()["code"] == "bad_request"
     assert answer.json()["sentence"]
@@ -257,6 +257,7 @@ def _put(worker: Played, work: Assignment, body: bytes, headers: dict[str, str])
         f"{worker.fleet.url}/v1/updates/{work.id}?attempt={work.attempt}",
         content=body,
         headers={"Authorization": f"Bearer {worker.token}", **headers},
+        timeout=60,
     )
     if answer.status_code >= 400:
         raise errors.from_answer(answer.status_code, answer.json())
@@ -381,10 +382,11 @@ def test_a_submission_that_does_not_belong_to_its_bytes_is_refused_before_them(
     work = worker.poll()
     file = worker.file(work, update(1))
     size, headers = file.stat().st_size, {"Authorization": f"Bearer {worker.token}"}
+    url = f"{fleet.url}/v1/updates/{work.id}?attempt={work.attempt}"
 
     def put(header: str, span: str, data: bytes) -> httpx2.Response:
         given = {**headers, "Lydian-Submission": header, "Content-Range": span}
-        return httpx2.put(f"{fleet.url}/v1/updates/{work.id}?attempt={work.attempt}", content=data, headers=given)
+        return httpx2.put(url, content=data, headers=given, timeout=60)
 
     whole, data = f"bytes 0-{size - 1}/{size}", file.read_bytes()
     mine = submission_header(Submission(attempt=work.attempt, digest=sha(file), samples=5))
@@ -394,7 +396,7 @@ def test_a_submission_that_does_not_belong_to_its_bytes_is_refused_before_them(
     for answer in (put("nonsense", whole, data), put(other, whole, data), put(mine, f"bytes 0-0/{size}", data[:1])):
         assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
     assert put("x" * 9_000, whole, data).status_code in (400, 422)
-    held = httpx2.head(f"{fleet.url}/v1/updates/{work.id}?attempt={work.attempt}", headers=headers)
+    held = httpx2.head(url, headers=headers, timeout=60)
     assert parse_ranges(held.headers["Lydian-Ranges"]) == ()
     assert put(mine, whole, data).json()["repeat"] is False
 
@@ -402,7 +404,7 @@ def test_a_submission_that_does_not_belong_to_its_bytes_is_refused_before_them(
 def test_the_metrics_count_workers_jobs_and_rounds(fleet: LocalFleet, worker: Played, job: str) -> None:
     worker.poll()
     headers = {"Authorization": f"Bearer {fleet.admin_token}"}
-    text = httpx2.get(f"{fleet.url}/metrics", headers=headers).text
+    text = httpx2.get(f"{fleet.url}/metrics", headers=headers, timeout=60).text
     assert f'lydian_rounds_total{{job="{job}"}} 0.0' in text
     assert 'lydian_jobs{state="training"} 1.0' in text
     assert 'lydian_workers{state="working"} 1.0' in text

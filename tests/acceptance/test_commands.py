@@ -103,6 +103,7 @@ def test_a_task_file_runs_here_only_with_consent(fleet: LocalFleet, tmp_path: Pa
     task = tmp_path / "mine.py"
     task.write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n{LINEAR}")
     job = lydian(fleet, "submit", "--task", str(task), "--rounds", "1", *ONE, "--watch").stdout.split()[0]
+    fleet.await_workers(2)  # the one that had no work of it may still be loading it
     (tmp_path / "ran").unlink()  # by the workers
     refused = lydian(fleet, "export", job, "--to", str(tmp_path / "m.pt2"))
     assert refused.returncode == 1
@@ -159,7 +160,9 @@ def test_a_job_is_foretold_by_what_an_earlier_one_measured_and_set_beside_its_tr
     assert told["measured_by"] in measured.stderr
     beside = json.loads(lydian(fleet, "plan", told["measured_by"], "--json").stdout)
     assert beside["true_round_s"] > 0
-    assert all(row["true_s"] > 0 for row in beside["workers"] if row["role"] == "trains")
+    known = [row["true_s"] for row in beside["workers"] if row["true_s"] is not None]  # one may have trained nothing
+    assert known
+    assert all(true_s > 0 for true_s in known)
     assert lydian(fleet, "plan", told["measured_by"], "--measure").returncode == 2
 
 
@@ -249,13 +252,13 @@ def test_the_three_modules_do_what_the_commands_do(tmp_path: Path) -> None:
     try:
         ended = subprocess.run(
             [sys.executable, "-m", "client.submit_job", "--task", str(task), "--rounds", "1", "--watch"],
-            capture_output=True, text=True, check=False, timeout=120,
+            capture_output=True, text=True, check=False, timeout=PATIENCE_S,
             env={**os.environ, "LYDIAN_URL": url, "LYDIAN_STATE_DIR": str(state)},
         )  # fmt: skip
         assert ended.returncode == 0, ended.stderr
         assert worker.terminate() == 0
         server.popen.terminate()
-        server.popen.wait(20)
+        server.popen.wait(PATIENCE_S)
     finally:
         worker.kill()
         server.kill()
@@ -275,7 +278,6 @@ def test_a_model_too_large_for_the_disk_pauses_the_job_with_the_numbers_and_goes
         assert fleet.coordinator.terminate() == 0
         fleet.environment["LYDIAN_RESERVE_BYTES"] = "0"
         fleet.start_coordinator()
-        fleet.api.resume(job)
         fleet.finish(job)
         handed_out = [e for e in fleet.facts(job) if e["type"] == "handed_out" and e["kind"] == "init"]
         assert len(handed_out) == 1, "the model was built once, and kept until there was room"

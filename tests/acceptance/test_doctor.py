@@ -23,7 +23,7 @@ from client.chaos.proxy import Fault, Proxy
 from client.doctor import checks
 from common import api
 from common.api import CoordinatorApi
-from tests.acceptance.kit import LocalFleet, Process, free_port, wait_for
+from tests.acceptance.kit import PATIENCE_S, LocalFleet, Process, free_port, wait_for
 from tests.fake_gpus import A100, GTX_1080, RTX_4090, machine
 from tests.fake_tailscaled import FakeTailscaled, Peer
 
@@ -131,7 +131,7 @@ def worker(
 def test_a_worker_is_refused_before_it_joins_where_its_torch_has_no_code_for_the_card(fleet: LocalFleet) -> None:
     process = worker(fleet, "old", machine(GTX_1080), "--device", "cuda")
 
-    assert process.popen.wait(90) == 5, process.said()
+    assert process.popen.wait(PATIENCE_S) == 5, process.said()
     said = process.said().splitlines()
     assert "GPU 0 (NVIDIA GeForce GTX 1080) is sm_61; torch 2.14.1 has sm_75 and up" in said
     assert "Install requirements_legacy_gpu.txt." in said
@@ -141,7 +141,7 @@ def test_a_worker_is_refused_before_it_joins_where_its_torch_has_no_code_for_the
 def test_a_worker_without_torch_hears_which_file_its_card_needs(fleet: LocalFleet, without_torch: Path) -> None:
     process = worker(fleet, "bare", machine(GTX_1080), python=str(without_torch))
 
-    assert process.popen.wait(90) == 5, process.said()
+    assert process.popen.wait(PATIENCE_S) == 5, process.said()
     assert f"{without_torch} has no torch" in process.said()
     assert "Install requirements_legacy_gpu.txt." in process.said()
 
@@ -149,7 +149,8 @@ def test_a_worker_without_torch_hears_which_file_its_card_needs(fleet: LocalFlee
 def test_a_worker_is_refused_where_there_is_no_gpu_and_one_was_asked_for(fleet: LocalFleet) -> None:
     process = worker(fleet, "none", machine(error="NVMLError_DriverNotLoaded"), "--device", "cuda")
 
-    assert process.popen.wait(90) == 1, process.said()  # a driver may yet be loaded: a service manager tries again
+    # A driver may yet be loaded: a service manager tries again.
+    assert process.popen.wait(PATIENCE_S) == 1, process.said()
     assert "no NVIDIA GPU is shown: its driver is installed and not loaded" in process.said()
     assert "modprobe nvidia" in process.said()
 

@@ -1,12 +1,13 @@
 """Jobs with `train.drift`: what shards carry from round to round outlives whoever holds it."""
 
 import shutil
+import signal
 from typing import Any
 
 import pytest
 
-from tests.acceptance.kit import LocalFleet, closed_rounds, wait_for
-from tests.acceptance.test_failpoints import doomed
+from tests.acceptance.kit import PATIENCE_S, LocalFleet, closed_rounds, wait_for
+from tests.acceptance.test_failpoints import doomed, submit_to_doomed
 
 pytestmark = pytest.mark.acceptance
 
@@ -26,17 +27,18 @@ def test_a_coordinator_that_is_killed_and_a_worker_that_comes_back_empty_change_
     plain = fleet.truth(**{**JOB, "train": {**JOB["train"], "drift": "none"}})
     assert truth is not None
     assert truth.digest != plain
-    job = fleet.submit(**JOB)
+    job = ""
     for number, point in enumerate(POINTS):
         assert fleet.coordinator is not None
         fleet.coordinator.kill()
         if point == POINTS[2]:
-            fleet.workers["w1"].kill()
+            fleet.workers["w1"].kill_all()  # or what it started goes on writing there
             wait_for("a slot on the worker's disk", lambda: list(folder.glob("slots/*/*")))
             shutil.rmtree(folder)
             fleet.start_worker("w1")
         fleet.coordinator = doomed(fleet, number, point)
-        fleet.coordinator.popen.wait(60)
+        job = job or submit_to_doomed(fleet, **JOB)
+        assert fleet.coordinator.popen.wait(PATIENCE_S) == -signal.SIGKILL, f"nobody died at {point}"
     fleet.start_coordinator()
     ended = fleet.finish(job)
     assert (ended.model, ended.slots) == (truth, 3)

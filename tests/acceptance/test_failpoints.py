@@ -1,11 +1,12 @@
 """Killed at every point where a decision meets the disk: what was summed is summed again, to the same bytes."""
 
 import signal
+from typing import Any
 
 import pytest
 
 from server.failpoints import POINTS
-from tests.acceptance.kit import LocalFleet, Process, of_type, size
+from tests.acceptance.kit import PATIENCE_S, LocalFleet, Process, of_type, size, wait_for
 
 pytestmark = pytest.mark.acceptance
 
@@ -21,12 +22,13 @@ def test_a_coordinator_killed_at_every_point_of_a_round_gives_the_same_model(cre
     points = [point for point in POINTS for _ in range(size(1, 20))]
     spec = {**JOB, "rounds": len(points) + 2}
     truth = crew.truth(**spec)
-    job = crew.submit(**spec)
+    job = ""
     for number, point in enumerate(points):
         assert crew.coordinator is not None
         crew.coordinator.kill()
         crew.coordinator = doomed(crew, number, point)
-        assert crew.coordinator.popen.wait(60) == -signal.SIGKILL, f"nobody died at {point}"
+        job = job or submit_to_doomed(crew, **spec)
+        assert crew.coordinator.popen.wait(PATIENCE_S) == -signal.SIGKILL, f"nobody died at {point}"
     crew.start_coordinator()
     view = crew.finish(job)
     assert view.model is not None
@@ -43,3 +45,11 @@ def doomed(fleet: LocalFleet, number: int, point: str) -> Process:
     arguments = ["-m", "server", "--host", "127.0.0.1", "--port", str(fleet.port), "--state-dir", str(fleet.state)]
     environment = {**fleet.environment, "LYDIAN_FAILPOINT": point}
     return Process(arguments, fleet.folder / f"doomed-{number}-{point}.log", environment)
+
+
+def submit_to_doomed(fleet: LocalFleet, **spec: Any) -> str:
+    """Submit a job to a coordinator that will die of it: what the job does before a kill is not left to chance."""
+    coordinator = fleet.coordinator
+    assert coordinator is not None
+    wait_for("the doomed coordinator to listen", lambda: f"ready {fleet.url}" in coordinator.said())
+    return fleet.submit(**spec)

@@ -1,9 +1,12 @@
 """The main job with real processes: a coordinator, workers, a model, real images."""
 
+import contextlib
 import json
+import os
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -306,20 +309,25 @@ def test_a_task_is_not_run_by_a_worker_whose_owner_did_not_allow_it(tmp_path: Pa
 
 
 def test_a_paused_job_stands_still_and_goes_on(crew: LocalFleet) -> None:
-    job = crew.submit(rounds=20, **UNMEASURED)
+    job = crew.submit(rounds=1000, **UNMEASURED)
     crew.await_event(job, lambda e: e["type"] == "round", "a round closed")
     assert crew.api.pause(job).state == "paused"
     settled = wait_for("the work that was out to come in", lambda: _standing_still(crew, job))
     assert crew.api.job(job).round == settled - 1
     assert crew.api.resume(job).state in ("training", "aggregating")
-    crew.finish(job)
+    wait_for("rounds after it", lambda: crew.api.job(job).round > settled)
+    crew.api.cancel(job)
 
 
 def _standing_still(fleet: LocalFleet, job: str) -> int | None:
-    """One more than the rounds closed, once no worker has work of the job."""
-    busy = [w for w in fleet.api.workers() if w.assignment and w.assignment.startswith(job)]
-    view = fleet.api.job(job)
-    return None if busy or "average" in view.reason else view.round + 1
+    """One more than the rounds closed, once no worker has work of the job and nothing is being averaged."""
+    count = Counter[str]()
+    for event in fleet.api.events(job):
+        if event["type"] == "now":
+            still = not event["workers"] and count["frozen"] == count["round"]
+            return count["round"] + 1 if still else None
+        count[event["type"]] += 1
+    return None
 
 
 def test_a_cancelled_job_ends_keeps_its_model_and_frees_the_workers(crew: LocalFleet) -> None:
@@ -333,17 +341,17 @@ def test_a_cancelled_job_ends_keeps_its_model_and_frees_the_workers(crew: LocalF
 
 
 def test_a_second_job_waits_in_the_queue_and_then_runs(crew: LocalFleet) -> None:
-    first = crew.submit(rounds=10, **UNMEASURED)
+    first = crew.submit(rounds=1000, **UNMEASURED)
     second = crew.submit(rounds=1, **SMALL)
     assert crew.api.job(second).state == "queued"
     assert "older jobs go first" in crew.api.job(second).reason
-    crew.finish(first)
+    crew.api.cancel(first)
     crew.finish(second)
 
 
 def test_two_jobs_run_side_by_side_when_the_first_leaves_workers(crew: LocalFleet) -> None:
     one = {"data": {"shards": 1}, "round": {"min_workers": 1}, "train": {"local_epochs": 3}}
-    first, second = crew.submit(rounds=40, **one), crew.submit(rounds=2, **one)
+    first, second = crew.submit(rounds=1000, **one), crew.submit(rounds=2, **one)
     crew.finish(second)
     assert crew.api.job(first).state not in OVER
     crew.api.cancel(first)
@@ -356,10 +364,9 @@ def test_a_worker_drains_on_sigterm_and_leaves_no_child(crew: LocalFleet) -> Non
     job = crew.submit(rounds=1000, **{**SMALL, "round": {"min_workers": 2}})
     crew.await_event(job, lambda e: e["type"] == "round", "a round closed")
     leaving = crew.workers["w1"]
-    children = psutil.Process(leaving.popen.pid).children(recursive=True)
-    assert children
+    children = wait_for("its child", lambda: psutil.Process(leaving.popen.pid).children(recursive=True))
     assert leaving.terminate() == 0
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert not psutil.wait_procs(children, timeout=PATIENCE_S)[1]
     assert {w.name: w.state for w in crew.api.workers()}["w1"] == "gone"
     before = crew.api.job(job).round
     wait_for("the other worker to go on alone", lambda: crew.api.job(job).round > before + 1)
@@ -381,10 +388,9 @@ def test_a_worker_whose_folder_breaks_gives_its_work_back_and_lives_on(alone: Lo
 
 def test_a_killed_agent_leaves_no_orphan(crew: LocalFleet) -> None:
     process = crew.workers["w1"]
-    children = psutil.Process(process.popen.pid).children(recursive=True)
-    assert children
+    children = wait_for("its child", lambda: psutil.Process(process.popen.pid).children(recursive=True))
     process.kill()
-    assert not psutil.wait_procs(children, timeout=10)[1]
+    assert not psutil.wait_procs(children, timeout=PATIENCE_S)[1]
 
 
 def test_a_coordinator_stops_within_seconds_while_workers_wait_and_people_watch(crew: LocalFleet) -> None:
@@ -394,7 +400,7 @@ def test_a_coordinator_stops_within_seconds_while_workers_wait_and_people_watch(
     assert crew.coordinator is not None
     began = time.monotonic()
     assert crew.coordinator.terminate() == 0
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20  # not as long as the polls, which wait for 25
     watching.close()
 
 
@@ -402,17 +408,26 @@ def test_the_admin_token_is_private_and_nothing_prints_a_secret(crew: LocalFleet
     crew.finish(crew.submit(rounds=1))
     assert (crew.state / "admin.token").stat().st_mode & 0o777 == 0o600
     secrets = [crew.admin_token, json.loads(_credential(crew.folder / "w1"))]
-    written = [path.read_bytes() for path in crew.state.rglob("*") if path.is_file() and path.suffix != ".token"]
+    written = [data for path, data in _files(crew.state) if path.suffix != ".token"]
     written += [path.read_bytes() for path in crew.folder.glob("*.log")]
     for secret in secrets:
         assert not any(secret.encode() in data for data in written)
 
 
+def _files(folder: Path) -> Iterator[tuple[Path, bytes]]:
+    """Every file in a folder that is in use, but those that go while it is looked through."""
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                if path.is_file():
+                    yield path, path.read_bytes()
+
+
 def _credential(folder: Path) -> str:
     """The worker's own token, as JSON text, wherever in its state folder it is."""
-    for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_size < 10_000 and b"lyd_work_" in path.read_bytes():
-            text = path.read_text()
+    for _, data in _files(folder):
+        if len(data) < 10_000 and b"lyd_work_" in data:
+            text = data.decode()
             start = text.index("lyd_work_")
             return json.dumps(text[start:].split('"')[0].strip())
     raise AssertionError("no credential was kept")
@@ -420,7 +435,7 @@ def _credential(folder: Path) -> str:
 
 def test_sigint_twice_stops_a_worker_in_the_middle_of_its_work(crew: LocalFleet) -> None:
     job = crew.submit(rounds=1, data={"shards": 1}, train={"local_steps": 1_000_000})
-    worker = crew.workers[wait_for("a worker to train", lambda: _training(crew, job))]
+    worker = crew.workers[wait_for("a worker to have all that it trains from", lambda: _training(crew, job))]
     before = len(worker.said())
     worker.popen.send_signal(signal.SIGINT)
     wait_for("the first signal to be taken", lambda: "once more stops at once" in worker.said()[before:])
@@ -431,6 +446,6 @@ def test_sigint_twice_stops_a_worker_in_the_middle_of_its_work(crew: LocalFleet)
 
 
 def _training(fleet: LocalFleet, job: str) -> str | None:
-    """The worker that trains a shard of the job."""
-    wanted = f"{job}: round"
-    return next((worker.name for worker in fleet.api.workers() if (worker.assignment or "").startswith(wanted)), None)
+    """The worker that is at work on a shard of the job, and knows it."""
+    found = next(fleet.folder.glob(f"*/work/{job}.train.1.*/indices.npy"), None)
+    return found.relative_to(fleet.folder).parts[0] if found else None
