@@ -20,11 +20,27 @@ JOB: dict[str, Any] = {
     },
     "round": {"min_workers": 2, "evaluate_every": 0},
 }  # fmt: skip
+MEETING = """
+
+def loss(model, batch, config):
+    import os, pathlib, time
+    meet = pathlib.Path(config["meet"])
+    (meet / str(os.getppid())).touch()
+    while len(list(meet.iterdir())) < 2:
+        time.sleep(0.02)
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+"""  # or one worker may get both shards while the other is still loading torch
 
 
-def test_shards_keep_their_worker_and_a_killed_one_goes_on_to_the_same_bytes(crew: LocalFleet) -> None:
-    truth = crew.truth(TASK, **JOB)
-    job = crew.submit(TASK, **JOB)
+def test_shards_keep_their_worker_and_a_killed_one_goes_on_to_the_same_bytes(crew: LocalFleet, tmp_path: Path) -> None:
+    task, meet = tmp_path / "meeting.py", tmp_path / "meet"
+    task.write_text(TASK.read_text() + MEETING)
+    meet.mkdir()
+    spec = {**JOB, "config": {"meet": str(meet)}}
+    truth = crew.truth(task, **spec)
+    for met in meet.iterdir():
+        met.unlink()
+    job = crew.submit(task, **spec)
     victim = wait_for("a worker in its second round", lambda: in_second_round(crew, job))
     crew.workers[victim].kill()
     assert crew.api.job(job).round < 3
