@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.ranges import with_range
-from common.streams import FIRST, LEAST, MOST, SMALL, STREAMS, Streams
+from common.streams import FAST, FIRST, LEAST, MOST, SMALL, STREAMS, Streams
 
 MIB = 1 << 20
 
@@ -60,6 +60,13 @@ def test_a_small_file_goes_in_one_request() -> None:
 def test_a_fast_path_gets_one_piece_that_measures_and_one_with_all_the_rest() -> None:
     size = 100 * MIB
     assert run(Streams(((0, size),)), lambda _: 200e6) == ([(0, FIRST), (FIRST, size)], 1)
+
+
+def test_however_much_is_left_a_near_path_gets_one_stream() -> None:
+    """Workers of one machine share it: each sees the others as a slow path, and streams would be taken from them."""
+    size = 10_000 * MIB
+    assert run(Streams(((0, size),)), lambda _: FAST) == ([(0, FIRST), (FIRST, size)], 1)
+    assert run(Streams(((0, size),)), lambda _: 0.99 * FAST)[1] == STREAMS
 
 
 def test_a_path_that_gives_each_stream_the_same_gets_all_streams() -> None:
