@@ -50,9 +50,9 @@ requirements_%_gpu.txt: # there is none for an unknown TORCH: deploy/environment
 demo: $(READY) ## train on this machine: a coordinator, three workers, real data, under a minute
 	@$(BIN)/lydian demo
 
-# Four at once, whatever the machine has: most of them wait for processes, disks and networks, and one that trains takes
+# Five at once, whatever the machine has: most of them wait for processes, disks and networks, and one that trains takes
 # most of a gigabyte. Whoever is done takes the next from the other.
-TESTS_AT_ONCE ?= 4
+TESTS_AT_ONCE ?= 5
 test: $(READY) ## every test but the ones that build a second environment
 	@$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist worksteal -m "not mixed_torch"
 
