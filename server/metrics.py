@@ -27,7 +27,10 @@ class StateCollector(Collector):
         self._coordinator, self._certificate = coordinator, certificate
 
     def collect(self) -> Iterator[Family]:
-        """Workers and jobs by state, and for each job its rounds and what they moved."""
+        """Workers and jobs by state, and for each job its rounds and what they moved.
+
+        No label is called `job` or `instance`: Prometheus puts those on everything itself, and renames ours.
+        """
         coordinator, now = self._coordinator, self._coordinator.clock()
         fleet = coordinator.fleet
         workers: Counter[str] = Counter(standing(fleet, worker, now, str).state for worker in fleet.workers.values())
@@ -35,8 +38,8 @@ class StateCollector(Collector):
         jobs: Counter[str] = Counter(job.phase.state for job in coordinator.jobs.values())
         yield _by_state("lydian_jobs", "Jobs by state.", {state: jobs[state] for state in _JOBS})
         yield GaugeMetricFamily("lydian_leases", "Tasks that some worker holds.", value=len(fleet.leases))
-        closed = CounterMetricFamily("lydian_rounds", "Rounds closed.", labels=["job"])
-        value = GaugeMetricFamily("lydian_job_metric", "Newest evaluation of a job.", labels=["job", "metric"])
+        closed = CounterMetricFamily("lydian_rounds", "Rounds closed.", labels=["job_id"])
+        value = GaugeMetricFamily("lydian_job_metric", "Newest evaluation of a job.", labels=["job_id", "metric"])
         for job in coordinator.jobs.values():
             closed.add_metric([job.id], job.closed)
             for name, number in job.metrics.items():

@@ -33,6 +33,11 @@ def queries() -> Iterator[tuple[str, str]]:
     yield from ((rule["alert"], rule["expr"]) for rule in RULES)
 
 
+def test_no_metric_has_a_label_that_prometheus_gives_itself() -> None:
+    for name, labels in exposed().items():
+        assert not labels & OF_PROMETHEUS, name
+
+
 ASKED = [pytest.param(query, id=where) for where, query in queries()]
 SELECTOR = re.compile(r"\b(up|lydian_\w+)(?:\{([^}]*)\})?")
 

@@ -44,7 +44,7 @@ def load() -> None:
 
 def install() -> None:
     """Have this process, an agent to be whose program has loaded all that, fork its children."""
-    child.subprocess = types.SimpleNamespace(Popen=start, PIPE=subprocess.PIPE)  # type: ignore[attr-defined]
+    child.subprocess = types.SimpleNamespace(Popen=start, PIPE=subprocess.PIPE)  # type: ignore[assignment]
 
 
 def start(command: list[str], **options: Any) -> "Forked | subprocess.Popen[bytes]":

@@ -31,6 +31,17 @@ MODULES = ("server", "worker", "client.main")
 SPACES = (Path("/proc/thread-self/ns/mnt"), Path("/proc/thread-self/ns/net"))  # what a test may have changed for itself
 
 
+LOADING = ("PYTHON", "LD_")  # what such variables begin with
+
+
+def loading(environment: Mapping[str, str]) -> dict[str, str]:
+    """What decides how Python and the libraries are loaded: too late for a process that has loaded them."""
+    return {name: value for name, value in environment.items() if name.startswith(LOADING)}
+
+
+OURS = loading(os.environ)  # of every program, whatever a test has put there by the time that it is started
+
+
 def spaces() -> list[str]:
     """The namespaces that a process started now would be in."""
     return [str(space.readlink()) for space in SPACES]
@@ -77,7 +88,8 @@ class Program:
 
     def __init__(self, *, agents: bool) -> None:
         self.agents, self.spaces = agents, spaces()
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("LYDIAN_")}
+        others = {name: value for name, value in os.environ.items() if not name.startswith(("LYDIAN_", *LOADING))}
+        environment = others | OURS
         if agents:
             environment |= children.LOADED
         self._asking = threading.Lock()
@@ -97,11 +109,6 @@ class Program:
 
     def close(self) -> None:
         self._process.communicate()
-
-
-def loading(environment: Mapping[str, str]) -> dict[str, str]:
-    """What decides how Python and the libraries are loaded: too late for a process that has loaded them."""
-    return {name: value for name, value in environment.items() if name.startswith(("PYTHON", "LD_"))}
 
 
 _programs: list[Program] = []
@@ -129,7 +136,7 @@ def start(
         err: what it says besides; may be the same file.
         cwd: its working directory; None: this process's.
     """
-    if arguments[0] != "-m" or arguments[1] not in MODULES or loading(environment) != loading(os.environ):
+    if arguments[0] != "-m" or arguments[1] not in MODULES or loading(environment) != OURS:
         return None
     program = _program(arguments[1])
     asked = {"module": arguments[1], "arguments": arguments[2:], "environment": environment}

@@ -405,7 +405,7 @@ def test_the_metrics_count_workers_jobs_and_rounds(fleet: LocalFleet, worker: Pl
     worker.poll()
     headers = {"Authorization": f"Bearer {fleet.admin_token}"}
     text = httpx2.get(f"{fleet.url}/metrics", headers=headers, timeout=60).text
-    assert f'lydian_rounds_total{{job="{job}"}} 0.0' in text
+    assert f'lydian_rounds_total{{job_id="{job}"}} 0.0' in text
     assert 'lydian_jobs{state="training"} 1.0' in text
     assert 'lydian_workers{state="working"} 1.0' in text
     assert "lydian_leases 1.0" in text
