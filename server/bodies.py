@@ -98,8 +98,12 @@ class _Body:
             return await self.source()
         began = self._clock.time()
         try:
-            async with asyncio.timeout(self.idle_s):
-                message = await self.source()
+            async with asyncio.timeout(None) as limit:
+                late = self._clock.call_later(self.idle_s, self._take_what_came, limit)
+                try:
+                    message = await self.source()
+                finally:
+                    late.cancel()
         except TimeoutError:
             self._end(TooSlowError(f"no byte of the body came for {self.idle_s:g} s, after {self.size} bytes"))
         if message["type"] != "http.request":
@@ -108,6 +112,10 @@ class _Body:
         self.complete = not message.get("more_body", False)
         self._count(len(message.get("body", b"")), self._clock.time() - began)
         return message
+
+    def _take_what_came(self, limit: asyncio.Timeout) -> None:
+        """End the wait in the loop's next turn: after what came while not the sender but this process stood still."""
+        limit.reschedule(self._clock.time())
 
     def _count(self, came: int, waited_s: float) -> None:
         self.size += came
