@@ -83,7 +83,9 @@ def measure(wish: Wish, limits: Limits, say: Say) -> Outcome:
             continue
         rounds = wish.rounds or wish.pick(tiny=2, quick=5, full=rounds_of(size_mb))
         say(f"{name} workers, {rounds} rounds")
-        rows.append(case(size_mb, workers, rounds, wish, limits))
+        row = case(size_mb, workers, rounds, wish, limits)
+        say(f"{name} workers: a round in {row['round_s']:.3g} s, {row['ratio']:.3g} × the floor")
+        rows.append(row)
     return Outcome(tuple(rows), tuple(skipped))
 
 

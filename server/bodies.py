@@ -99,11 +99,11 @@ class _Body:
         began = self._clock.time()
         try:
             async with asyncio.timeout(None) as limit:
-                late = self._clock.call_later(self.idle_s, self._take_what_came, limit)
+                half = self._clock.call_later(self.idle_s / 2, self._await_rest, limit)
                 try:
                     message = await self.source()
                 finally:
-                    late.cancel()
+                    half.cancel()
         except TimeoutError:
             self._end(TooSlowError(f"no byte of the body came for {self.idle_s:g} s, after {self.size} bytes"))
         if message["type"] != "http.request":
@@ -113,9 +113,9 @@ class _Body:
         self._count(len(message.get("body", b"")), self._clock.time() - began)
         return message
 
-    def _take_what_came(self, limit: asyncio.Timeout) -> None:
-        """End the wait in the loop's next turn: after what came while not the sender but this process stood still."""
-        limit.reschedule(self._clock.time())
+    def _await_rest(self, limit: asyncio.Timeout) -> None:
+        """Let the second half of the limit begin now: should this process have stood still, it ends the first alone."""
+        limit.reschedule(self._clock.time() + self.idle_s / 2)
 
     def _count(self, came: int, waited_s: float) -> None:
         self.size += came

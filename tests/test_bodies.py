@@ -21,6 +21,7 @@ import httpx2
 import psutil
 import pytest
 import uvicorn
+import uvloop
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from hypothesis import given
@@ -164,7 +165,10 @@ def test_a_body_that_stands_still_is_answered_with_408_and_what_came_has_reached
     assert '"code":"too_slow","sentence":"no byte of the body came for 10 s, after 5 bytes"' in played.text
 
 
-def test_what_came_while_this_process_stood_still_is_taken_before_its_sender_counts_as_too_slow() -> None:
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_what_came_while_this_process_stood_still_is_taken_before_its_sender_counts_as_too_slow(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
     idle_s = 0.2
 
     async def play() -> str:
@@ -194,7 +198,7 @@ def test_what_came_while_this_process_stood_still_is_taken_before_its_sender_cou
                 end.close()
         return b"".join(message.get("body", b"") for message in answer).decode()
 
-    with asyncio.Runner() as runner:
+    with asyncio.Runner(loop_factory=new_loop) as runner:
         assert runner.run(play()) == "3 bytes"
 
 

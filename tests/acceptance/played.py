@@ -66,9 +66,9 @@ class Played:
             return self.ask(wait_s, **fields)
         return answer
 
-    def poll(self, wait_s: float = 5.0, **fields: object) -> Assignment:
+    def poll(self, **fields: object) -> Assignment:
         """Polls until one is answered, which must bring work."""
-        answer = wait_for("work", lambda: self.ask(wait_s, **fields))
+        answer = wait_for("work", lambda: self.ask(**fields))
         assert answer.assignment is not None
         return answer.assignment
 

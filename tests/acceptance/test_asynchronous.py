@@ -110,7 +110,7 @@ def test_an_update_of_a_version_long_gone_counts_as_a_change_since_its_own_base_
         begin(fast, slow)
         old = slow.poll()
         for version in range(1, 8):
-            work = fast.poll(wait_s=20.0)
+            work = fast.poll()
             assert (work.round, work.shard) == (version, 1)
             fast.hand_in(work, update(version))
         wait_for("version 7", lambda: fleet.api.job(job).round == 7)

@@ -31,7 +31,7 @@ def test_a_fleets_record_holds_its_model_is_proven_and_a_changed_byte_is_named(t
         job = fleet.submit(rounds=2, round={"keep_updates": "all"}, data={"shards": 2})
         one.init()
         for number in range(4):
-            one.hand_in(one.poll(30.0), update(number))
+            one.hand_in(one.poll(), update(number))
         fleet.finish(job)
         code, text = lydian(fleet, "audit", "--job", job, "--action", "update.accepted", "--json")
         rows = [json.loads(line) for line in text.splitlines()]

@@ -12,7 +12,7 @@ JOB: dict[str, Any] = {
     "data": {"shards": "auto"},
     "train": {"batch_size": 10, "lr": 0.1},
     "round": {"min_workers": 3},
-    "config": {"samples": 120, "rate": 200},
+    "config": {"samples": 120, "rate": 100},
 }
 
 
@@ -52,7 +52,7 @@ def test_shards_follow_measured_speeds_and_the_slowest_worker_evaluates_also_aft
         assert first == {"fast": 40, "old": 40, "cpu": 40}
         for cut in later:
             assert cut.keys() == {"fast", "old"}
-            assert cut["fast"] > cut["old"]
+            assert cut["fast"] > 1.5 * cut["old"]
             assert sum(cut.values()) == 120
         ids = {worker.name: worker.id for worker in fleet.api.workers()}
         trained = [(fact["round"], fact["worker_name"]) for fact in of_type(facts, "accepted")]
@@ -80,7 +80,7 @@ def test_shards_follow_measured_speeds_and_the_slowest_worker_evaluates_also_aft
         wait_for("the worker to be shown as an evaluator", lambda: "evaluates only" in reason(fleet, "cpu"))
         known = cuts(fleet, fleet.facts(again))[0]
         assert known.keys() == {"fast", "old"}
-        assert known["fast"] > known["old"]
+        assert known["fast"] > 1.5 * known["old"]
 
 
 def reason(fleet: LocalFleet, name: str) -> str:
