@@ -75,8 +75,8 @@ fuzz: $(READY) ## try every parser for SECONDS, led by coverage; needs Python 3.
 sbom: $(READY) ## what is installed here, as CycloneDX: build/sbom.json
 	@$(BIN)/python deploy/sbom.py build/sbom.json
 
-chaos: $(READY) ## break everything, with the full numbers of docs/reliability.md; takes two hours, most of it as root
-	@LYDIAN_FAULTS=full $(BIN)/python -m pytest -s -o timeout=7200 -m grows
+chaos: $(READY) ## break everything, with the full numbers of docs/reliability.md; takes an hour or two, most of it as root
+	@LYDIAN_FAULTS=full $(BIN)/python -m pytest -n 3 --dist worksteal -vv -rP -o timeout=7200 -m grows
 	@$(BIN)/lydian chaos --faults 200
 
 test-mixed-torch: $(READY) ## new and legacy torch in one job; builds a second environment, several GB
