@@ -817,17 +817,28 @@ class Coordinator:
 
     def _part_with(self, worker: Worker, why: str) -> None:
         worker.left = True
+        self._end_polls(worker)
         self.fleet.unask(worker.id)
         lease = self.fleet.leases.get(worker.id)
         if lease is not None:
             self._give_back(lease, "released", f"{worker.name} {why}")
         self._settle_all()
 
+    def _end_polls(self, worker: Worker) -> int:
+        """Answer every poll of a worker that still waits, with nothing: whoever made it listens no more, and would
+        be given work. Returns the number of the poll that comes now."""
+        worker.polls += 1
+        if worker.polling:
+            self._wake()
+        return worker.polls
+
     async def poll(
         self, worker_id: str, request: PollRequest, disconnected: Callable[[], Awaitable[bool]]
     ) -> PollAnswer | None:
-        """Wait for work. Answered the moment there is some; None when `wait_s` have passed without."""
+        """Wait for work. Answered the moment there is some; None when `wait_s` have passed without, and at once when
+        this worker polls again or says goodbye meanwhile."""
         worker = self._called(worker_id, request.start_id)
+        number = self._end_polls(worker)
         worker.degraded, worker.resting = request.degraded, request.resting
         worker.link = request.link or worker.link
         until = self.clock() + min(request.wait_s, self.settings.poll_s)
@@ -856,6 +867,8 @@ class Coordinator:
                 if await disconnected():
                     return None
                 worker = self._same(worker_id, request.start_id)
+                if worker.polls != number:
+                    return None
         finally:
             self.fleet.workers[worker_id].polling -= 1
 

@@ -58,6 +58,7 @@ class Worker:
     registration: Registration
     seen_at: float | None = None  # monotonic seconds of its last call; None: not since the coordinator started
     polling: int = 0  # polls that wait for work right now
+    polls: int = 0  # polls so far, a goodbye counted as one: an older one that still waits is given nothing
     left: bool = False  # said goodbye
     draining: bool = False  # by an operator's order, as is `paused`
     paused: bool = False
@@ -97,7 +98,8 @@ class Fleet:
         reborn = known is not None and known.registration.start_id != registration.start_id
         worker = Worker(worker_id, registration, seen_at=now)
         if known is not None:
-            worker.set_aside, worker.strikes, worker.polling = known.set_aside, known.strikes, known.polling
+            worker.set_aside, worker.strikes = known.set_aside, known.strikes
+            worker.polling, worker.polls = known.polling, known.polls
             worker.rival_at, worker.link = known.rival_at, known.link
             worker.draining, worker.paused = known.draining, known.paused
         self.workers[worker_id] = worker

@@ -73,6 +73,7 @@ class Player:
     degraded: str = ""
     asked: dict[str, str] = field(default_factory=dict)  # job that it was asked to load -> the claim key it asked with
     suspected: bool = False  # an older process of it has called: a new one may be refused
+    polls: int = 0  # that it has made, a goodbye counted as one
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,13 @@ class ApiMachine(RuleBasedStateMachine):
         holding = tuple(player.kept)
         body = PollRequest(start_id=start_id, claim_key=key, wait_s=wait_s, holding=holding, degraded=degraded)
         begun_at = self.now
+        numbers: list[int] = []  # of each time that it is sent
+
+        def send() -> asyncio.Task[httpx2.Response]:
+            if start_id == player.start_id:
+                player.polls += 1
+            numbers.append(player.polls)
+            return self.house.begin("POST", path, player.token, body)
 
         def allowed() -> set[str]:
             return {"200", "204"} if start_id == player.start_id else {"409 superseded"}
@@ -295,7 +303,8 @@ class ApiMachine(RuleBasedStateMachine):
                 self._check_work(player, said.assignment, exact=wait_s == 0)
                 self._check_preparation(player, said, key, exact=wait_s == 0)
             if answer == "204":
-                assert wait_s == 0 or self.now >= begun_at + wait_s
+                ended = player.polls > numbers[0]  # it has polled again since, or said goodbye
+                assert wait_s == 0 or ended or self.now >= begun_at + wait_s
 
         if start_id == player.start_id:
             player.degraded = degraded
@@ -304,7 +313,7 @@ class ApiMachine(RuleBasedStateMachine):
         def holds() -> bool:
             return start_id != player.start_id or not self.work_for(player)
 
-        return Call(lambda: self.house.begin("POST", path, player.token, body), allowed, then, holds=holds)
+        return Call(send, allowed, then, holds=holds)
 
     def _check_copies(self, player: Player, holding: tuple[Holding, ...], said: PollAnswer, *, exact: bool) -> None:
         """Which copies need not be kept, and which are to be sent again."""
@@ -679,9 +688,14 @@ class ApiMachine(RuleBasedStateMachine):
             if answer == "204":
                 player.asked.clear()
 
+        def send() -> asyncio.Task[httpx2.Response]:
+            if start_id == player.start_id:
+                player.polls += 1
+            return self.house.begin("POST", path, player.token)
+
         path = f"/v1/workers/{player.id}/leave?start_id={start_id}"
         allowed = {"204"} if start_id == player.start_id else {"409 superseded"}
-        self.call(Call(lambda: self.house.begin("POST", path, player.token), lambda: allowed, then), times)
+        self.call(Call(send, lambda: allowed, then), times)
 
     @rule(who=WHO, fresh=MOSTLY, elsewhere=SELDOM, holding=st.booleans(), times=TIMES)
     def starts_anew(self, who: int, fresh: bool, elsewhere: bool, holding: bool, times: int) -> None:

@@ -1,9 +1,11 @@
 """An operator's orders to a worker, through the real application: to whom, what follows, and for how long."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from common.messages import Abandon, Heartbeat, PollRequest, Progress
@@ -72,6 +74,34 @@ def test_a_waiting_poll_is_answered_the_moment_that_an_order_comes(house: House)
     waiting = house.begin("POST", f"/v1/workers/{caller.id}/poll", caller.token, body)
     order(house, "pause", "a")
     assert waiting.result().json()["order"] == "pause"
+
+
+def wait(house: House, caller: Caller, key: str) -> asyncio.Task[httpx2.Response]:
+    """A poll that waits."""
+    body = PollRequest(start_id="s1", claim_key=key, wait_s=20.0)
+    waiting = house.begin("POST", f"/v1/workers/{caller.id}/poll", caller.token, body)
+    assert not waiting.done()
+    return waiting
+
+
+def test_a_poll_that_its_worker_no_longer_listens_to_takes_no_work_from_the_newer_one(house: House) -> None:
+    caller = Caller(house, "a")
+    older = wait(house, caller, "older")
+    newer = wait(house, caller, "newer")
+    assert older.result().status_code == 204
+    submit(house)
+    assert newer.result().json()["assignment"]["attempt"] == 1
+    assert caller.poll("newer") == newer.result().json()
+
+
+def test_a_worker_that_said_goodbye_is_given_no_work_by_the_poll_that_it_left_behind(house: House) -> None:
+    caller = Caller(house, "a")
+    left_behind = wait(house, caller, "one")
+    path = f"/v1/workers/{caller.id}/leave?start_id=s1"
+    assert house.begin("POST", path, caller.token).result().status_code == 204
+    assert left_behind.result().status_code == 204
+    submit(house)
+    assert house.coordinator.fleet.leases == {}
 
 
 def test_a_worker_at_work_finishes_when_it_is_drained_and_gives_back_when_it_is_paused(house: House) -> None:

@@ -332,6 +332,7 @@ def test_only_what_the_coordinator_may_lose_is_kept_after_the_receipt(kind: Kind
 @pytest.mark.parametrize(
     ("order", "starts", "action"),
     [
+        ("continue", 0, "go on"),
         ("continue", 1, "go on"),
         ("drain", 1, "go on"),
         ("continue", 2, "give back"),

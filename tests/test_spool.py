@@ -137,8 +137,34 @@ def test_starts_are_counted_over_lives(tmp_path: Path, spool: Spool) -> None:
     for starts in (1, 2, 3):
         with next_life(tmp_path) as found:
             (held,) = found.untrained(URL)
-            assert held.starts == starts
+            assert held.in_vain == starts
             assert found.start_again(held).starts == starts + 1
+
+
+@given(lives=st.lists(st.sampled_from(["nothing", "checkpoint", "loses it", "put aside"]), max_size=8))
+def test_only_lives_since_the_last_new_checkpoint_are_in_vain(lives: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with next_life(Path(folder)) as first:
+            checkpoint = first.begin(assignment(), URL).place.checkpoint
+        in_vain = 1
+        for number, life in enumerate(lives):
+            if life == "checkpoint":
+                new = checkpoint.with_name("checkpoint.part")
+                new.write_bytes(b"as far as this")
+                os.utime(new, ns=(number, number))
+                new.replace(checkpoint)
+                in_vain = 0
+            elif life == "loses it":
+                checkpoint.unlink(missing_ok=True)
+            with next_life(Path(folder)) as spool:
+                (held,) = spool.untrained(URL)
+                if life == "put aside":
+                    spool.put_aside(held)
+                    (held,) = spool.untrained(URL)
+                    in_vain = max(in_vain - 1, 0)
+                assert held.in_vain == in_vain
+                spool.start_again(held)
+                in_vain += 1
 
 
 def test_an_attempt_begun_anew_under_the_same_name_has_nothing_of_the_old_one(spool: Spool) -> None:

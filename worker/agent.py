@@ -379,7 +379,7 @@ class Agent:
                 raise
             then = plan.Resumption("drop", str(error))
         else:
-            then = plan.resumption(answer, held.starts)
+            then = plan.resumption(answer, held.in_vain)
         if then.action == "go on":
             log.info("%s was begun before: going on with it", place.assignment)
             self._do(held.assignment, known=held)

@@ -59,7 +59,7 @@ from common.signing import Signer, why_unsigned
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 10.0
 RESENDS = 5  # of bytes or messages that arrive damaged, before the call is given up
-STARTS = 2  # of one attempt: an agent that died in the middle of it twice does not try again
+STARTS = 2  # of one attempt: an agent that died in it twice, and came no further, does not try again
 HOLDINGS = 10_000  # that one message takes
 
 
@@ -389,15 +389,14 @@ def resumption(answer: HeartbeatAnswer, starts: int) -> Resumption:
 
     Args:
         answer: the coordinator's to a heartbeat for it.
-        starts: how often it was started already, from 1.
+        starts: how often in a row it was started and came no further; 0: the last life left a checkpoint.
     """
     if answer.order in ("superseded", "cancelled"):
         return Resumption("drop", answer.reason)
     if answer.order == "pause":
         return Resumption("leave", answer.reason)
     if starts >= STARTS:
-        times = f"{starts} times"
-        sentence = f"the whole agent ended {times} in the middle of this work, so it is not started once more"
+        sentence = f"the whole agent ended {starts} times in this work, no further than before: it is not started again"
         return Resumption("give back", sentence)
     return Resumption("go on", answer.reason)
 

@@ -76,7 +76,8 @@ class _Asked(Message):
     """The content of assignment.json."""
 
     coordinator: str
-    starts: int = Field(ge=1)
+    starts: int = Field(ge=1, description="in a row that brought no checkpoint, but for the last of them")
+    stood: str = Field("", description="which checkpoint was there at the last start; empty: none")
     assignment: Assignment
 
 
@@ -167,6 +168,14 @@ class Place:
         """Where the child writes how far it came."""
         return self.folder / "checkpoint"
 
+    def newest_checkpoint(self) -> str:
+        """Which checkpoint is there; empty: none. Each is a new file, so no two are told the same."""
+        try:
+            file = self.checkpoint.stat()
+        except FileNotFoundError:
+            return ""
+        return f"{file.st_ino}.{file.st_mtime_ns}"
+
     @property
     def optimizer(self) -> Path:
         """Where the child writes what became of the optimiser's state."""
@@ -185,6 +194,12 @@ class Untrained:
     place: Place
     assignment: Assignment
     starts: int
+    stood: str = ""
+
+    @property
+    def in_vain(self) -> int:
+        """How often in a row it was started and came no further: a life that left a checkpoint was of use."""
+        return self.starts if self.place.newest_checkpoint() in ("", self.stood) else 0
 
     @property
     def holding(self) -> Holding:
@@ -297,33 +312,31 @@ class Spool:
         self._attempts.pop(folder, None)
         folder.mkdir()
         place = _place(folder, coordinator, assignment)
-        begun = Untrained(place, assignment, starts=1)
-        _write(folder / ASKED, _Asked(coordinator=coordinator, starts=1, assignment=assignment))
-        self._attempts[folder] = begun
-        return begun
+        return self._put_down(Untrained(place, assignment, starts=1))
 
     def start_again(self, held: Untrained) -> Untrained:
         """Count one more start of an attempt. It is on the disk when this returns: the start may take the machine."""
-        again = replace(held, starts=held.starts + 1)
-        place = held.place
-        _write(
-            place.folder / ASKED,
-            _Asked(coordinator=place.coordinator, starts=again.starts, assignment=held.assignment),
-        )
-        _put_onto_disk(place.folder)
-        self._attempts[place.folder] = again
+        again = replace(held, starts=held.in_vain + 1, stood=held.place.newest_checkpoint())
+        self._put_down(again)
+        _put_onto_disk(held.place.folder)
         return again
 
     def put_aside(self, held: Untrained) -> None:
         """It was ended on purpose, in good order, and may be gone on with: that start does not count against it."""
         again = replace(held, starts=held.starts - 1)
-        place = held.place
         if again.starts:  # one is never written as none: a kill before its next start costs it one
-            _write(
-                place.folder / ASKED,
-                _Asked(coordinator=place.coordinator, starts=again.starts, assignment=held.assignment),
-            )
-        self._attempts[place.folder] = again
+            self._put_down(again)
+        self._attempts[held.place.folder] = again
+
+    def _put_down(self, begun: Untrained) -> Untrained:
+        """Write that an attempt is under way."""
+        place = begun.place
+        asked = _Asked(
+            coordinator=place.coordinator, starts=begun.starts, stood=begun.stood, assignment=begun.assignment
+        )
+        _write(place.folder / ASKED, asked)
+        self._attempts[place.folder] = begun
+        return begun
 
     def durability(self, held: Attempt) -> Durability:
         """What puts an attempt's files onto the disk."""
@@ -688,7 +701,8 @@ def _attempt_in(folder: Path) -> Attempt | None:
         return None
     for name in (ACCEPTED, TRAINED, UPDATE):
         _remove(folder / name)
-    return Untrained(_place(folder, asked.coordinator, asked.assignment), asked.assignment, asked.starts)
+    place = _place(folder, asked.coordinator, asked.assignment)
+    return Untrained(place, asked.assignment, asked.starts, asked.stood)
 
 
 def _place(folder: Path, coordinator: str, of: Assignment) -> Place:

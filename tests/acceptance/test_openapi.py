@@ -82,7 +82,7 @@ def test_every_call_answers_as_the_document_says_for_every_token(stage: Stage) -
     assert stage.fleet.coordinator.popen.poll() is None, "a call ended the coordinator"
     assert httpx2.get(f"{stage.fleet.url}/healthz", timeout=60).json() == {"status": "ok"}
     assert "Traceback" not in stage.fleet.coordinator.said()
-    assert wrong == []
+    assert not wrong, "\n\n".join(wrong)
 
 
 def test_an_answer_that_is_not_in_the_document_is_seen(stage: Stage) -> None:
