@@ -22,7 +22,7 @@ REFUSAL = "Refusal"
 
 _UPDATE = (409, 410, 422, 507)
 OWN_ERRORS: dict[tuple[str, str], tuple[int, ...]] = {
-    ("post", "/v1/jobs"): (409, 422, 507),
+    ("post", "/v1/jobs"): (404, 409, 422, 507),
     ("post", "/v1/jobs/{job}/cancel"): (409,),
     ("post", "/v1/jobs/{job}/pause"): (409,),
     ("post", "/v1/jobs/{job}/resume"): (409,),

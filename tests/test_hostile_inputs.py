@@ -309,6 +309,9 @@ def question_cases() -> Iterator[Case]:
         yield Case(f"job {name[:16]!r}", *found, "GET", "/v1/jobs/" + quote(name, safe=""))
     for size in ("-1", str(LARGEST + 1), HUGE, "NaN", "1e3"):
         yield Case(f"probe of {size[:9]}", 400, "bad_request", "GET", f"/v1/probe?bytes={size}")
+    for target in ("/v1/probe?bytes=0&", "/v1/jobs?", "/v1/audit?after=0&", "/v1/jobs/{job}/model?which=newest&"):
+        for name in ("afer=5", MARKUP.replace("=", "%3D") + "=1", "a" * 300 + "=1", "%00=null", "=null"):
+            yield Case(f"{target} and {name[:9]}", 400, "bad_request", "GET", target + name)
     announced = {"Content-Length": str(LARGEST + 1)}
     yield Case("probe that brings too much", 413, "too_large", "PUT", "/v1/probe", body=b"x", headers=announced)
     wrong: dict[str, dict[str, Any]] = {

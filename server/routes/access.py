@@ -1,13 +1,14 @@
 """Who calls, and what they may. Every router states its rule by one of these dependencies."""
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Response
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
-from common.errors import ForbiddenError, NotFoundError
+from common.errors import BadRequestError, ForbiddenError, NotFoundError
 from server.audit import CALLER, Caller
 from server.auth import READERS, SUBMITTERS, require, require_own
 from server.coordinator import Coordinator
@@ -35,13 +36,23 @@ class TokenFirst(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler, behind that look."""
-        answer = super().get_route_handler()
+        answer, known = super().get_route_handler(), sorted(_parameters(self.dependant))
 
         async def answer_known(request: Request) -> Response:
             await _caller(request, await get_coordinator(request))
+            if unknown := sorted(set(request.query_params) - {*known}):
+                takes = f"takes {', '.join(known)}" if known else "takes none"
+                raise BadRequestError(f"{unknown[0][:80]!r} is no parameter of this call, which {takes}")
             return await answer(request)
 
         return answer_known
+
+
+def _parameters(dependant: Dependant) -> Iterator[str]:
+    """The names that may stand behind the question mark: FastAPI lets any other pass, and a typing error with it."""
+    yield from (field.alias for field in dependant.query_params)
+    for below in dependant.dependencies:
+        yield from _parameters(below)
 
 
 async def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:

@@ -121,7 +121,8 @@ def faults(stage: Stage, operation: Any, mode: Any, wanted: list[Any], turns: It
         except schemathesis.errors.FailureGroup as failures:
             for failure in failures.exceptions:
                 title = f"{operation.label}: {failure.title}"
-                seen.setdefault(f"{title} {answer.status_code}", f"as {who}: {failure}"[:2_000])
+                told = f"{answer.request.method} {answer.request.url} as {who}: {failure}"
+                seen.setdefault(f"{title} {answer.status_code}", told[:2_000])
 
     try:
         call()
