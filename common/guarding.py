@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
+
 from common.errors import LydianError, UnavailableError
 from common.networks import is_address, is_sheltered
 from common.pins import pin_of
@@ -120,7 +122,11 @@ def plain_trace(url: str) -> Trace:
         if not step.endswith("connect_tcp.complete"):
             return
         line = about["return_value"]
-        address = str(line.get_extra_info("server_addr")[0])
+        try:
+            address = str(line.get_extra_info("server_addr")[0])
+        except OSError as error:  # it was reset the moment it stood
+            line.close()
+            raise httpx2.ConnectError(f"the connection broke at once: {error}") from error
         if not is_sheltered(address):
             line.close()
             raise _exposed(url, address)

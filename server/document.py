@@ -36,6 +36,7 @@ OWN_ERRORS: dict[tuple[str, str], tuple[int, ...]] = {
     ("post", "/v1/workers/{worker}/poll"): (409,),
     ("post", "/v1/workers/{worker}/heartbeat"): (409, 410),
     ("post", "/v1/workers/{worker}/leave"): (409,),
+    **{("post", f"/v1/workers/{{worker}}/{order}"): (409,) for order in ("drain", "pause", "resume", "readmit")},
     ("head", "/v1/updates/{assignment}"): _UPDATE,
     ("put", "/v1/updates/{assignment}"): _UPDATE,
     ("post", "/v1/updates/{assignment}/submit"): _UPDATE,
@@ -99,6 +100,9 @@ def _refusal() -> dict[str, Any]:
 def _describe(method: str, path: str, call: dict[str, Any]) -> None:
     answers: dict[str, Any] = call["responses"]
     answers.pop("422", None)  # FastAPI's
+    for given in call.get("parameters", ()):  # it may be absent, but nothing in a URL is null
+        either = [one for one in given["schema"].pop("anyOf", ()) if one != {"type": "null"}]
+        given["schema"] |= either[0] if either else {}
     for status, (what, kinds) in ANSWERS.get((method, path), {}).items():
         answers[str(status)] = _answer(what, kinds)
     if path.endswith("/poll"):

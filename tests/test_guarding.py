@@ -2,11 +2,14 @@
 
 import contextlib
 import http.server
+import select
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,7 @@ from client.calling import run_program
 from client.main import app
 from common import guarding
 from common.api import CoordinatorApi
-from common.errors import LydianError
+from common.errors import LydianError, UnavailableError
 from tests.tls_kit import Listener, issued, pin_in, written
 
 TOKEN = "lyd_admin_0123456789ab_" + "x" * 43
@@ -222,6 +225,30 @@ def test_the_steps_that_the_look_waits_for_are_still_told_under_their_names(monk
             api.version()
         assert refused.value.code == "plain_http"
     assert there.heard == b""
+
+
+def test_a_coordinator_that_ends_a_connection_the_moment_it_stands_is_one_that_is_away() -> None:
+    def hang_up(listener: socket.socket) -> None:
+        line, _ = listener.accept()
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it is a reset
+        line.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        host, port = listener.getsockname()
+        killed = threading.Thread(target=hang_up, args=(listener,))
+        killed.start()
+        with CoordinatorApi(f"http://{host}:{port}", TOKEN) as api:
+            look = api._look
+
+            def late(step: str, about: dict[str, Any]) -> None:
+                if step.endswith("connect_tcp.complete"):
+                    select.select([about["return_value"].get_extra_info("socket")], [], [], 60)  # the reset is here
+                look(step, about)
+
+            api._look = late
+            with pytest.raises(UnavailableError, match="broke at once"):
+                api.version()
+        killed.join()
 
 
 def test_who_allows_it_speaks_plainly_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
