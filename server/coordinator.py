@@ -1073,12 +1073,12 @@ class Coordinator:
         job_id, task = parse_assignment(name)
         job = self.job(job_id)
         self._check_owner(job, task, reason.attempt, worker_id)
+        self._uploads.drop((name, reason.attempt))
         if self.fleet.lease_of(worker_id, job_id, task, reason.attempt) is None and attempts.came_back(
             self._attempts(job, task), reason.attempt, worker_id
         ):
             return  # its first answer was lost, or the coordinator knew before: said again it changes nothing
         self.fleet.release(worker_id, job_id, task, reason.attempt)
-        self._uploads.drop((name, reason.attempt))
         if reason.attempt in rounds.tries_of(job, task).blamed:
             return  # it failed before: twice is once
         back = self._back(task, reason.attempt, worker_id, reason.code, reason.sentence, reason.detail, reason.scene)
