@@ -539,17 +539,30 @@ app.command()(track)
 
 
 @app.command()
-def logs(job: JobArgument, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+def logs(
+    job: JobArgument,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what the task writes.")] = False,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
     """Print every trouble of a job: what to do about it, the machine then, and its traceback.
+
+    With --follow go on with what the task writes on each worker, as their heartbeats bring it, and with new troubles,
+    until the job is over; --json is one object a line then. The exit codes are those of `lydian watch`.
 
     \b
     Examples:
       lydian logs digits-4f2a
+      lydian logs digits-4f2a --follow
       lydian logs digits-4f2a --json | jq -r '.[] | [.worker, .cause, .advice] | @tsv'
     """
+    from client import following
     from client.troubles import trouble_lines
 
     with coordinator(url, token) as api:
+        if follow:
+            raise typer.Exit(following.follow(api, api.job(job), as_json=as_json))
         entries = api.logs(job)
     if as_json:
         print_messages(entries)

@@ -515,7 +515,16 @@ def watch(api: CoordinatorApi, job: JobView, *, as_json: bool) -> Ending:
     try:
         state = follow(api.events(job.id, on_wait=view.waiting), view)
     except KeyboardInterrupt:
-        going_on = f"{job.id} goes on; `lydian watch {job.id}` shows it again, `lydian cancel {job.id}` ends it"
-        typer.echo(going_on, err=True)
-        return Ending.INTERRUPTED
+        return interrupted(job.id)
+    return ending_of(state)
+
+
+def ending_of(state: str) -> Ending:
+    """The exit code of a command that looked on until a job ended in this state."""
     return {"finished": Ending.FINE, "cancelled": Ending.CANCELLED}.get(state, Ending.FAILED)
+
+
+def interrupted(job: str) -> Ending:
+    """Say that a job goes on, whose watcher was told to stop; the exit code for it."""
+    typer.echo(f"{job} goes on; `lydian watch {job}` shows it again, `lydian cancel {job}` ends it", err=True)
+    return Ending.INTERRUPTED

@@ -39,6 +39,7 @@ from common.messages import (
     Link,
     LogEntry,
     Message,
+    Output,
     PollAnswer,
     PollRequest,
     Probed,
@@ -73,6 +74,7 @@ M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 _JOBS, _LOG, _WORKERS = TypeAdapter(list[JobView]), TypeAdapter(list[LogEntry]), TypeAdapter(list[WorkerView])
+_OUTPUT = TypeAdapter(list[Output])
 _TOKENS = TypeAdapter(list[TokenView])
 
 
@@ -367,6 +369,10 @@ class CoordinatorApi:
     def logs(self, job: str) -> list[LogEntry]:
         """Every trouble of a job, with its traceback."""
         return _understood(self._send("GET", f"/v1/jobs/{_part(job)}/logs"), _LOG.validate_json)
+
+    def output(self, job: str) -> list[Output]:
+        """What the task wrote last, on each worker that is at work for a job."""
+        return _understood(self._send("GET", f"/v1/jobs/{_part(job)}/output"), _OUTPUT.validate_json)
 
     def workers(self) -> list[WorkerView]:
         """All workers that ever joined."""

@@ -1085,6 +1085,14 @@ class LogEntry(Message):
     scene: Scene | None = Field(None, description="the machine then")
 
 
+class Output(Message):
+    """What the task wrote last on one worker that is at work for a job, as its last heartbeat had it."""
+
+    worker: str
+    where: str = Field(description="e.g. round 3, shard 2, attempt 1")
+    said: str = Field(description="its last lines; … at the beginning stands for what was cut off")
+
+
 class TailnetNode(Message):
     """A machine of the tailnet, as tailscaled tells of it."""
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from common import privacy
 from common.facts import HandedBack, Now, WorkerNow
-from common.messages import NEW_KEYS, NEW_SECTIONS, JobView, LogEntry, PollAnswer, WorkerSpeed, WorkerView
+from common.messages import NEW_KEYS, NEW_SECTIONS, JobView, LogEntry, Output, PollAnswer, WorkerSpeed, WorkerView
 from server import drift, paths, rounds
 from server.buffering import Buffering
 from server.coordinator import Coordinator
@@ -230,8 +230,23 @@ def _speed(coordinator: Coordinator, job: _JobNow, worker: Worker, now: float) -
     )
 
 
+def _where(task: Task, attempt: int) -> str:
+    return f"{task}, attempt {attempt}"
+
+
 def _doing(lease: Lease) -> str:
     return f"{lease.job}: {lease.task}"
+
+
+def outputs(coordinator: Coordinator, job: Job) -> list[Output]:
+    """What the task wrote last, on each worker that is at work for a job and said so; by the workers' names."""
+    fleet = coordinator.fleet
+    said = (
+        Output(worker=fleet.workers[lease.worker].name, where=_where(lease.task, lease.attempt), said=lease.said)
+        for lease in fleet.leases.values()
+        if lease.job == job.id and lease.said and lease.worker in fleet.workers
+    )
+    return sorted(said, key=lambda one: one.worker)
 
 
 def log_entries(coordinator: Coordinator, job: Job) -> Iterator[LogEntry]:
@@ -244,7 +259,7 @@ def log_entries(coordinator: Coordinator, job: Job) -> Iterator[LogEntry]:
                 id=stored.id,
                 at=stored.at,
                 worker=fact.worker_name,
-                where=f"{task}, attempt {fact.attempt}",
+                where=_where(task, fact.attempt),
                 code=fact.code,
                 sentence=fact.sentence,
                 detail=fact.detail,

@@ -128,6 +128,7 @@ RULES: dict[Route, Rule] = {
     ("GET", "/v1/jobs"): readers(),
     ("GET", "/v1/jobs/{job}"): readers(missing=404),
     ("GET", "/v1/jobs/{job}/logs"): readers(missing=404),
+    ("GET", "/v1/jobs/{job}/output"): readers(missing=404),
     ("GET", "/v1/jobs/{job}/model"): readers(missing=404),
     ("GET", "/v1/jobs/{job}/events"): readers(missing=404),
     ("GET", "/v1/workers"): readers(),

@@ -253,7 +253,7 @@ class Typist:
             case ["token", "revoke" | "rotate", name, *_]:
                 issued = self.house.do(lambda: self.house.coordinator.tokens.issue("submit", name=name))
                 words[2] = issued.split("_")[2]
-            case ["watch", *_]:
+            case ["watch", *_] | ["logs", _, "--follow", *_]:
                 words[1] = ENDED  # it watches to the end
             case ["pause" | "resume" | "cancel" as order, job, *_] if job == JOB:
                 words[1] = f"digits-{self.turn}"

@@ -131,12 +131,7 @@ class Board:
 
     def _output(self, job: Job) -> str:
         """What the task writes on those at work for a job, as their last heartbeats had it."""
-        fleet = self.coordinator.fleet
-        said = sorted(
-            (fleet.workers[lease.worker].name, lease.said)
-            for lease in fleet.leases.values()
-            if lease.job == job.id and lease.said and lease.worker in fleet.workers
-        )
+        said = views.outputs(self.coordinator, job)
         quoted, more = said[:QUOTED_WORKERS], max(0, len(said) - QUOTED_WORKERS)
         return render("part_output.html", quoted=quoted, more=more, nothing=words.silence(job.spec, over=job.over))
 

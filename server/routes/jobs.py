@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from common.messages import JobRequest, JobView, LogEntry, Submitter
+from common.messages import JobRequest, JobView, LogEntry, Output, Submitter
 from server import rounds, views
 from server.events import follow
 from server.logins import ASKED_EVERY_S, PREFIX
@@ -66,6 +66,12 @@ def _command(coordinator: CoordinatorDep, job: str, decide: Callable[[Job, str],
 async def get_logs(job: str, coordinator: CoordinatorDep, _: ReaderDep) -> list[LogEntry]:
     """Every trouble of a job, with its traceback."""
     return list(views.log_entries(coordinator, coordinator.job(job)))
+
+
+@router.get("/{job}/output")
+async def get_output(job: str, coordinator: CoordinatorDep, _: ReaderDep) -> list[Output]:
+    """What the task wrote last, on each worker that is at work for a job."""
+    return views.outputs(coordinator, coordinator.job(job))
 
 
 @router.get("/{job}/model")

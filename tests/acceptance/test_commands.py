@@ -136,6 +136,40 @@ def test_what_a_task_prints_is_on_its_job_s_page_while_it_trains(fleet: LocalFle
     fleet.api.cancel(job)
 
 
+def test_what_a_task_prints_is_followed_while_it_trains_and_its_trouble_comes_after(
+    fleet: LocalFleet, tmp_path: Path
+) -> None:
+    task, heard = tmp_path / "counts.py", tmp_path / "heard"
+    task.write_text(
+        f"import pathlib, time\n{LINEAR}\nseen = 0\n\ndef loss(model, batch, config):\n    global seen\n"
+        "    seen += 1\n    print('batch', seen, flush=True)\n"
+        f"    while not pathlib.Path({str(heard)!r}).exists():\n        time.sleep(0.02)\n"
+        "    raise RuntimeError('no luck today')\n"
+    )
+    job = lydian(fleet, "submit", "--task", str(task), "--rounds", "1", *ONE).stdout.strip()
+    environment = dict(os.environ) | {"LYDIAN_URL": fleet.url, "LYDIAN_TOKEN": fleet.admin_token}
+    follows = [sys.executable, "-m", "client.main", "logs", job, "--follow", "--json"]
+    with subprocess.Popen(follows, env=environment, stdout=subprocess.PIPE, text=True) as following:
+        try:
+            assert following.stdout is not None
+            first = json.loads(following.stdout.readline())
+            heard.touch()
+            others = [json.loads(line) for line in following.stdout]
+            ended = following.wait(PATIENCE_S)
+        finally:
+            heard.touch()
+            following.kill()
+    assert first == {
+        "type": "output", "worker": first["worker"], "where": "round 1, shard 0, attempt 1", "line": "batch 1",
+    }  # fmt: skip
+    trouble = next(one for one in others if one["type"] == "trouble")
+    assert (trouble["worker"], trouble["cause"]) == (first["worker"], "task_failed")
+    assert ended == 1
+    again = lydian(fleet, "logs", job, "--follow")
+    assert "RuntimeError: no luck today" in again.stdout
+    assert (again.returncode, again.stderr) == (1, "")
+
+
 def test_top_shows_the_fleet_once_in_a_pipe(fleet: LocalFleet) -> None:
     plain = lydian(fleet, "top", "--once")
     assert plain.returncode == 0, plain.stderr
