@@ -5,12 +5,14 @@ every time: one commit, one verdict) or `long` (run it with --timeout=0, on one 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.order import spread
 
 # Of the hundreds of processes that tests start, each would compile all our modules: half a second for a coordinator.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -29,12 +31,19 @@ settings.register_profile("long", max_examples=100_000, print_blob=True, **TIMEL
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if in_ci() else "default"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what `make chaos` runs again: files that ask for the full numbers, so that none is forgotten."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """Marks what `make chaos` runs again: files that ask for the full numbers, so that none is forgotten.
+
+    Of what was selected then, the slow tests are spread over the processes that run them.
+    """
     for item in items:
         asks = getattr(item, "module", None)
         if hasattr(asks, "size") or hasattr(asks, "FULL"):
             item.add_marker("grows")
+    yield
+    if at_once := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+        items[:] = spread(items, at_once, lambda item: str(item.path), lambda item: "acceptance" in item.path.parts)
 
 
 @pytest.fixture(scope="session")
