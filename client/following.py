@@ -9,8 +9,9 @@ that are new. The stream of events says when to look; it outlives the coordinato
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import typer
 
@@ -19,10 +20,12 @@ from client.calling import Ending
 from client.troubles import trouble_lines
 from client.watching import ending_of, interrupted
 from common.api import CoordinatorApi
+from common.errors import UnavailableError
 from common.facts import HandedBack, Now
 from common.messages import OVER, JobView, LogEntry, Output
 
 LOOK_EVERY_S = 1.0  # the least between two looks at what was written: heartbeats are rarer, and workers are many
+KEPT_ATTEMPTS = 1000  # whose last lines are remembered
 CUT = "…"  # stands for what a heartbeat had no room for
 
 
@@ -32,23 +35,29 @@ class Line:
 
     worker: str
     where: str
-    text: str
+    line: str
 
 
 class Tails:
-    """The last lines of each worker at work, and which of the next ones are new."""
+    """The last lines of each attempt, and which of the next ones are new.
+
+    Attempts that nobody speaks of are kept for a while: a coordinator that was started anew knows their lines again
+    only with the next heartbeats.
+    """
 
     def __init__(self) -> None:
-        self._last: dict[tuple[str, str], list[str]] = {}
+        self._last: dict[tuple[str, str], list[str]] = {}  # worker, where -> lines; who was heard of last is last
 
-    def take(self, outputs: Iterable[Output]) -> Iterator[Line]:
-        """The lines that came since the last call, by worker; of an attempt that is over, all is forgotten."""
-        last, self._last = self._last, {}
+    def take(self, outputs: Iterable[Output]) -> list[Line]:
+        """The lines that came since the last call, by worker."""
+        found = list[Line]()
         for one in outputs:
-            lines = one.said.split("\n")
-            self._last[one.worker, one.where] = lines
-            new = new_lines(last.get((one.worker, one.where), []), lines)
-            yield from (Line(one.worker, one.where, text) for text in new)
+            before, now = self._last.pop((one.worker, one.where), []), one.said.split("\n")
+            self._last[one.worker, one.where] = now
+            found += (Line(one.worker, one.where, text) for text in new_lines(before, now))
+        for old in list(self._last)[:-KEPT_ATTEMPTS]:
+            del self._last[old]
+        return found
 
 
 def new_lines(before: list[str], now: list[str]) -> list[str]:
@@ -71,31 +80,65 @@ def _same(before: str, now: str) -> bool:
     return before == now or (now.startswith(CUT) and before.endswith(now[len(CUT) :]))
 
 
+class Follower:
+    """Prints troubles and lines, each once. What the coordinator was away for is asked for again at the next event."""
+
+    def __init__(self, api: CoordinatorApi, job: str, *, as_json: bool) -> None:
+        self._api, self._job, self._as_json = api, job, as_json
+        self._tails, self._looked_at = Tails(), -LOOK_EVERY_S
+        self.seen = 0  # id of the last trouble that was printed
+        self._owed = True  # whether there may be troubles after it
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """Print what an event speaks of."""
+        self._owed = self._owed or event["type"] == _TROUBLE
+        if self._owed:
+            self.tell_troubles()
+        if event["type"] == _NOW and time.monotonic() - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at = time.monotonic()
+            for line in self._tails.take(self._api.output(self._job)):
+                self._print("output", line)
+
+    def tell_troubles(self) -> None:
+        """Print the troubles that were not printed."""
+        for entry in self._api.logs(self._job) if self._owed else ():
+            if entry.id > self.seen:
+                self.seen = entry.id
+                self._print("trouble", entry)
+        self._owed = False
+
+    def _print(self, kind: str, one: LogEntry | Line) -> None:
+        if self._as_json:
+            told = asdict(one) if isinstance(one, Line) else one.model_dump(mode="json")
+            typer.echo(json.dumps({"type": kind, **told}))
+        elif isinstance(one, Line):
+            typer.echo(f"{shown.one_line(one.worker)}  {shown.printable(one.line)}")
+        else:
+            typer.echo("\n".join(trouble_lines(one)))
+
+
 def follow(api: CoordinatorApi, job: JobView, *, as_json: bool) -> Ending:
     """Print a job's troubles so far, then what its task writes and each new trouble, until the job is over.
 
     Returns:
         The exit code for how the job ended.
+
+    Raises:
+        UnavailableError: the coordinator was away for an hour, or when all was over.
     """
-    entries, tails, looked_at = api.logs(job.id), Tails(), 0.0
-    say_trouble, say_line = (_trouble_json, _line_json) if as_json else (_trouble, _line)
-    for entry in entries:
-        say_trouble(entry)
+    follower, away, state = Follower(api, job.id, as_json=as_json), _SaidOnce(), job.state
+    follower.tell_troubles()
     if job.state not in OVER:
         typer.echo(_awaited(job), err=True)
-    seen, state = (entries[-1].id if entries else 0), job.state
     try:
-        for event in api.events(job.id, after=seen, on_wait=_say_once()):
+        for event in api.events(job.id, after=follower.seen, on_wait=away.say):
             if event["type"] == "job":
                 state = event["state"]
-            elif event["type"] == _TROUBLE:
-                for entry in (entry for entry in api.logs(job.id) if entry.id > seen):
-                    say_trouble(entry)
-                    seen = entry.id
-            elif event["type"] == _NOW and time.monotonic() - looked_at >= LOOK_EVERY_S:
-                looked_at = time.monotonic()
-                for line in tails.take(api.output(job.id)):
-                    say_line(line)
+            try:
+                follower.hear(event)
+            except UnavailableError as error:  # it ended since it sent this; the stream waits for it
+                away.say(str(error))
+        follower.tell_troubles()
     except KeyboardInterrupt:
         return interrupted(job.id)
     return ending_of(state)
@@ -111,30 +154,14 @@ def _awaited(job: JobView) -> str:
     return f"{job.id}: waiting for what its task writes; it comes with the heartbeats, the last 20 lines of each worker"
 
 
-def _say_once() -> Callable[[str], None]:
+class _SaidOnce:
     """Says on stderr that the coordinator is away, each sentence once in a row."""
-    last = ""
 
-    def say(sentence: str) -> None:
-        nonlocal last
-        if sentence != last:
-            last = sentence
+    def __init__(self) -> None:
+        self._last = ""
+
+    def say(self, sentence: str) -> None:
+        """Say it, if it is news."""
+        if sentence != self._last:
+            self._last = sentence
             typer.echo(shown.one_line(sentence), err=True)
-
-    return say
-
-
-def _trouble(entry: LogEntry) -> None:
-    typer.echo("\n".join(trouble_lines(entry)))
-
-
-def _trouble_json(entry: LogEntry) -> None:
-    typer.echo(json.dumps({"type": "trouble", **entry.model_dump(mode="json")}))
-
-
-def _line(line: Line) -> None:
-    typer.echo(f"{shown.one_line(line.worker)}  {shown.printable(line.text)}")
-
-
-def _line_json(line: Line) -> None:
-    typer.echo(json.dumps({"type": "output", "worker": line.worker, "where": line.where, "line": line.text}))

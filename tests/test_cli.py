@@ -26,7 +26,7 @@ from client.calling import Ending, run_program, whole_url
 from client.main import _precision, app
 from client.running import Children, wait_for_line
 from common import __version__
-from common.errors import LydianError, NotFoundError, UnauthenticatedError
+from common.errors import LydianError, NotFoundError, UnauthenticatedError, UnavailableError
 from common.messages import JobRequest, JobView, Progress, WorkerView
 from common.weights import Notes, file_digest, save
 from tests.privileges import interruptible
@@ -49,6 +49,7 @@ class Canned:
         self.cut_after: int | None = None  # events after which the next stream breaks off
         self.held = threading.Event()  # set: the stream ends; clear: it stays open after the facts
         self.held.set()
+        self.away = False  # as if it had ended before it could say what tasks write
 
     def job(self, state: str = "training") -> dict[str, Any]:
         return {
@@ -148,6 +149,12 @@ def canned_app(canned: Canned) -> FastAPI:
     async def logs(job: str) -> list[dict[str, Any]]:
         return [TROUBLE]
 
+    @web.get("/v1/jobs/{job}/output")
+    async def output(job: str) -> list[dict[str, Any]]:
+        if canned.away:
+            raise UnavailableError("it ends just now")
+        return [{"worker": "gpu-box", "where": "round 1, shard 0, attempt 2", "said": "epoch 1\n\x1b[31mepoch 2"}]
+
     @web.get("/v1/jobs/{job}/events")
     def events(job: str, request: Request) -> StreamingResponse:
         return StreamingResponse(canned.stream(int(request.headers["Last-Event-ID"])), media_type="text/event-stream")
@@ -213,7 +220,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Canned]:
 def coordinator(served: Canned, monkeypatch: pytest.MonkeyPatch) -> Canned:
     served.requests.clear()
     served.asked.clear()
-    served.ending, served.cut_after = "finished", None
+    served.ending, served.cut_after, served.away = "finished", None, False
     served.held.set()
     for name in [name for name in os.environ if name.startswith("LYDIAN_")]:
         monkeypatch.delenv(name)
@@ -568,6 +575,39 @@ def test_logs_are_whole_and_cannot_steer_the_terminal(lydian: Lydian) -> None:
         "Traceback:",
         "  \N{REPLACEMENT CHARACTER}[31mline 2",
     ]
+
+
+@pytest.mark.parametrize("ending", ["finished", "failed", "cancelled"])
+def test_followed_logs_go_on_with_what_tasks_write_and_end_with_the_job(
+    lydian: Lydian, coordinator: Canned, ending: str
+) -> None:
+    coordinator.ending = ending
+    ran = lydian("logs", "digits-1", "--follow")
+    assert ran.lines()[1:] == [
+        "Traceback:",
+        "  \N{REPLACEMENT CHARACTER}[31mline 2",
+        "gpu-box  epoch 1",
+        "gpu-box  \N{REPLACEMENT CHARACTER}[31mepoch 2",
+    ]
+    assert ran.code == {"finished": 0, "failed": 1, "cancelled": 4}[ending]
+
+
+def test_followed_logs_as_json_are_one_object_a_line(lydian: Lydian) -> None:
+    trouble, *lines = map(json.loads, lydian("logs", "digits-1", "-f", "--json").out.splitlines())
+    assert trouble == TROUBLE | {"type": "trouble", "cause": "", "advice": "", "scene": None}
+    assert lines == [
+        {"type": "output", "worker": "gpu-box", "where": "round 1, shard 0, attempt 2", "line": line}
+        for line in ("epoch 1", "\x1b[31mepoch 2")
+    ]
+
+
+def test_followed_logs_outlive_a_coordinator_that_ends_between_an_event_and_a_look(
+    lydian: Lydian, coordinator: Canned
+) -> None:
+    coordinator.away = True
+    ran = lydian("logs", "digits-1", "--follow")
+    assert ran.code == 0
+    assert ran.err.count("it ends just now") == 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.following import CUT, Line, Tails, new_lines
+from client.following import CUT, KEPT_ATTEMPTS, Line, Tails, new_lines
 from common.messages import Output
 from worker.said import LINES, last_said
 
@@ -15,14 +15,14 @@ def output(said: str, worker: str = "w1", where: str = "round 1, shard 0, attemp
 
 
 def texts(lines: list[Line]) -> list[str]:
-    return [line.text for line in lines]
+    return [line.line for line in lines]
 
 
 def test_the_first_look_shows_all_that_is_there_and_the_next_what_came_since() -> None:
     tails = Tails()
-    assert texts(list(tails.take([output("one\ntwo")]))) == ["one", "two"]
-    assert texts(list(tails.take([output("one\ntwo")]))) == []
-    assert texts(list(tails.take([output("one\ntwo\nthree")]))) == ["three"]
+    assert texts(tails.take([output("one\ntwo")])) == ["one", "two"]
+    assert texts(tails.take([output("one\ntwo")])) == []
+    assert texts(tails.take([output("one\ntwo\nthree")])) == ["three"]
 
 
 def test_a_line_that_was_written_over_or_went_on_is_shown_again_and_no_other() -> None:
@@ -41,16 +41,23 @@ def test_a_first_line_that_was_cut_off_is_known_by_its_end() -> None:
 
 def test_workers_and_attempts_have_their_own_lines() -> None:
     tails = Tails()
-    list(tails.take([output("one"), output("one", "w2")]))
+    tails.take([output("one"), output("one", "w2")])
     again = [output("one\ntwo"), output("one", "w2", "round 1, shard 0, attempt 2")]
-    assert [(line.worker, line.text) for line in tails.take(again)] == [("w1", "two"), ("w2", "one")]
+    assert [(line.worker, line.line) for line in tails.take(again)] == [("w1", "two"), ("w2", "one")]
 
 
-def test_what_an_attempt_wrote_is_forgotten_when_it_is_over() -> None:
+def test_an_attempt_that_was_not_spoken_of_for_a_while_goes_on_where_it_was() -> None:
     tails = Tails()
-    list(tails.take([output("one")]))
-    list(tails.take([]))
-    assert texts(list(tails.take([output("one")]))) == ["one"]
+    tails.take([output("one")])
+    tails.take([])
+    assert texts(tails.take([output("one\ntwo")])) == ["two"]
+
+
+def test_of_many_attempts_the_oldest_are_forgotten() -> None:
+    tails = Tails()
+    for number in range(KEPT_ATTEMPTS + 1):
+        tails.take([output("one", where=f"round {number}")])
+    assert texts(tails.take([output("one", where="round 1"), output("one", where="round 0")])) == ["one"]
 
 
 @given(st.lists(st.lists(TEXTS, max_size=LINES // 2), max_size=8))
@@ -62,7 +69,7 @@ def test_numbered_lines_of_a_log_that_grows_slowly_are_each_shown_once(steps: li
             wrote.append(f"{len(wrote)} {text}")
             log += wrote[-1] + "\n"
         if log:
-            shown += texts(list(tails.take([output(last_said(log.encode()))])))
+            shown += texts(tails.take([output(last_said(log.encode()))]))
     assert shown == wrote
 
 

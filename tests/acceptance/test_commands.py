@@ -136,7 +136,7 @@ def test_what_a_task_prints_is_on_its_job_s_page_while_it_trains(fleet: LocalFle
     fleet.api.cancel(job)
 
 
-def test_what_a_task_prints_is_followed_while_it_trains_and_its_trouble_comes_after(
+def test_what_a_task_prints_is_followed_through_a_killed_coordinator_and_its_trouble_comes_after(
     fleet: LocalFleet, tmp_path: Path
 ) -> None:
     task, heard = tmp_path / "counts.py", tmp_path / "heard"
@@ -153,6 +153,9 @@ def test_what_a_task_prints_is_followed_while_it_trains_and_its_trouble_comes_af
         try:
             assert following.stdout is not None
             first = json.loads(following.stdout.readline())
+            assert fleet.coordinator is not None
+            fleet.coordinator.kill()  # who follows waits for the next one
+            fleet.start_coordinator()
             heard.touch()
             others = [json.loads(line) for line in following.stdout]
             ended = following.wait(PATIENCE_S)
@@ -162,6 +165,7 @@ def test_what_a_task_prints_is_followed_while_it_trains_and_its_trouble_comes_af
     assert first == {
         "type": "output", "worker": first["worker"], "where": "round 1, shard 0, attempt 1", "line": "batch 1",
     }  # fmt: skip
+    assert first not in others
     trouble = next(one for one in others if one["type"] == "trouble")
     assert (trouble["worker"], trouble["cause"]) == (first["worker"], "task_failed")
     assert ended == 1
