@@ -432,6 +432,40 @@ def test_wandb_goes_on_after_what_it_has(
     assert capsys.readouterr().out == ""  # its banner is no answer
 
 
+def kept_by_wandb(file: Path) -> list[dict[str, Any]]:
+    """The rows of a run that is offline: its file is a LevelDB log of protobuf records, after 7 bytes of its own."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, record, rows = file.read_bytes(), 7, b"", list[dict[str, Any]]()
+    while at < len(data):
+        if 32_768 - at % 32_768 < 7:  # no header fits into the rest of the block
+            at += 32_768 - at % 32_768
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, at)
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            read, record = wandb_internal_pb2.Record.FromString(record), b""
+            items = read.history.item if read.WhichOneof("record_type") == "history" else ()
+            rows += (
+                [{(one.key or ".".join(one.nested_key)): json.loads(one.value_json) for one in items}] if items else []
+            )
+    return rows
+
+
+def test_wandb_itself_has_every_point_once_where_it_is_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="it is no part of dev, being large: pip install -e '.[wandb]'")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", tmp_path), ("XDG_STATE_HOME", tmp_path / "state")):
+        monkeypatch.setenv(name, str(value))
+    for told in (7, len(STORY), len(STORY)):
+        track("wandb", "team/clothes", *STORY[:told])
+    rows = [row for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")) for row in kept_by_wandb(file)]
+    assert [(row["round"], row["evaluation/accuracy"]) for row in rows if "evaluation/accuracy" in row] == [
+        (1, 0.5), (2, 0.75),
+    ]  # fmt: skip
+    assert [row["round"] for row in rows if "round/samples" in row] == [1, 2]
+
+
 def test_trackio_has_every_point_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trackio", reason="it is no part of dev, being large: pip install -e '.[trackio]'")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
