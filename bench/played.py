@@ -1,16 +1,19 @@
 """Light workers: hundreds of them in one asyncio process, without torch, over real HTTP to a real coordinator.
 
-    join ▶ poll ◀▶ … ▶ GET the model ▶ PUT the update ▶ submit ▶ poll …
+    join ▶ poll, with the model in its answer ◀▶ … ▶ PUT the update, with what is submitted ▶ poll …
 
-A light worker trains nothing and sends the same bytes every time. It speaks HTTP by hand over one connection that it
-keeps open, as an agent does, so that what is measured is the coordinator and not the player.
+A light worker trains nothing and sends the same bytes every time, which are no other's. It makes the calls that an
+agent makes, by hand and over one connection that it keeps open, so that what is measured is the coordinator and not the
+player.
 """
 
 import asyncio
+import hashlib
 import os
 import platform
+import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +26,7 @@ import numpy as np
 from common import PROTOCOL, __version__
 from common.errors import LydianError
 from common.messages import (
+    TOGETHER,
     Assignment,
     Hardware,
     ModelFacts,
@@ -34,10 +38,13 @@ from common.messages import (
     Welcome,
 )
 from common.sharding import cut
+from common.together import SUBMISSION, submission_header
 from common.weights import Notes, file_digest, save
 
 WAIT_S = 25.0  # of a poll, as an agent's
 PATIENCE_S = 300.0  # for one answer
+OWN = 4  # bytes at the end of an update that are its worker's own
+JSON, BYTES = "application/json", "application/octet-stream"
 
 
 def registration(name: str) -> Registration:
@@ -88,15 +95,15 @@ class Line:
         """From now on, call as the owner of this token."""
         self._token = token
 
-    async def call(self, method: str, path: str, body: bytes = b"", kind: str = "application/json") -> bytes | None:
-        """One call. None: answered, with nothing to say (204).
+    async def call(self, method: str, path: str, *body: bytes, kind: str = JSON, **more: str) -> bytes | None:
+        """One call; `more` are headers. None: answered, with nothing to say (204).
 
         Raises:
             LydianError: no_answer, or refused.
         """
         try:
             async with asyncio.timeout(PATIENCE_S):
-                status, answer = await self._exchange(method, path, body, kind)
+                status, answer = await self._exchange(method, path, body, {"Content-Type": kind, **more})
         except (OSError, EOFError) as error:  # a timeout is the one, a connection that ends the other
             raise LydianError(f"{method} {path}: no answer ({error!r})", code="no_answer") from error
         code = status.split()[1]
@@ -104,20 +111,24 @@ class Line:
             raise LydianError(f"{method} {path}: {status}: {answer[:500]!r}", code="refused")
         return None if code == "204" else answer
 
-    async def _exchange(self, method: str, path: str, body: bytes, kind: str) -> tuple[str, bytes]:
+    async def _exchange(
+        self, method: str, path: str, body: Sequence[bytes], more: Mapping[str, str]
+    ) -> tuple[str, bytes]:
         if self._streams is None:
             self._streams = await asyncio.open_connection(self._host, self._port, limit=1 << 20)
         reader, writer = self._streams
-        head = (
-            f"{method} {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nAuthorization: Bearer {self._token}\r\n"
-            f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode())
-        writer.write(body)
+        headers = {
+            "Host": f"{self._host}:{self._port}", "Authorization": f"Bearer {self._token}",
+            "Content-Length": str(sum(map(len, body))), **more,
+        }  # fmt: skip
+        head = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+        writer.write("\r\n".join([*head, "", ""]).encode())
+        for piece in body:
+            writer.write(piece)
         await writer.drain()
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
-        return status, await reader.readexactly(int(headers.get("content-length", "0")))
+        told = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        return status, await reader.readexactly(int(told.get("content-length", "0")))
 
     async def close(self) -> None:
         """Close the connection."""
@@ -170,6 +181,8 @@ class Player:
     def __init__(self, stage: Stage, number: int) -> None:
         """Nobody is called yet."""
         self._stage, self._number, self._line = stage, number, Line(stage.url)
+        self._own = struct.pack("<f", number)  # the last of the numbers in its update
+        self._digest = hashlib.sha256(stage.update_bytes[:-OWN] + self._own).hexdigest()
         self._id = ""
 
     async def join(self, join_token: str) -> None:
@@ -184,30 +197,38 @@ class Player:
     async def work(self) -> None:
         """Ask for work and do it, until cancelled."""
         while True:
-            request = PollRequest(start_id="s1", claim_key=os.urandom(4).hex(), wait_s=WAIT_S)
+            request = PollRequest(start_id="s1", claim_key=os.urandom(4).hex(), wait_s=WAIT_S, together=TOGETHER)
             answer = await self._line.call("POST", f"/v1/workers/{self._id}/poll", _json(request))
-            work = PollAnswer.model_validate_json(answer).assignment if answer else None
+            text, _, model = (answer or b"").partition(b"\n")  # as common.together lays it out
+            work = PollAnswer.model_validate_json(text).assignment if text else None
             if work is not None:
-                await self._do(work)
+                await self._do(work, has_model=bool(model))
 
-    async def _do(self, work: Assignment) -> None:
-        """Build the model, or fetch it and hand in an update."""
+    async def _do(self, work: Assignment, *, has_model: bool) -> None:
+        """Build the model, or take it and hand in an update."""
         stage = self._stage
         if work.kind == "init":
             result = Submission(attempt=work.attempt, digest=stage.model.digest, samples=0, facts=facts(work.shards))
-            await self._hand_in(work, stage.model_bytes, result)
+            await self._hand_in(work, result, stage.model_bytes)
             return
         stage.note(work, self._number)
         if work.round == 1:  # nobody takes a second shard before everybody has had a first one
             await stage.everybody.wait()
-        assert work.base is not None
-        await self._line.call("GET", f"/v1/models/{work.base.digest}")
-        result = Submission(attempt=work.attempt, digest=stage.update.digest, samples=1, steps=1)
-        await self._hand_in(work, stage.update_bytes, result)
+        if not has_model:
+            assert work.base is not None
+            await self._line.call("GET", f"/v1/models/{work.base.digest}")
+        result = Submission(attempt=work.attempt, digest=self._digest, samples=1, steps=1)
+        await self._hand_in(work, result, stage.update_bytes[:-OWN], self._own)
 
-    async def _hand_in(self, work: Assignment, data: bytes, result: Submission) -> None:
-        path = f"/v1/updates/{work.id}"
-        await self._line.call("PUT", f"{path}?attempt={work.attempt}", data, "application/octet-stream")
+    async def _hand_in(self, work: Assignment, result: Submission, *data: bytes) -> None:
+        """In one call where the coordinator takes so much in one, else in two."""
+        path, size = f"/v1/updates/{work.id}", sum(map(len, data))
+        header = submission_header(result) if size <= work.together else None
+        if header is not None:
+            more = {SUBMISSION: header, "Content-Range": f"bytes 0-{size - 1}/{size}"}
+            await self._line.call("PUT", f"{path}?attempt={work.attempt}", *data, kind=BYTES, **more)
+            return
+        await self._line.call("PUT", f"{path}?attempt={work.attempt}", *data, kind=BYTES)
         await self._line.call("POST", f"{path}/submit", _json(result))
 
     async def close(self) -> None:

@@ -331,8 +331,6 @@ class Coordinator:
     def _apply(self, job_id: str, step: Step) -> Job:
         """Journal a decision, make it the state, tell who listens, and do what the new phase calls for."""
         before = self.jobs[job_id]
-        held = {update.digest for update in (*rounds.accepted_of(before), *rounds.waiting_late(before))}
-        held |= rounds.bases_of(before)
         for stored in self._keep_facts(job_id, step):
             self._replay(stored, self.clock())
             self.hub.publish(stored)
@@ -342,10 +340,15 @@ class Coordinator:
             if any(not isinstance(fact, HandedOut if frees else HandedOut | Accepted) for fact in step.facts):
                 self._wake()
             if self.jobs[job_id].over or isinstance(self.jobs[job_id].inner, Aggregating):
-                self._dropped |= held  # what is frozen is needed, and what the guard refused is not
+                held = (update.digest for update in (*rounds.accepted_of(before), *rounds.waiting_late(before)))
+                self._dropped.update(held, rounds.bases_of(before))  # what is frozen is needed, what was refused is not
             if before.spec.secure.enabled:
                 self._end_sum(before, step)
-            self._settle(job_id)
+            went_out = all(isinstance(fact, HandedOut) for fact in step.facts)
+            if went_out and isinstance(before.inner, Training) and not is_secure(before):
+                self.hub.touch(job_id)  # it makes nothing due
+            else:
+                self._settle(job_id)
         return self.jobs[job_id]
 
     def _keep_facts(self, job_id: str, step: Step) -> list[StoredFact]:
@@ -399,14 +402,14 @@ class Coordinator:
             self._forget(job_id)
             return
         if any(one.workers for one in job.evaluations.values()):
-            step = rounds.give_up_absent(job, self.fleet.live(now), self.fleet.held(job_id), now)
+            step = rounds.give_up_absent(job, self.fleet.there(now), self.fleet.held(job_id), now)
             if step.facts:
                 self._apply(job_id, step)
                 return
         if is_secure(job):
             step = self.sum_now(job, now, change=True)
         else:
-            step = rounds.close_if_due(job, self.fleet.live(now), now, self.dues(job))
+            step = rounds.close_if_due(job, self.fleet.there(now), now, self.dues(job))
         if step.facts:
             reach("frozen-before")
             self._apply(job_id, step)
@@ -1189,8 +1192,8 @@ class Coordinator:
                 f"{name} announces {total} bytes, where at most {most} are possible", code="wrong_length"
             )
         if (name, attempt) not in self._uploads:
-            stale = self.quotas.make_way(worker_id, (name, attempt), lambda key: key in self._uploads)
-            self._uploads.keep_only(lambda key: key not in stale)
+            if stale := self.quotas.make_way(worker_id, (name, attempt), lambda key: key in self._uploads):
+                self._uploads.keep_only(lambda key: key not in stale)
             self._make_sure_of_room(job, total)
 
     def _largest(self, job: Job, model_size: int) -> int:

@@ -8,7 +8,7 @@ running job's next open task. A job leaves the queue when as many workers as its
 needed by older jobs. A job needs as many workers as its rounds have shards; with `shards = auto`, all of them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -142,9 +142,16 @@ class Fleet:
 
     def live(self, now: float) -> list[str]:
         """Ids of the live workers that may get work, by name."""
-        there = [w for w in self.workers.values() if self.is_live(w, now) or self.is_loading(w, now)]
-        able = [w for w in there if may_work(w)]
-        return [w.id for w in sorted(able, key=lambda w: (w.name, w.id))]
+        return [w.id for w in sorted(self._there(now), key=lambda w: (w.name, w.id))]
+
+    def there(self, now: float) -> Iterator[str]:
+        """The same ids in no order, found as they are asked for."""
+        return (w.id for w in self._there(now))
+
+    def _there(self, now: float) -> Iterator[Worker]:
+        """The live workers that may get work."""
+        present = (w for w in self.workers.values() if self.is_live(w, now) or self.is_loading(w, now))
+        return (w for w in present if may_work(w))
 
     def serving(self, job: Job, now: float) -> list[str]:
         """Ids of the live workers that could do this job's work."""

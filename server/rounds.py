@@ -426,7 +426,7 @@ def next_task(
             waiting = _evaluations(job, worker, held)
             if waiting and waiting[0].round <= phase.round - 2:
                 return waiting[0]
-            return next(iter([*_open_shards(job, phase, worker, held, coming), *waiting]), None)
+            return _open_shard(job, phase, worker, held, coming) or next(iter(waiting), None)
         case buffering.Buffering() as phase:
             shards = frozenset(task.shard for task in held if task.kind == "train")
             free = buffering.free_shards(phase, worker, shards, job.spec)
@@ -438,20 +438,19 @@ def next_task(
             return None
 
 
-def _open_shards(
+def _open_shard(
     job: Job, phase: Training, worker: str, held: frozenset[Task], coming: Mapping[str, bool]
-) -> list[Task]:
-    """The shards that this worker may train: its own first, then those whose state it has, another's last."""
-    shards = [s for s in phase.shards.values() if s.shard not in phase.accepted and s.worker in (None, worker)]
+) -> Task | None:
+    """The shard that this worker is to train: its own, else one whose state it has, another's last."""
+    taken = {task.shard for task in held if (task.kind, task.round) == ("train", phase.round)} | phase.accepted.keys()
+    shards = [s for s in phase.shards.values() if s.shard not in taken and s.worker in (None, worker)]
     if any(one.worker == worker for one in phase.evaluators):
         trainers = {s.meant for s in phase.shards.values() if s.meant is not None and s.meant in coming}
         # Whoever trains in this round will be done with what is left sooner; not with what it has failed at.
         shards = [s for s in shards if not _is_left_to_one_of(phase.tries.get(s.shard, Tries()), trainers)]
-    tasks = [Task("train", phase.round, s.shard) for s in shards if _may_take(phase, s, worker, coming)]
-    return sorted(
-        (task for task in tasks if task not in held),
-        key=lambda task: (phase.shards[task.shard].meant != worker, _distance(job, task.shard, worker)),
-    )
+    open_to_it = (s for s in shards if _may_take(phase, s, worker, coming))
+    best = min(open_to_it, key=lambda s: (s.meant != worker, _distance(job, s.shard, worker)), default=None)
+    return None if best is None else Task("train", phase.round, best.shard)
 
 
 def _is_left_to_one_of(tries: Tries, trainers: Iterable[str]) -> bool:
@@ -905,7 +904,7 @@ def bases_of(job: Job) -> frozenset[str]:
 def lost_of(job: Job) -> tuple[Accepted, ...]:
     """The updates that count and whose bytes are not here."""
     match job.inner:
-        case Training(lost=shards) | Aggregating(before=Training(lost=shards)):
+        case Training(lost=shards) | Aggregating(before=Training(lost=shards)) if shards:
             return tuple(update for update in accepted_of(job) if update.shard in shards)
         case buffering.Buffering(lost=lost):
             return tuple(update for update in accepted_of(job) if (update.round, update.shard) in lost)
@@ -947,7 +946,7 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
 
     Args:
         job: the job.
-        live: ids of the live workers.
+        live: ids of the live workers; looked through only where shards are bound to workers.
         now: monotonic seconds.
         dues: shard -> who has it, and when its update is expected.
     """
@@ -957,10 +956,12 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
         return Step((frozen,) if frozen else (), reason)
     if not isinstance(phase, Training):
         return Step(reason=job.reason)
-    may_come = {None, *live}
     missing = [s for s in phase.shards.values() if s.shard not in phase.accepted and s.worker not in job.excluded]
     enough = len(phase.accepted) >= job.spec.aggregation.needs
-    awaited = [s for s in missing if s.worker in may_come or not enough]
+    awaited = missing
+    if enough and any(s.worker is not None for s in missing):
+        may_come = {None, *live}
+        awaited = [s for s in missing if s.worker in may_come]
     held, total, waited = len(phase.accepted), len(phase.accepted) + len(awaited), now - phase.opened_at
     quorum = quorum_of(job.spec, total)
     tally = f"{held} of {total} updates after {waited:.1f} s"

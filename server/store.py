@@ -575,14 +575,15 @@ class Journal:
 
     # ------------------------------------------------------------ tokens
 
-    def token_add(self, token: StoredToken) -> None:
-        """Keep a token by the hash of its secret; its first day is now.
+    def token_add(self, token: StoredToken) -> StoredToken:
+        """Keep a token by the hash of its secret, and return it as it is kept; its first day is now.
 
         Raises:
             ConflictError: the id is taken (`token_id_taken`).
             NotFoundError: there is no such worker.
         """
-        row = _row(replace(token, created_at=_now()))
+        kept = replace(token, created_at=_now())
+        row = _row(kept)
         columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
         statement = f"INSERT INTO tokens ({columns}) VALUES ({values})"  # noqa: S608 - names of StoredToken's fields
 
@@ -597,6 +598,7 @@ class Journal:
             self.record("token.issued", token.id, detail=about)
 
         self._write(add)
+        return kept
 
     def token_put(self, token: StoredToken) -> None:
         """Keep what has become of a token: its secrets, and until when they count. A revoked one stays revoked.

@@ -122,8 +122,9 @@ class Tokens:
             joined_by=None if let_in is None else let_in.id,
             claim=claim,
         )
-        self._journal.token_add(made)
-        self._reload()
+        self._known[token_id] = kept = self._journal.token_add(made)
+        if kept.worker is not None:
+            self._of_worker[kept.worker] = kept
         return _written(made, secret)
 
     # ------------------------------------------------------------ who calls
