@@ -146,7 +146,8 @@ SCENARIO = Scenario(
     about=(
         "Light workers in one asyncio process (`bench/played.py`): real registration and real HTTP to a real "
         "coordinator, a 1 MB model, no training. *Idle*: the coordinator while all of them wait, as a share of one "
-        "core. *Reach*: from the submission of a job until every waiting worker has a task of its first round. "
+        "core. *Reach*: from the submission of a job until every waiting worker has a task of its first round, "
+        "and the model, which comes with it. "
         "*Wait*: from the opening of a round until each of its tasks is in a worker's hands. *Floor* as above. "
         "Processor seconds are of one round: of the coordinator, and of the process that plays the workers."
     ),
