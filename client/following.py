@@ -128,8 +128,9 @@ def follow(api: CoordinatorApi, job: JobView, *, as_json: bool) -> Ending:
     """
     follower, away, state = Follower(api, job.id, as_json=as_json), _SaidOnce(), job.state
     follower.tell_troubles()
-    if job.state not in OVER:
-        typer.echo(_awaited(job), err=True)
+    if job.state in OVER:  # what ended it may be older than its last trouble, and no stream would come to it
+        return ending_of(job.state)
+    typer.echo(_awaited(job), err=True)
     try:
         for event in api.events(job.id, after=follower.seen, on_wait=away.say):
             if event["type"] == "job":
