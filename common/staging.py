@@ -7,6 +7,8 @@ A line is added after the bytes it speaks of, and nothing is fsynced: a killed p
 noted yet, since what was written is in the kernel's cache. A power cut may take the bytes and leave the line; that
 shows when the whole is hashed, as it always is, and it is fetched or sent again. Lines of (start, stop), and not one
 offset, since several streams may fill one file at once.
+
+The record is made with its first line: of what is not to outlive its process there is none.
 """
 
 import errno
@@ -19,6 +21,7 @@ from typing import Self
 from common.errors import BadRequestError, ConflictError
 from common.ranges import Ranges, gaps, with_range
 
+NOTE_EVERY = 1 << 20  # bytes of one stream that a killed process forgets at most, if it notes them as they come
 MAX_RANGES = 1000  # separate pieces of one file: bounds its memory, and the header that lists them
 RECORD = ".ranges"
 _NOTED = re.compile(rb"([0-9]{1,18}) ([0-9]{1,18})")
@@ -27,30 +30,28 @@ _NOTED = re.compile(rb"([0-9]{1,18}) ([0-9]{1,18})")
 class Staging:
     """One upload under way: a file of known size that is filled by pieces in any order. Not for several threads."""
 
-    def __init__(self, path: Path, size: int, ranges: Ranges, descriptor: int, record: int) -> None:
+    def __init__(self, path: Path, size: int, ranges: Ranges, descriptor: int, record: int | None) -> None:
         self.path = path
         self.size = size  # bytes, when complete
         self.ranges = ranges  # bytes that are here
         self._descriptor: int | None = descriptor
-        self._record = record
+        self._record = record  # None: nothing was noted yet
 
     @classmethod
     def open(cls, path: Path, size: int) -> Self:
         """Begin an upload of `size` bytes at `path`. What was there is gone."""
+        path.with_suffix(RECORD).unlink(missing_ok=True)  # of another file, which is gone now
         with ExitStack() as unless_done:
-            record = os.open(path.with_suffix(RECORD), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-            unless_done.callback(os.close, record)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
             unless_done.callback(os.close, descriptor)
             os.truncate(descriptor, size)  # takes no room; tells check_room what is to come
-            os.write(record, f"{size}\n".encode())
             unless_done.pop_all()
-        return cls(path, size, (), descriptor, record)
+        return cls(path, size, (), descriptor, None)
 
     @classmethod
     def reopen(cls, path: Path) -> Self | None:
-        """Go on with an upload of an earlier process; None where its record and its bytes do not fit together,
-        or the disk is so full that nothing more of it could be noted."""
+        """Go on with an upload of an earlier process; None where nothing of it was noted, its record and its bytes do
+        not fit together, or the disk is so full that nothing more of it could be noted."""
         known = _read_record(path.with_suffix(RECORD))
         if known is None or not path.is_file() or path.stat().st_size != known[0]:
             return None
@@ -96,8 +97,13 @@ class Staging:
 
     def note(self, start: int, stop: int) -> None:
         """Record that the bytes [start, stop) were written: a next process will know."""
-        if self._descriptor is not None and start < stop:
-            os.write(self._record, f"{start} {stop}\n".encode())
+        if self._descriptor is None or start >= stop:
+            return
+        if self._record is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            self._record = os.open(self.path.with_suffix(RECORD), flags, 0o600)
+            os.write(self._record, f"{self.size}\n".encode())
+        os.write(self._record, f"{start} {stop}\n".encode())
 
     @property
     def missing(self) -> Ranges:
@@ -113,8 +119,9 @@ class Staging:
         """Take no more bytes. The file stays, and what is known of it. Twice is once."""
         if self._descriptor is not None:
             os.close(self._descriptor)
-            os.close(self._record)
-            self._descriptor = None
+            if self._record is not None:
+                os.close(self._record)
+            self._descriptor = self._record = None
 
     def forget(self) -> None:
         """Take no more bytes, and delete the record: the file has another name now."""

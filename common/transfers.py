@@ -26,14 +26,13 @@ from common.answers import check_not_elsewhere, whole
 from common.errors import BadUpdateError, LydianError, TooLargeError, TooManyError, UnavailableError, from_answer
 from common.guarding import tls_trouble
 from common.ranges import Ranges, content_range, gaps
-from common.staging import Staging
+from common.staging import NOTE_EVERY, Staging
 from common.streams import STREAMS, Piece, Streams
 
 PIECE = 1 << 20  # bytes handed to the socket at a time
 BLOCK = 512 << 10  # bytes read off a socket before they are written, hashed and counted: what a core's cache holds
 OLD_S = 0.5  # after which they are written in any case, so that a slow or dead line keeps nothing back
 STRAIGHT = 8 << 20  # bytes of an answer that are worth a connection of their own (`_blocks`)
-NOTE_EVERY = 1 << 20  # bytes of one stream that a killed process forgets at most
 IDLE_S = 30.0  # without a byte, after which a connection counts as dead
 CONNECT_S = 10.0
 LONGEST_WAIT_S = 60  # that anybody is believed who says when to call again

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import Context
 from dataclasses import dataclass, field
@@ -89,6 +89,7 @@ from server.blobs import Blobs
 from server.buffering import Batch, Buffering, shards_for, size_of
 from server.cutting import Place, Sampled
 from server.deadlines import Due, expected_s
+from server.dues import Dues
 from server.evaluation import is_repeat
 from server.events import Hub
 from server.failpoints import reach
@@ -402,7 +403,7 @@ class Coordinator:
             self._forget(job_id)
             return
         if any(one.workers for one in job.evaluations.values()):
-            step = rounds.give_up_absent(job, self.fleet.there(now), self.fleet.held(job_id), now)
+            step = rounds.give_up_absent(job, self.fleet.there(now), self.fleet.held(job_id).keys(), now)
             if step.facts:
                 self._apply(job_id, step)
                 return
@@ -668,13 +669,18 @@ class Coordinator:
         rate, trained = self.speeds.rate(job.id, work, worker), measured.round if measured is not None else 0
         return Place(worker, name, here, rate, trained)
 
-    def dues(self, job: Job) -> dict[int, Due]:
+    def dues(self, job: Job) -> Mapping[int, Due]:
         """Who has the shards of the open round that are out, and when each is expected."""
-        return {
-            lease.task.shard: lease.due or self._expect(job, lease)
-            for lease in self.fleet.leases.values()
-            if lease.job == job.id and lease.task.kind == "train" and _is_awaited(job, lease.task)
-        }
+
+        def due_of(worker: str) -> Due:
+            lease = self.fleet.leases[worker]
+            return lease.due or self._expect(job, lease)
+
+        held = self.fleet.held(job.id)
+        if isinstance(job.inner, Training):
+            return Dues(job.inner.round, held, due_of)
+        out = {task: worker for task, worker in held.items() if task.kind == "train" and _is_awaited(job, task)}
+        return {task.shard: due_of(worker) for task, worker in out.items()}
 
     def _expect(self, job: Job, lease: Lease) -> Due:
         """Work out when the update of a lease is expected; it stays while the lease does."""
@@ -1157,9 +1163,19 @@ class Coordinator:
         return self._uploads.held((name, attempt))
 
     async def receive(
-        self, worker_id: str, name: str, attempt: int, span: tuple[int, int, int], body: AsyncIterable[bytes]
+        self,
+        worker_id: str,
+        name: str,
+        attempt: int,
+        span: tuple[int, int, int],
+        body: AsyncIterable[bytes],
+        *,
+        handed_in: bool = False,
     ) -> None:
-        """Write bytes [start, stop) of an upload of `total` bytes to their place, as they come."""
+        """Write bytes [start, stop) of an upload of `total` bytes to their place, as they come.
+
+        `handed_in`: they came with their submission, so that `take` follows.
+        """
         start, stop, total = span
         self._let_upload(worker_id, name, attempt, total)
 
@@ -1168,7 +1184,7 @@ class Coordinator:
 
         began, key = self.clock(), (name, attempt)
         try:
-            await self._uploads.receive(key, total, start, stop, body, seen)
+            await self._uploads.receive(key, total, start, stop, body, seen, handed_in=handed_in)
         except OSError as error:
             _die_if_broken(error)
             raise
@@ -1684,9 +1700,7 @@ def _source_of(request: JobRequest) -> str:
 
 
 def _is_awaited(job: Job, task: Task) -> bool:
-    """Whether an update of this task is awaited, and does not only come late."""
-    if isinstance(job.inner, Training):
-        return task.round == job.inner.round
+    """Whether an update of this task is awaited by an asynchronous version, and does not only come late."""
     return isinstance(job.inner, Buffering) and rounds.is_open(job, task)
 
 

@@ -87,8 +87,9 @@ class Fleet:
 
     timing: Timing = Timing()
     workers: dict[str, Worker] = field(default_factory=dict)
-    leases: dict[str, Lease] = field(default_factory=dict)  # worker id -> its lease
+    leases: dict[str, Lease] = field(default_factory=dict)  # worker id -> its lease; changed by `put` and `drop`
     asked: dict[str, dict[str, str]] = field(default_factory=dict)  # job -> worker id -> the claim key it asked with
+    _holders: dict[str, dict[Task, str]] = field(default_factory=dict)  # job -> task -> who holds it; of `leases`
 
     # ------------------------------------------------------------ who is there
 
@@ -105,7 +106,7 @@ class Fleet:
         self.workers[worker_id] = worker
         if reborn:
             self.unask(worker_id)
-        void = self.leases.pop(worker_id, None) if reborn else None
+        void = self.drop(worker_id) if reborn else None
         return [void] if void else []
 
     def rival(self, worker_id: str, registration: Registration, now: float) -> Worker | None:
@@ -183,9 +184,26 @@ class Fleet:
 
     # ------------------------------------------------------------ who holds what
 
-    def held(self, job: str) -> frozenset[Task]:
-        """The job's tasks that some worker holds."""
-        return frozenset(lease.task for lease in self.leases.values() if lease.job == job)
+    def held(self, job: str) -> Mapping[Task, str]:
+        """The job's tasks that some worker holds -> its id. No copy: for a look, now."""
+        return self._holders.get(job, {})
+
+    def put(self, lease: Lease) -> None:
+        """A worker holds this, and nothing else."""
+        self.drop(lease.worker)
+        self.leases[lease.worker] = lease
+        self._holders.setdefault(lease.job, {})[lease.task] = lease.worker
+
+    def drop(self, worker_id: str) -> Lease | None:
+        """The worker holds nothing. Returns what it held."""
+        lease = self.leases.pop(worker_id, None)
+        if lease is not None:
+            holders = self._holders[lease.job]
+            if holders.get(lease.task) == worker_id:
+                del holders[lease.task]
+            if not holders:
+                del self._holders[lease.job]
+        return lease
 
     def lease_of(self, worker_id: str, job: str, task: Task, attempt: int) -> Lease | None:
         """The worker's lease, if it is on this attempt."""
@@ -206,7 +224,7 @@ class Fleet:
     ) -> Lease:
         """Give a task to a worker for one lease time; `whole`: this is the hand-out, and no earlier lease of it."""
         lease = Lease(job, task, attempt, worker_id, now + self.timing.ttl_s, claim_key, since=now, whole=whole)
-        self.leases[worker_id] = lease
+        self.put(lease)
         return lease
 
     def adopt(self, outstanding: Iterable[tuple[str, Task, int, str, str]], now: float) -> None:
@@ -223,13 +241,13 @@ class Fleet:
         """The task, or only this attempt at it, is not with this worker any more; freeing twice is freeing."""
         lease = self.leases.get(worker_id)
         if lease is not None and (lease.job, lease.task) == (job, task) and attempt in (None, lease.attempt):
-            del self.leases[worker_id]
+            self.drop(worker_id)
 
     def expired(self, now: float) -> list[Lease]:
         """Leases that ran out. They are taken away."""
         gone = [lease for lease in self.leases.values() if lease.expires_at <= now]
         for lease in gone:
-            del self.leases[lease.worker]
+            self.drop(lease.worker)
         return gone
 
     def extend_all(self, now: float) -> None:
@@ -258,8 +276,8 @@ class Fleet:
             if job.over or isinstance(job.phase, Paused | Queued) or why_not(worker, job) is not None:
                 continue
             coming = self.coming(job, now) if job.spec.data.shards == "auto" else {}
-            held = self.held(job.id) | left_to_others(job, worker_id, partial(self.serving, job, now))
-            task = next_task(job, worker_id, held, coming)
+            left, held = left_to_others(job, worker_id, partial(self.serving, job, now)), self.held(job.id).keys()
+            task = next_task(job, worker_id, held | left if left else held, coming)
             if task is not None:
                 return job, task
         return None

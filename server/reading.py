@@ -66,21 +66,16 @@ class Reading:
         return wanted
 
     async def whole(self, digest: str, path: Path) -> bytes:
-        """A small file, all of it.
+        """A small file, all of it: one piece, whatever its size, and the same bytes for all who ask.
 
         Raises:
             OSError: it cannot be read; FileNotFoundError: it is not there.
         """
-        descriptor, found = os.open(path, os.O_RDONLY), list[bytes]()
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            size, at = os.fstat(descriptor).st_size, 0
-            with self.answering():
-                while at < size:
-                    found.append(await self.piece(digest, descriptor, at, size))
-                    at += len(found[-1])
+            return await asyncio.shield(self._read((digest, 0, os.fstat(descriptor).st_size), descriptor))
         finally:
             os.close(descriptor)
-        return found[0] if len(found) == 1 else b"".join(found)
 
     def _read(self, piece: Piece, descriptor: int) -> asyncio.Future[bytes]:
         known = self._pieces.get(piece)

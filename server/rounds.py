@@ -16,6 +16,7 @@ Which worker holds what is not known here (server.fleet); only the attempts are,
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeVar, assert_never
@@ -402,7 +403,7 @@ def fail_if_nobody_can(job: Job, live: Iterable[str]) -> Step:
 
 
 def next_task(
-    job: Job, worker: str, held: frozenset[Task], coming: Mapping[str, bool] = MappingProxyType({})
+    job: Job, worker: str, held: AbstractSet[Task], coming: Mapping[str, bool] = MappingProxyType({})
 ) -> Task | None:
     """The task of this job that the worker should do next; None when there is nothing for it.
 
@@ -439,11 +440,12 @@ def next_task(
 
 
 def _open_shard(
-    job: Job, phase: Training, worker: str, held: frozenset[Task], coming: Mapping[str, bool]
+    job: Job, phase: Training, worker: str, held: AbstractSet[Task], coming: Mapping[str, bool]
 ) -> Task | None:
     """The shard that this worker is to train: its own, else one whose state it has, another's last."""
-    taken = {task.shard for task in held if (task.kind, task.round) == ("train", phase.round)} | phase.accepted.keys()
-    shards = [s for s in phase.shards.values() if s.shard not in taken and s.worker in (None, worker)]
+    taken = {task.shard for task in held if task.round == phase.round and task.kind == "train"}
+    free = phase.shards.keys() - phase.accepted.keys() - taken
+    shards = [shard for number in sorted(free) if (shard := phase.shards[number]).worker in (None, worker)]
     if any(one.worker == worker for one in phase.evaluators):
         trainers = {s.meant for s in phase.shards.values() if s.meant is not None and s.meant in coming}
         # Whoever trains in this round will be done with what is left sooner; not with what it has failed at.
@@ -494,7 +496,7 @@ def _states_after(job: Job, updates: Iterable[Accepted]) -> Mapping[int | str, S
     return states
 
 
-def _evaluations(job: Job, worker: str, held: frozenset[Task]) -> list[Task]:
+def _evaluations(job: Job, worker: str, held: AbstractSet[Task]) -> list[Task]:
     pending = sorted(job.evaluations.items())
     tasks = (Task("evaluate", index, part) for index, evaluation in pending for part in evaluation.parts_for(worker))
     return [task for task in tasks if task not in held]
@@ -604,7 +606,7 @@ def _tried_again(job: Job) -> Iterable[tuple[Task, Tries]]:
         case Initialising(tries=tries):
             yield Task("init", 0), tries
         case Training() as phase:
-            often = ((shard, tries) for shard, tries in phase.tries.items() if tries.attempt >= again)
+            often = ((shard, tries) for shard, tries in phase.tries.items() if len(tries.workers) >= again)
             yield from ((Task("train", phase.round, shard), tries) for shard, tries in often)
         case buffering.Buffering() as phase:
             open_turns = ((shard, turn) for shard, turn in phase.turns.items() if not turn.counted)
@@ -956,7 +958,8 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
         return Step((frozen,) if frozen else (), reason)
     if not isinstance(phase, Training):
         return Step(reason=job.reason)
-    missing = [s for s in phase.shards.values() if s.shard not in phase.accepted and s.worker not in job.excluded]
+    lacking = sorted(phase.shards.keys() - phase.accepted.keys())
+    missing = [shard for number in lacking if (shard := phase.shards[number]).worker not in job.excluded]
     enough = len(phase.accepted) >= job.spec.aggregation.needs
     awaited = missing
     if enough and any(s.worker is not None for s in missing):
@@ -1262,7 +1265,7 @@ def _take_part(job: Job, part: Measured) -> Step:
     return replace(step, facts=(part, *step.facts))
 
 
-def give_up_absent(job: Job, live: Iterable[str], held: frozenset[Task], now: float) -> Step:
+def give_up_absent(job: Job, live: Iterable[str], held: AbstractSet[Task], now: float) -> Step:
     """Wait for no worker's part of an evaluation that is gone, excluded, or takes no work. Nobody else has its data."""
     there, facts, reason = set(live), list[Fact](), job.reason
     for index in sorted(job.evaluations):

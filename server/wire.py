@@ -14,8 +14,9 @@ everybody with 503 once one caller has taken them: so it is not used.
 A target that names a host (`GET http://name/path`, as to a proxy) counts as one more Host header, which server.gate
 refuses: RFC 9112 has such a name go before the header, and uvicorn drops it.
 
-Bytes come by one buffer that all connections share, as large as is fair between the bodies under way: uvloop reads
-250 kB of each connection before the first of them is looked at, which of a thousand uploads is a quarter of a gigabyte.
+Bytes come by one buffer that all connections share, of which each gets less the more has come since the application had
+its turn: uvloop reads 250 kB of each connection before the first of them is looked at, which of a thousand uploads is a
+quarter of a gigabyte.
 With TLS the bytes are those that were encrypted, and the handshake has a limit of its own (server.__main__).
 A piece of a body is passed on as the parser cut it, where uvicorn copies it twice more.
 """
@@ -34,9 +35,9 @@ from server.buckets import network_of
 
 Base: type[asyncio.Protocol] = AutoHTTPProtocol
 
-MOST, LEAST = 1 << 18, 1 << 14  # bytes that are read of a connection at once
+MOST, LEAST = 1 << 18, 1 << 15  # bytes that are read of a connection at once
 _BYTES_ACKED, _TCP_INFO_BYTES = 120, 128
-WAITING = 16 << 20  # bytes of bodies that wait for the application, about, while there are fewer than WAITING / LEAST
+WAITING = 16 << 20  # bytes that are read before the application has its turn; beyond them LEAST of a connection
 
 
 def impatient(
@@ -51,7 +52,11 @@ def impatient(
     """
 
     open_of = Counter[str]()  # connections by what their address is counted as
-    receiving = set[asyncio.Protocol]()  # connections on which a body comes
+    came = 0  # bytes, of all connections, since the application had its turn
+
+    def begin_turn() -> None:
+        nonlocal came
+        came = 0
 
     class Impatient(Base):  # type: ignore[misc,valid-type] # which of two classes it is depends on what is installed
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -63,10 +68,6 @@ def impatient(
         def data_received(self, data: bytes | memoryview) -> None:
             super().data_received(data)
             self._await_head()
-            if self._is_answering() and self.cycle.more_body:
-                receiving.add(self)
-            else:
-                receiving.discard(self)
 
         def on_headers_complete(self) -> None:
             """Called by the parser of httptools; to the other one such a target is a path that is not there."""
@@ -98,7 +99,6 @@ def impatient(
         def connection_lost(self, exc: Exception | None) -> None:
             self._for_head.stop()
             self._for_reader.stop()
-            receiving.discard(self)
             super().connection_lost(exc)
 
         def _await_head(self) -> None:
@@ -166,10 +166,13 @@ def impatient(
             return None  # close
 
         def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
-            # Fewer bytes of each, the more send at once.
-            return buffer[: min(max(WAITING // max(len(receiving), 1), LEAST), MOST)]
+            return buffer[: min(max(WAITING - came, LEAST), MOST)]
 
         def buffer_updated(self, nbytes: int) -> None:
+            nonlocal came
+            if not came:  # what was read wakes the application before the loop reads again
+                asyncio.get_running_loop().call_soon(begin_turn)
+            came += nbytes
             self._inner.data_received(buffer[:nbytes])
 
     buffer = memoryview(bytearray(MOST))

@@ -131,7 +131,7 @@ class House:
         def hold() -> None:
             now = self.coordinator.clock()
             lease = Lease(job, task, 1, worker, expires_at=now + DAY_S, progress=progress, since=now, said=said)
-            self.coordinator.fleet.leases[worker] = lease
+            self.coordinator.fleet.put(lease)
             self.coordinator.hub.touch(job)
 
         self.do(hold)

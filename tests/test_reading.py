@@ -53,6 +53,25 @@ def test_every_answer_has_its_bytes_however_many_others_there_are(
     assert asyncio.run(all_of_them()) == [DATA[start:stop] for start, stop in spans]
 
 
+def test_a_small_file_is_the_same_bytes_for_all_who_want_it_however_many_answer(tmp_path: Path) -> None:
+    path, small = tmp_path / "small", os.urandom(LARGEST - 7)
+    path.write_bytes(small)
+
+    async def all_of_them() -> list[bytes]:
+        of = Reading()
+        of._answers = OUT // SMALLEST
+        return await asyncio.gather(*(of.whole("d", path) for _ in range(5)))
+
+    found = asyncio.run(all_of_them())
+    assert found[0] == small
+    assert all(one is found[0] for one in found)
+
+
+def test_a_small_file_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(Reading().whole("d", tmp_path / "gone"))
+
+
 def test_what_many_want_at_once_is_read_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     read = reading._read_and_close

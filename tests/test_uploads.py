@@ -76,6 +76,20 @@ def test_a_broken_stream_keeps_what_it_brought_over_a_restart(blobs: Blobs) -> N
     assert again.finish(KEY).path.read_bytes() == data
 
 
+def test_an_update_that_is_looked_at_as_it_ends_is_noted_only_if_it_breaks_off(blobs: Blobs, tmp_path: Path) -> None:
+    data, uploads = os.urandom(MIB - 1), Uploads(blobs)
+    record = tmp_path / "parts" / f"{KEY[0]}.2.ranges"
+    broken, whole = (chunks(data, dies_after=500_000), chunks(data))
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(uploads.receive(KEY, MIB - 1, 0, MIB - 1, broken, handed_in=True))
+    assert record.read_bytes().splitlines()[0] == str(MIB - 1).encode()
+    uploads.drop(KEY)
+    asyncio.run(uploads.receive(KEY, MIB - 1, 0, MIB - 1, whole, handed_in=True))
+    assert not record.exists()
+    assert uploads.finish(KEY).path.read_bytes() == data
+    assert KEY not in killed(blobs, uploads), "it is sent again, whole, as nobody has said that it was here"
+
+
 def test_a_killed_coordinator_forgets_at_most_a_note_of_a_stream(blobs: Blobs, tmp_path: Path) -> None:
     data = os.urandom(5 * MIB + 1000)
 
@@ -151,7 +165,8 @@ def of_disk(folder: Path) -> tuple[tuple[tuple[int, int], ...], bytes]:
         started.restore(lambda _: True)
         held = started.held(KEY)
         started.close()
-        return held, (copy / "parts" / f"{KEY[0]}.{KEY[1]}.part").read_bytes()
+        part = copy / "parts" / f"{KEY[0]}.{KEY[1]}.part"
+        return held, part.read_bytes() if held else b""
 
 
 @given(st.lists(STREAMS, min_size=1, max_size=3))

@@ -46,7 +46,8 @@ async def upload(
     result = None if submission is None else _whole(submission, attempt, span)
     try:
         with coordinator.quotas.uploading(worker, (assignment, attempt)):
-            await coordinator.receive(worker, assignment, attempt, span, body_of(request))
+            handed_in = result is not None
+            await coordinator.receive(worker, assignment, attempt, span, body_of(request), handed_in=handed_in)
     except ClientDisconnect:
         log.info("%s broke off an upload for %s; what came is kept", worker, assignment)
         return Response(status_code=204)

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from starlette.types import Receive, Scope, Send
 
 from common.messages import (
     Heartbeat,
@@ -26,6 +27,21 @@ from server.routes.access import (
 )
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"], route_class=TokenFirst)
+
+
+class _WithModel(Response):
+    """An answer and the model that goes along, one after the other: a thousand answers hold the model once."""
+
+    def __init__(self, text: str, model: bytes) -> None:
+        head = text.encode() + b"\n"
+        size = {"Content-Length": str(len(head) + len(model))}
+        super().__init__(head, media_type=WITH_MODEL, headers=size)
+        self._model = model
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - Starlette's
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        await send({"type": "http.response.body", "body": self._model})
 
 
 @router.post("")
@@ -57,7 +73,7 @@ async def poll(body: PollRequest, request: Request, coordinator: CoordinatorDep,
     model = await coordinator.model_along(answer, body)
     if model is None:
         return Response(text, media_type="application/json")
-    return Response(b"%b\n%b" % (text.encode(), model), media_type=WITH_MODEL)
+    return _WithModel(text, model)
 
 
 @router.post("/{worker}/heartbeat")
