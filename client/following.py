@@ -101,10 +101,9 @@ class Follower:
 
     def tell_troubles(self) -> None:
         """Print the troubles that were not printed."""
-        for entry in self._api.logs(self._job) if self._owed else ():
-            if entry.id > self.seen:
-                self.seen = entry.id
-                self._print("trouble", entry)
+        for entry in self._api.logs(self._job, after=self.seen) if self._owed else ():
+            self.seen = entry.id
+            self._print("trouble", entry)
         self._owed = False
 
     def _print(self, kind: str, one: LogEntry | Line) -> None:

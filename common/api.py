@@ -366,9 +366,10 @@ class CoordinatorApi:
         """Go on with a paused job where it stood."""
         return self._ask(JobView, "POST", f"/v1/jobs/{_part(job)}/resume")
 
-    def logs(self, job: str) -> list[LogEntry]:
-        """Every trouble of a job, with its traceback."""
-        return _understood(self._send("GET", f"/v1/jobs/{_part(job)}/logs"), _LOG.validate_json)
+    def logs(self, job: str, after: int = 0) -> list[LogEntry]:
+        """Every trouble of a job after the entry of this id, with its traceback."""
+        wanted = {"after": after} if after else {}
+        return _understood(self._send("GET", f"/v1/jobs/{_part(job)}/logs", params=wanted), _LOG.validate_json)
 
     def output(self, job: str) -> list[Output]:
         """What the task wrote last, on each worker that is at work for a job."""

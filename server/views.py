@@ -249,9 +249,9 @@ def outputs(coordinator: Coordinator, job: Job) -> list[Output]:
     return sorted(said, key=lambda one: one.worker)
 
 
-def log_entries(coordinator: Coordinator, job: Job) -> Iterator[LogEntry]:
-    """Every trouble of a job, oldest first."""
-    for stored in coordinator.journal.facts(job=job.id, types=("handed_back",)):
+def log_entries(coordinator: Coordinator, job: Job, after: int = 0) -> Iterator[LogEntry]:
+    """Every trouble of a job after the fact of this id, oldest first."""
+    for stored in coordinator.journal.facts(after=after, job=job.id, types=("handed_back",)):
         fact = stored.fact
         if isinstance(fact, HandedBack):
             task = Task(fact.kind, fact.round, fact.shard)

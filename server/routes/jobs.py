@@ -63,9 +63,11 @@ def _command(coordinator: CoordinatorDep, job: str, decide: Callable[[Job, str],
 
 
 @router.get("/{job}/logs")
-async def get_logs(job: str, coordinator: CoordinatorDep, _: ReaderDep) -> list[LogEntry]:
-    """Every trouble of a job, with its traceback."""
-    return list(views.log_entries(coordinator, coordinator.job(job)))
+async def get_logs(
+    job: str, coordinator: CoordinatorDep, _: ReaderDep, after: Annotated[int, Query(ge=0, lt=2**63)] = 0
+) -> list[LogEntry]:
+    """Every trouble of a job after fact `after`, with its traceback."""
+    return list(views.log_entries(coordinator, coordinator.job(job), after))
 
 
 @router.get("/{job}/output")

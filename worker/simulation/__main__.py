@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -13,6 +12,7 @@ import typer
 
 from common.errors import LydianError
 from worker.__main__ import data_folders
+from worker.logs import to_stderr
 from worker.options import Options
 from worker.simulation.process import Simulator
 
@@ -40,7 +40,7 @@ def simulate(
     trusted: Annotated[list[str] | None, typer.Option(help="SHA-256 of a task file that may run.")] = None,
 ) -> None:
     """Work as many virtual workers, until SIGTERM or Ctrl-C."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    to_stderr(logging.INFO)
     for chatty in ("httpx2", "httpcore2", "httpcore"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for number in (signal.SIGTERM, signal.SIGINT):
