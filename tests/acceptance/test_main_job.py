@@ -254,7 +254,8 @@ def test_a_task_that_breaks_fails_its_job_with_the_traceback_and_leaves_the_flee
     assert re.search("given up after [2-4] failures", view.reason), "of both workers"
     entries = fleet.api.logs(job)
     assert {e.code for e in entries} == {code}
-    assert fleet.api.logs(job, after=entries[0].id) == entries[1:]
+    later = fleet.api.logs(job, after=entries[0].id)  # another may have come meanwhile
+    assert later[: len(entries) - 1] == entries[1:]
     assert any(says in e.sentence + e.detail for e in entries)
     assert any("I was here" in e.detail or "Traceback" in e.detail for e in entries)
     fleet.finish(fleet.submit(rounds=1, **SMALL))
