@@ -15,7 +15,7 @@ from tests.acceptance.played import Arrays, Played
 
 pytestmark = pytest.mark.acceptance
 
-ROUNDS = 4
+ROUNDS = 8  # three with the hostile worker, which is quick and so gets most of the samples, and some without it
 
 
 def hundredfold(file: Path, turn: int) -> Arrays:
