@@ -31,7 +31,7 @@ from common.output import Output
 from common.weights import Array, Layout, TensorInfo, read_block, read_exactly, read_layout, shown, typed
 from server.amplification import amplification
 from server.averaging import Float64Block, Rule, cast, majority, maximum, pooled_variance, rule_of, weighted_mean
-from server.inspection import BLOCK_ELEMENTS, model_layout
+from server.inspection import model_layout
 from server.optimizers import OuterStep
 from server.privacy import Noisy
 from server.robust import check_layout, norm_of, not_finite_at, squared_distance
@@ -41,6 +41,7 @@ from server.surveying import SPAN, Survey
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = max(1, min(4, CORES))
+BLOCK_ELEMENTS = 1 << 17  # whole blocks of every codec; with half of it, threads wait for each other a third longer
 OPEN_FILES = 256  # kept open during an average; a quarter of what Linux allows a process unless told otherwise
 _WIDEST = 8  # bytes of the widest dtype
 
