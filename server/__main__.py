@@ -284,7 +284,6 @@ def _run(settings: Settings, host: str | None, port: int) -> None:
 
 def _collect_seldom() -> None:
     """Look for rings of garbage seldom, and never in what is there from the start: that was a tenth of each call."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(*GARBAGE)
 

@@ -1,7 +1,8 @@
 """Updates on their way in: the bytes of each attempt, from the first range to the look that is taken at them.
 
 Survives the coordinator: what was written is noted beside it (server.blobs), at least once a MiB and at the end of each
-stream, however that ended. Knows nothing of jobs: who may upload what, and how much, is decided before.
+stream, however that ended, but for what is looked at as soon as it is here. Knows nothing of jobs: who may upload what,
+and how much, is decided before.
 """
 
 import asyncio

@@ -14,9 +14,9 @@ everybody with 503 once one caller has taken them: so it is not used.
 A target that names a host (`GET http://name/path`, as to a proxy) counts as one more Host header, which server.gate
 refuses: RFC 9112 has such a name go before the header, and uvicorn drops it.
 
-Bytes come by one buffer that all connections share, of which each gets less the more has come since the application had
-its turn: uvloop reads 250 kB of each connection before the first of them is looked at, which of a thousand uploads is a
-quarter of a gigabyte.
+Bytes come by one buffer that all connections share, of which each gets less the more of all bodies waits for the
+application: uvloop reads 250 kB of each connection before the first of them is looked at, which of a thousand uploads
+is a quarter of a gigabyte.
 With TLS the bytes are those that were encrypted, and the handshake has a limit of its own (server.__main__).
 A piece of a body is passed on as the parser cut it, where uvicorn copies it twice more.
 """
@@ -37,7 +37,7 @@ Base: type[asyncio.Protocol] = AutoHTTPProtocol
 
 MOST, LEAST = 1 << 18, 1 << 15  # bytes that are read of a connection at once
 _BYTES_ACKED, _TCP_INFO_BYTES = 120, 128
-WAITING = 16 << 20  # bytes that are read before the application has its turn; beyond them LEAST of a connection
+WAITING = 16 << 20  # bytes of bodies that wait for the application; beyond them LEAST is read of a connection
 
 
 def impatient(
@@ -52,11 +52,21 @@ def impatient(
     """
 
     open_of = Counter[str]()  # connections by what their address is counted as
-    came = 0  # bytes, of all connections, since the application had its turn
+    unread = set["Impatient"]()  # connections with a piece of a body that the application may not have taken
+    waiting: int | None = None  # bytes of those, and of what came since; None: the application had its turn, look again
 
-    def begin_turn() -> None:
-        nonlocal came
-        came = 0
+    def look_again() -> None:
+        nonlocal waiting
+        waiting = None
+
+    def room() -> int:
+        """Bytes that may come before too many wait. Looked at once a turn: what was read wakes the application."""
+        nonlocal waiting
+        if waiting is None:
+            unread.intersection_update([each for each in unread if each.cycle.body])
+            waiting = sum(len(each.cycle.body) for each in unread)
+            asyncio.get_running_loop().call_soon(look_again)
+        return WAITING - waiting
 
     class Impatient(Base):  # type: ignore[misc,valid-type] # which of two classes it is depends on what is installed
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -68,6 +78,8 @@ def impatient(
         def data_received(self, data: bytes | memoryview) -> None:
             super().data_received(data)
             self._await_head()
+            if self.cycle is not None and self.cycle.body:
+                unread.add(self)
 
         def on_headers_complete(self) -> None:
             """Called by the parser of httptools; to the other one such a target is a path that is not there."""
@@ -99,6 +111,7 @@ def impatient(
         def connection_lost(self, exc: Exception | None) -> None:
             self._for_head.stop()
             self._for_reader.stop()
+            unread.discard(self)
             super().connection_lost(exc)
 
         def _await_head(self) -> None:
@@ -166,13 +179,11 @@ def impatient(
             return None  # close
 
         def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
-            return buffer[: min(max(WAITING - came, LEAST), MOST)]
+            return buffer[: min(max(room(), LEAST), MOST)]
 
         def buffer_updated(self, nbytes: int) -> None:
-            nonlocal came
-            if not came:  # what was read wakes the application before the loop reads again
-                asyncio.get_running_loop().call_soon(begin_turn)
-            came += nbytes
+            nonlocal waiting
+            waiting = (waiting or 0) + nbytes
             self._inner.data_received(buffer[:nbytes])
 
     buffer = memoryview(bytearray(MOST))

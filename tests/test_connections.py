@@ -1,14 +1,16 @@
 """Connections at once from one address, and what only the server sees of a request: real sockets, no coordinator."""
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import uvicorn
 
-from server.wire import impatient
+from server.wire import LEAST, WAITING, impatient
 from tests.acceptance.kit import wait_for
 
 MOST = 2
@@ -22,10 +24,10 @@ async def hosts(scope: Any, receive: Any, send: Any) -> None:
 
 
 class Served:
-    def __init__(self) -> None:
+    def __init__(self, app: Any = hosts, most: int = MOST) -> None:
         self.refused = list[str]()
         config = uvicorn.Config(
-            hosts, http=impatient(60.0, MOST, self.refused.append), ws="none", lifespan="off", log_config=None
+            app, http=impatient(60.0, most, self.refused.append), ws="none", lifespan="off", log_config=None
         )
         self.server = uvicorn.Server(config)
         self.listening = socket.create_server(("127.0.0.1", 0))
@@ -102,3 +104,24 @@ def test_whoever_asks_for_a_web_socket_is_answered_as_if_it_had_not(served: Serv
     more = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAA\r\n"
     with served.connect() as line:
         assert served.ask(line, more=more).startswith(b"HTTP/1.1 200 ")
+
+
+def test_bodies_that_wait_for_the_application_are_bounded_whenever_they_came() -> None:
+    pieces, began, gate = list[int](), list[asyncio.AbstractEventLoop](), asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        began.append(asyncio.get_running_loop())
+        await gate.wait()  # as for somebody who tells whose the call is
+        pieces.append(len((await receive())["body"]))
+
+    lines, size = 200, 1 << 18
+    with Served(slow, most=lines) as served, ExitStack() as stack:
+        for number in range(1, lines + 1):  # one after the other: the loop has its turns in between
+            line = stack.enter_context(served.connect())
+            line.setblocking(False)
+            line.send(b"PUT / HTTP/1.1\r\nHost: a.example\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+            wait_for("the application to be called", lambda wanted=number: len(began) == wanted)
+        began[0].call_soon_threadsafe(gate.set)
+        wait_for("every piece to be taken", lambda: len(pieces) == lines)
+    assert max(pieces) > 2 * LEAST, "the first get more, or this would show nothing"
+    assert sum(pieces) <= WAITING + lines * LEAST
