@@ -20,6 +20,7 @@ from client.chaos.proxy import Fault, Proxy
 from common.api import CoordinatorApi
 from common.errors import BadUpdateError, TooSlowError, UnavailableError
 from common.messages import Assignment, ModelFacts, Submission
+from common.ranges import parse_ranges
 from common.transfers import Upload
 from common.weights import Notes, file_digest, save
 from tests.acceptance.kit import PATIENCE_S, LocalFleet, size, wait_for
@@ -258,7 +259,9 @@ def test_a_coordinator_killed_in_mid_upload_asks_for_the_rest_alone(tmp_path: Pa
         path = f"/v1/updates/{line.work.id}?attempt=1"
         upload = Upload(line.api._client, line.api.url, path, line.file, (), None)
         net.up.fault = Fault("stall", after=MODEL_BYTES // 2)
-        killer = threading.Thread(target=kill_when, args=(fleet, lambda: net.up.fault is None))
+        # What the kernel has not passed on yet dies with the coordinator, so it is killed once it holds the half.
+        half = MODEL_BYTES // 2 - BLOCK // 4  # and a little less: the request's head is of what the proxy counted
+        killer = threading.Thread(target=kill_when, args=(fleet, lambda: held(line, path) >= half))
         killer.start()
         with pytest.raises(UnavailableError):
             upload.carry((0, line.bytes))  # in one request: of several streams none may come so far
@@ -271,6 +274,12 @@ def test_a_coordinator_killed_in_mid_upload_asks_for_the_rest_alone(tmp_path: Pa
         print(f"\n{sent} of {line.bytes} bytes were sent after the restart")
         assert sent <= line.bytes - MODEL_BYTES // 2 + 2 * BLOCK
         fleet.finish(line.job)
+
+
+def held(line: Line, path: str) -> int:
+    """Bytes of the upload that the coordinator says it has; asked past the proxy."""
+    answer = line.worker.api._client.head(path)
+    return sum(stop - start for start, stop in parse_ranges(answer.headers["Lydian-Ranges"]))
 
 
 def kill_when(fleet: LocalFleet, so: Callable[[], bool]) -> None:
