@@ -34,9 +34,19 @@ TINY_CASES = ((1, 1),)
 class Peaks:
     """Peak resident bytes: of the coordinator, of the largest agent, of the largest child that trains."""
 
-    coordinator: int = 0
-    agent: int = 0
-    child: int = 0
+    coordinator: int
+    agent: int
+    child: int
+
+    @classmethod
+    def of(cls, fleet: Fleet) -> Self:
+        """As of now."""
+        pids = [agent.process.pid for agent in fleet.agents]
+        return cls(
+            peak_bytes(fleet.server.process.pid),
+            max(map(peak_bytes, pids), default=0),
+            max(map(peak_below, pids), default=0),
+        )
 
 
 @dataclass(frozen=True)
@@ -93,21 +103,18 @@ def case(size_mb: int, workers: int, rounds: int, wish: Wish, limits: Limits) ->
     """One row: a fleet of its own, one job, the time from one closed round to the next."""
     with running() as fleet:
         fleet.start_workers(workers)
-        closed, peaks, used = list[dict[str, Any]](), Peaks(), list[Processor]()
+        closed, used, peaks = list[dict[str, Any]](), list[Processor](), list[Peaks]()
         spec = job(size_mb, workers, rounds, wish.overrides, wish.seed)
+        looks = 1, max(rounds, 2)  # after so many rounds: to look at all processes costs more than a small round
         for event in fleet.events(fleet.submit(spec, TASK.read_text())):
             if event["type"] == "round":
                 closed.append(event)
-                used.append(Processor.of(fleet))
-                pids = [agent.process.pid for agent in fleet.agents]
-                peaks = Peaks(
-                    peak_bytes(fleet.server.process.pid),
-                    max(peak_bytes(pid) for pid in pids),
-                    max(peaks.child, *(peak_below(pid) for pid in pids)),
-                )
+                if len(closed) in looks:
+                    used.append(Processor.of(fleet))
+                    peaks.append(Peaks.of(fleet))
     took = [event["seconds"] for event in closed[1:]]
     median = statistics.median(took)
-    first, last, count = used[0], used[-1], len(used) - 1
+    first, last, count = *used, looks[1] - looks[0]
     floor = 2 * size_mb * MEGABYTE * workers / limits.loopback
     return {
         "megabytes": size_mb,
@@ -122,9 +129,9 @@ def case(size_mb: int, workers: int, rounds: int, wish: Wish, limits: Limits) ->
         "coordinator_cpu_s": (last.coordinator - first.coordinator) / count,
         "agents_cpu_s": (last.agents - first.agents) / count,
         "children_cpu_s": (last.children - first.children) / count,
-        "coordinator_bytes": peaks.coordinator,
-        "agent_bytes": peaks.agent,
-        "child_bytes": peaks.child,
+        "coordinator_bytes": max(peak.coordinator for peak in peaks),
+        "agent_bytes": max(peak.agent for peak in peaks),
+        "child_bytes": max(peak.child for peak in peaks),
     }
 
 
