@@ -5,16 +5,16 @@
                                   what the outer step and the codec remember until the next round
 
 Threads compute the blocks; the thread that called hashes and writes them, in order, while the disk takes what came
-before. Everything is read block by block into buffers that are used again: memory is a few blocks, whatever the size
-of the model and the number of updates. Nothing is mapped, since mapped pages count as ours. The bytes that come out
-depend on the base, the updates and their order alone: not on the size of a block, the number of threads, nor on how a
-file lays its tensors out.
+before. Small updates are not worth threads: it computes their blocks too. Everything is read block by block into
+buffers that are used again: memory is a few blocks, whatever the size of the model and the number of updates. Nothing
+is mapped, since mapped pages count as ours. The bytes that come out depend on the base, the updates and their order
+alone: not on the size of a block, the number of threads, nor on how a file lays its tensors out.
 """
 
 import os
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -42,8 +42,12 @@ from server.surveying import SPAN, Survey
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = max(1, min(4, CORES))
 BLOCK_ELEMENTS = 1 << 17  # whole blocks of every codec; with half of it, threads wait for each other a third longer
+SMALL = 16 << 20  # bytes of updates that are averaged before threads are there to help
+SMALL_BLOCK_ELEMENTS = 1 << 15  # of those; larger buffers cost more to get from the system than calls to fill them
 OPEN_FILES = 256  # kept open during an average; a quarter of what Linux allows a process unless told otherwise
 _WIDEST = 8  # bytes of the widest dtype
+
+_Place = tuple[int, int, int]  # of a block: the tensor's number, the first element, elements
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: what was asked for
@@ -119,8 +123,8 @@ def average(
     since: Sequence[Since] | None = None,
     memory: Memory = Memory(),
     stopped: Callable[[], bool] = lambda: False,
-    block_elements: int = BLOCK_ELEMENTS,
-    threads: int = THREADS,
+    block_elements: int | None = None,
+    threads: int | None = None,
 ) -> Averaged:
     """Fold the updates of a round into the next model.
 
@@ -137,8 +141,8 @@ def average(
         memory: what the round before has left.
         stopped: asked before each block whether to give up.
         block_elements: elements of each file in memory at once, in each thread, whole blocks of every codec; it changes
-            no byte of the result.
-        threads: that compute; nor does their number.
+            no byte of the result. None: as suits the updates.
+        threads: that compute; nor does their number. None: as many as the updates are worth.
 
     Raises:
         ValueError: no update (of a private round that is one more: only noise), one with less than one sample, too few
@@ -178,12 +182,16 @@ def average(
         inputs = _Inputs(
             layout, base, updates, factors, weighed, starts, rules, before, states, len(late), bases, changes
         )
-        folds = [_Fold(inputs, block_elements, OPEN_FILES // (threads + 1), stack) for _ in range(threads + 1)]
+        small = layout.size * len(updates) <= SMALL
+        block_elements = block_elements or (SMALL_BLOCK_ELEMENTS if small else BLOCK_ELEMENTS)
+        threads = threads or (1 if small else THREADS)
+        number = threads + 1 if threads > 1 else 1
+        folds = [_Fold(inputs, block_elements, OPEN_FILES // number, stack) for _ in range(number)]
         if rules.robust is not None:
             plan = _plan(rules.robust, folds, inputs, threads, stopped)
             for fold in folds:
                 fold.plan = plan
-        for block in _in_order(folds, threads, layout, block_elements, stopped):
+        for block in _in_order(folds, _places(layout, block_elements, stopped)):
             outputs.write(block)
             if block.squares is not None:
                 moved.append(block.squares[0])
@@ -477,28 +485,35 @@ def _narrowed(states: Sequence[Float64Block], tensor: TensorInfo, first: int) ->
     return kept
 
 
-def _in_order(
-    folds: Sequence[_Fold], threads: int, layout: Layout, block_elements: int, stopped: Callable[[], bool]
-) -> Iterator[_Block]:
-    """The blocks of the next model; each is good until the next is asked for."""
+def _in_order(folds: Sequence[_Fold], places: Iterable[_Place]) -> Iterator[_Block]:
+    """The blocks of the next model; each is good until the next is asked for. One fold less computes than there are."""
+    if len(folds) == 1:
+        yield from (folds[0].block(*place) for place in places)
+        return
     free, busy = deque(folds), deque[tuple[_Fold, Future[_Block]]]()
-    with ThreadPoolExecutor(threads, thread_name_prefix="fold") as pool:
+    with ThreadPoolExecutor(len(folds) - 1, thread_name_prefix="fold") as pool:
         try:
-            for index, tensor in enumerate(layout.tensors):
-                for first in range(0, tensor.elements, block_elements):
-                    if stopped():
-                        raise Stopped(f"averaging was broken off at {tensor.name}, element {first}")
-                    if not free:
-                        fold, oldest = busy.popleft()
-                        yield oldest.result()
-                        free.append(fold)
-                    fold, count = free.popleft(), min(block_elements, tensor.elements - first)
-                    busy.append((fold, pool.submit(fold.block, index, first, count)))
+            for place in places:
+                if not free:
+                    fold, oldest = busy.popleft()
+                    yield oldest.result()
+                    free.append(fold)
+                fold = free.popleft()
+                busy.append((fold, pool.submit(fold.block, *place)))
             for _, left in busy:
                 yield left.result()
         finally:
             for _, left in busy:
                 left.cancel()
+
+
+def _places(layout: Layout, block_elements: int, stopped: Callable[[], bool]) -> Iterator[_Place]:
+    """Of each block in the order of the model: the tensor's number, the first element, and how many they are."""
+    for index, tensor in enumerate(layout.tensors):
+        for first in range(0, tensor.elements, block_elements):
+            if stopped():
+                raise Stopped(f"averaging was broken off at {tensor.name}, element {first}")
+            yield index, first, min(block_elements, tensor.elements - first)
 
 
 # ---------------------------------------------------------------- files, in order

@@ -262,9 +262,9 @@ def whole(updates: list[Model], samples: list[int]) -> Model:
 ROUNDS = st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 2**40)), min_size=1, max_size=5)  # (seed, samples)
 
 
-@given(ROUNDS, st.integers(1, 30), st.randoms(use_true_random=False))
+@given(ROUNDS, st.integers(1, 30), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_the_next_model_is_the_whole_array_average_byte_for_byte(
-    workers: list[tuple[int, int]], block: int, chance: random.Random
+    workers: list[tuple[int, int]], block: int, threads: int, chance: random.Random
 ) -> None:
     models, samples = [model(seed) for seed, _ in workers], [count for _, count in workers]
     with folder() as here:
@@ -274,18 +274,20 @@ def test_the_next_model_is_the_whole_array_average_byte_for_byte(
             order = list(arrays)
             chance.shuffle(order)
             updates.append((write_in_another_order(here / f"{position}", arrays, order), count))
-        digest = average(base, updates, here / "next", step=FEDAVG, block_elements=block)
+        digest = average(base, updates, here / "next", step=FEDAVG, block_elements=block, threads=threads)
         expected = write(here / "expected", whole(models, samples))
         assert (here / "next").read_bytes() == expected.read_bytes()
         assert digest == file_digest(expected)
 
 
-@given(ROUNDS, st.integers(1, 30))
-def test_the_size_of_a_block_never_changes_a_byte(workers: list[tuple[int, int]], block: int) -> None:
+@given(ROUNDS, st.integers(1, 30), st.integers(1, 3))
+def test_neither_the_size_of_a_block_nor_threads_ever_change_a_byte(
+    workers: list[tuple[int, int]], block: int, threads: int
+) -> None:
     with folder() as here:
         base = write(here / "base", model(0))
         updates = [(write(here / f"{at}", model(seed)), count) for at, (seed, count) in enumerate(workers)]
-        average(base, updates, here / "small", step=FEDAVG, block_elements=block)
+        average(base, updates, here / "small", step=FEDAVG, block_elements=block, threads=threads)
         average(base, updates, here / "usual", step=FEDAVG)
         assert (here / "small").read_bytes() == (here / "usual").read_bytes()
 
