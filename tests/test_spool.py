@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from common.errors import LydianError
 from common.messages import Assignment, JobSpec, ModelRef, Range, Submission, TaskRef
 from tests.privileges import needs_mounts
-from worker.spool import MODELS_KEPT, Attempt, Kept, Sizes, Spool, Trained, Untrained
+from worker.spool import ASKED, MODELS_KEPT, RESULT, TRAINED, Attempt, Kept, Sizes, Spool, Trained, Untrained
 
 URL = "http://127.0.0.1:8470"
 UPDATE = b"an update " * 100
@@ -230,6 +230,23 @@ def test_what_was_waited_for_was_synced_and_a_broken_disk_is_told(
     durability.begin()
     with pytest.raises(OSError, match="Input/output error"):
         durability.wait()
+
+
+def test_what_is_handed_in_is_put_onto_the_disk_and_what_was_asked_for_only_with_everything(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = train(spool, assignment())
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    durability = spool.durability(held)
+    folder = held.place.folder
+    needed = {path.stat().st_ino for path in (held.place.update, folder / TRAINED, folder, folder.parent)}
+    durability.begin(RESULT)
+    durability.wait()
+    assert synced == needed
+    durability.begin()
+    durability.wait()
+    assert synced == needed | {(folder / ASKED).stat().st_ino}
 
 
 # ---------------------------------------------------------------- whatever is in the folder

@@ -69,6 +69,9 @@ OPTIMIZER, PERSONAL, PENDING, SECRET = "optimizer", "personal", "pending", "secr
 STATES = {OPTIMIZER: "optimizers", PERSONAL: "personal"}
 """File of an attempt that its shard's next round goes on from -> folder where it is kept once the update counts."""
 
+RESULT = (UPDATE, PENDING, *STATES, SECRET, TRAINED, ACCEPTED)
+"""Files of an attempt that outlive its training. What was asked for is none: each file costs the disk one wait more."""
+
 M = TypeVar("M", bound=Message)
 
 
@@ -235,9 +238,9 @@ class Durability:
         self._disk, self._place = disk, place
         self._writes: list[Future[None]] = []
 
-    def begin(self) -> None:
-        """Start to put what is there now onto the disk. Returns at once; again is cheap. Any thread may call it."""
-        self._writes.append(self._disk.submit(_put_onto_disk, self._place.folder))
+    def begin(self, names: tuple[str, ...] = (*RESULT, ASKED)) -> None:
+        """Start to put what is there of these files onto the disk. Returns at once. Any thread may call it."""
+        self._writes.append(self._disk.submit(_put_onto_disk, self._place.folder, names))
 
     def wait(self) -> None:
         """Wait until all that was there at the last `begin` would survive a power cut.
@@ -763,13 +766,13 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _put_onto_disk(folder: Path) -> None:
-    """Have the files of an attempt survive a power cut, and its name too.
+def _put_onto_disk(folder: Path, names: tuple[str, ...] = (*RESULT, ASKED)) -> None:
+    """Have files of an attempt survive a power cut, and its name too.
 
     Raises:
         OSError: the disk did not take them.
     """
-    for name in (UPDATE, PENDING, *STATES, SECRET, ASKED, TRAINED, ACCEPTED):
+    for name in names:
         with contextlib.suppress(FileNotFoundError):
             _sync(folder / name)
     with contextlib.suppress(FileNotFoundError):  # dropped meanwhile

@@ -30,7 +30,7 @@ from worker.heart import Heart, Watch
 from worker.options import Options
 from worker.sealing import Sealing, mask
 from worker.secret import noise_seed
-from worker.spool import Durability, Place, Sizes, Spool, Trained, Untrained
+from worker.spool import RESULT, Durability, Place, Sizes, Spool, Trained, Untrained
 
 log = logging.getLogger("lydian.worker")
 
@@ -258,7 +258,7 @@ class Trainer:
         digest = None
         if assignment.kind == "train":
             if not encodes(assignment):
-                durability.begin()  # beside the hashing
+                durability.begin(RESULT)  # beside the hashing
             digest = (
                 self._digest(begun, base) if sealing is None else mask(begun, base, done["samples"], sealing.result())
             )
@@ -278,7 +278,7 @@ class Trainer:
         )
         trained = self._spool.finish(begun, submission)
         if assignment.kind == "train":
-            durability.begin()  # beside the upload
+            durability.begin(RESULT)  # beside the upload
             self._learn(begun, child, done)
         return trained
 
