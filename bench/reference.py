@@ -9,9 +9,12 @@ the paper has them; so a job that ends with other bits than this loop has a faul
 
 import argparse
 import importlib.util
+import multiprocessing
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +25,13 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from common.messages import JobSpec
-from common.sharding import derived_seed, order_of
+from common.sharding import Partition, derived_seed, order_of
 from common.tasks import BUILTIN
 from common.weights import load
 from worker.plan import init_seed
 from worker.task_host import pass_order, seed_everything
+
+START_S = 600.0  # that processes wait for each other: for the slowest one's round
 
 State = dict[str, np.ndarray[Any, Any]]
 
@@ -41,11 +46,66 @@ class Round:
     state: State
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A job with its data in memory."""
+
+    spec: JobSpec
+    model: torch.nn.Module
+    train: tuple[torch.Tensor, ...]
+    test: tuple[torch.Tensor, ...]
+    cut: Partition
+
+    def shard(self, state: State, number: int, shard: int) -> tuple[State, int]:
+        """Train one shard from a state in round `number`: what it came to, and its samples."""
+        samples = torch.from_numpy(self.cut.order[self.cut.bounds[shard] : self.cut.bounds[shard + 1]].copy())
+        _restore(self.model, state)
+        _train(self.model, self.train, samples, self.spec, derived_seed(self.spec.seed, "train", number, shard))
+        return _state(self.model), len(samples)
+
+
 def fedavg(spec: JobSpec) -> Iterator[Round]:
     """Train a built-in task of float32 tensors by plain FedAvg; one CPU thread.
 
     Source: McMahan et al. 2017, arXiv 1602.05629, algorithm 1.
     """
+    ready = _prepared(spec)
+    state = _state(ready.model)
+    for number in range(1, spec.rounds + 1):
+        began = time.perf_counter()
+        state = _mean([ready.shard(state, number, shard) for shard in range(int(spec.data.shards))])
+        _restore(ready.model, state)
+        yield Round(number, time.perf_counter() - began, _accuracy(ready.model, ready.test), state)
+
+
+def together(spec: JobSpec, processes: int) -> list[float]:
+    """Seconds of each round of the same training where the shards are dealt to processes, a core each.
+
+    What the machine can do at best: nothing is sent and nothing averaged, and a round is over with its last process.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
+        start = manager.Barrier(processes)
+        parts = [
+            pool.submit(_part, spec, range(at, int(spec.data.shards), processes), start) for at in range(processes)
+        ]
+        return [max(seconds) for seconds in zip(*(part.result() for part in parts), strict=True)]
+
+
+def _part(spec: JobSpec, shards: range, start: threading.Barrier) -> list[float]:
+    """Train some shards in each round, beside the other processes. Returns the seconds of each round."""
+    ready, took = _prepared(spec), list[float]()
+    state = _state(ready.model)
+    for number in range(1, spec.rounds + 1):
+        start.wait(START_S)
+        began = time.perf_counter()
+        for shard in shards:
+            ready.shard(state, number, shard)
+        took.append(time.perf_counter() - began)
+    return took
+
+
+def _prepared(spec: JobSpec) -> _Ready:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     task = BUILTIN[spec.task]
@@ -64,17 +124,7 @@ def fedavg(spec: JobSpec) -> Iterator[Round]:
         labels_per_shard=spec.data.labels_per_shard,
         labels=labels,
     )
-    state = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
-    for number in range(1, spec.rounds + 1):
-        began, results = time.perf_counter(), []
-        for shard in range(int(spec.data.shards)):
-            samples = torch.from_numpy(cut.order[cut.bounds[shard] : cut.bounds[shard + 1]].copy())
-            _restore(model, state)
-            _train(model, train, samples, spec, derived_seed(spec.seed, "train", number, shard))
-            results.append(({name: t.numpy().copy() for name, t in model.state_dict().items()}, len(samples)))
-        state = _mean(results)
-        _restore(model, state)
-        yield Round(number, time.perf_counter() - began, _accuracy(model, test), state)
+    return _Ready(spec, model, train, test, cut)
 
 
 def _load(file: Path) -> ModuleType:
@@ -84,6 +134,10 @@ def _load(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _state(model: torch.nn.Module) -> State:
+    return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
 
 
 def _restore(model: torch.nn.Module, state: State) -> None:
