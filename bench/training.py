@@ -155,10 +155,10 @@ SCENARIO = Scenario(
         "epoch, batch 64, SGD at 0.05, one thread a worker; medians, the first round left out. *Plain loop*: "
         "`bench/reference.py`, one process that trains all shards in turn. *At best*: the same training with the "
         "shards dealt to as many processes as there are cores (workers, if those are fewer), which send nothing and "
-        "average nothing, before and after the rest. *First step*: from `submit` to the first training step of the first and of "
-        "the last worker; the workers have run such a job. *At once*: the job came the moment that the one before was "
-        "over; its task is no built-in one, so its child is new and imports torch. *Warm*: it came some seconds later, "
-        "when the new child has."
+        "average nothing, before and after the rest. *First step*: from `submit` to the first training step of the "
+        "first and of the last worker; the workers have run such a job. *At once*: the job came the moment that the "
+        "one before was over; its task is no built-in one, so its child is new and imports torch. *Warm*: it came some "
+        "seconds later, when the new child has."
     ),
     measure=measure,
     takes_overrides=True,
