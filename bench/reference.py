@@ -11,11 +11,11 @@ import argparse
 import importlib.util
 import multiprocessing
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,21 +83,26 @@ def together(spec: JobSpec, processes: int) -> list[float]:
 
     What the machine can do at best: nothing is sent and nothing averaged, and a round is over with its last process.
     """
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(processes, context) as pool:
-        start = manager.Barrier(processes)
-        parts = [
-            pool.submit(_part, spec, range(at, int(spec.data.shards), processes), start) for at in range(processes)
-        ]
+    context, shards = multiprocessing.get_context("spawn"), range(int(spec.data.shards))
+    start = context.Barrier(processes)
+    with ProcessPoolExecutor(processes, context, initializer=_meet_at, initargs=(start,)) as pool:
+        parts = [pool.submit(_part, spec, shards[at::processes]) for at in range(processes)]
         return [max(seconds) for seconds in zip(*(part.result() for part in parts), strict=True)]
 
 
-def _part(spec: JobSpec, shards: range, start: threading.Barrier) -> list[float]:
+_starts = list[Barrier]()  # where the processes that train together wait for each other: one, in each of them
+
+
+def _meet_at(start: Barrier) -> None:
+    _starts.append(start)
+
+
+def _part(spec: JobSpec, shards: range) -> list[float]:
     """Train some shards in each round, beside the other processes. Returns the seconds of each round."""
     ready, took = _prepared(spec), list[float]()
     state = _state(ready.model)
     for number in range(1, spec.rounds + 1):
-        start.wait(START_S)
+        _starts[0].wait(START_S)
         began = time.perf_counter()
         for shard in shards:
             ready.shard(state, number, shard)
