@@ -105,7 +105,8 @@ def case(size_mb: int, workers: int, rounds: int, wish: Wish, limits: Limits) ->
         fleet.start_workers(workers)
         closed, used, peaks = list[dict[str, Any]](), list[Processor](), list[Peaks]()
         spec = job(size_mb, workers, rounds, wish.overrides, wish.seed)
-        looks = 1, max(rounds, 2)  # after so many rounds: to look at all processes costs more than a small round
+        # After so many rounds, and not after each: to look at all processes costs more than a small round.
+        looks = 1, max(int(spec["rounds"]) - 1, 2)
         for event in fleet.events(fleet.submit(spec, TASK.read_text())):
             if event["type"] == "round":
                 closed.append(event)

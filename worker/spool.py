@@ -71,6 +71,7 @@ STATES = {OPTIMIZER: "optimizers", PERSONAL: "personal"}
 
 RESULT = (UPDATE, PENDING, *STATES, SECRET, TRAINED, ACCEPTED)
 """Files of an attempt that outlive its training. What was asked for is none: each file costs the disk one wait more."""
+FILES = (*RESULT, ASKED)
 
 M = TypeVar("M", bound=Message)
 
@@ -238,7 +239,7 @@ class Durability:
         self._disk, self._place = disk, place
         self._writes: list[Future[None]] = []
 
-    def begin(self, names: tuple[str, ...] = (*RESULT, ASKED)) -> None:
+    def begin(self, names: tuple[str, ...] = FILES) -> None:
         """Start to put what is there of these files onto the disk. Returns at once. Any thread may call it."""
         self._writes.append(self._disk.submit(_put_onto_disk, self._place.folder, names))
 
@@ -766,7 +767,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _put_onto_disk(folder: Path, names: tuple[str, ...] = (*RESULT, ASKED)) -> None:
+def _put_onto_disk(folder: Path, names: tuple[str, ...] = FILES) -> None:
     """Have files of an attempt survive a power cut, and its name too.
 
     Raises:
