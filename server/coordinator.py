@@ -403,7 +403,7 @@ class Coordinator:
             self._forget(job_id)
             return
         if any(one.workers for one in job.evaluations.values()):
-            step = rounds.give_up_absent(job, self.fleet.there(now), self.fleet.held(job_id).keys(), now)
+            step = rounds.give_up_absent(job, self.fleet.there(now), self.fleet.tasks_held(job_id), now)
             if step.facts:
                 self._apply(job_id, step)
                 return
@@ -957,11 +957,7 @@ class Coordinator:
         except LydianError:
             return False
         job = self.jobs.get(job_id)
-        updates = (*rounds.accepted_of(job), *rounds.waiting_late(job)) if job is not None else ()
-        return any(
-            (u.round, u.shard, u.attempt, u.digest) == (task.round, task.shard, held.attempt, held.digest)
-            for u in updates
-        )
+        return job is not None and rounds.stands_on(job, task, held.attempt, held.digest)
 
     def _lost_with(self, worker: Worker, holding: tuple[Holding, ...]) -> tuple[Holding, ...]:
         """The updates of this worker that are lost here and not there; those lost there too are trained again."""

@@ -129,7 +129,7 @@ def _built(test_samples: int) -> Initialised:
 
 
 def _hand_out(job: Job) -> Step:
-    task = rounds.next_task(job, "w", frozenset())
+    task = rounds.next_task(job, "w", rounds.Held())
     if task is None or rounds.tries_of(job, task).attempt:
         return Step()
     return rounds.hand_out(job, task, "w")

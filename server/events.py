@@ -8,6 +8,7 @@ of it runs on the event loop; nothing here waits for a reader.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
@@ -18,6 +19,7 @@ from server.store import Journal, StoredFact
 
 QUEUE = 100  # facts that wait for one stream
 PAGE = 100  # facts a stream takes from the journal before others get their turn
+REST = 50  # times as long as finding a situation took, until it is found again: of a large fleet it is long
 KEEPALIVE_S = 15.0  # of silence; shorter than proxies and clients wait
 KEEPALIVE = b": still here\n\n"
 
@@ -142,10 +144,12 @@ async def follow(
         journal: where they are read from, at first and when this stream lags.
         job: None for the facts of all jobs.
         after: id of the last fact that the reader has; 0 for none.
-        situation: the present situation as JSON, sent without an id whenever it reads differently than before; None
-            when nothing more will happen: the stream ends, once every fact has been sent.
+        situation: the present situation as JSON, sent without an id whenever it reads differently than before, but no
+            more often than costs a fiftieth of this process; None when nothing more will happen: the stream ends, once
+            every fact has been sent.
     """
     shown: str | None = None
+    owed, rests_until = False, 0.0  # whether a situation is to be told, and when it may be
     with closing(hub.subscribe(job)) as news:
         item: Item = Lagged()
         while True:
@@ -158,20 +162,24 @@ async def follow(
             elif isinstance(item, StoredFact) and item.id > after:
                 yield sse(item.json(), id=item.id)
                 after = item.id
-            if not isinstance(item, StoredFact):  # now every fact has been sent
-                present = situation()
+            owed = owed or not isinstance(item, StoredFact)
+            if owed and not isinstance(item, StoredFact) and (began := time.monotonic()) >= rests_until:
+                present = situation()  # now every fact has been sent
                 if present is None:
                     return
+                owed, ended = False, time.monotonic()
+                rests_until = ended + REST * (ended - began)
                 if present != shown:
                     yield sse(present)
                     shown = present
             try:
-                async with asyncio.timeout(KEEPALIVE_S):
+                async with asyncio.timeout(max(rests_until - time.monotonic(), 0.0) if owed else KEEPALIVE_S):
                     item = await anext(news)
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                yield KEEPALIVE
+                if not owed:
+                    yield KEEPALIVE
                 item = Lagged()
 
 

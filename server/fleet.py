@@ -16,7 +16,7 @@ from typing import Literal
 from common.messages import Link, Order, Progress, Registration, TorchBuild
 from server.buffering import Buffering
 from server.deadlines import Due
-from server.rounds import Aggregating, Job, Paused, Queued, Task, left_to_others, next_task
+from server.rounds import Aggregating, Held, Job, Paused, Queued, Task, has_had_its_turns, left_to_others, next_task
 
 PLACE_KEPT_S = 600.0  # a worker that is gone without a word is expected back for this long
 PREPARING_S = 120.0  # a worker that loads a job, and so has no reason to call, is not taken for gone
@@ -90,6 +90,7 @@ class Fleet:
     leases: dict[str, Lease] = field(default_factory=dict)  # worker id -> its lease; changed by `put` and `drop`
     asked: dict[str, dict[str, str]] = field(default_factory=dict)  # job -> worker id -> the claim key it asked with
     _holders: dict[str, dict[Task, str]] = field(default_factory=dict)  # job -> task -> who holds it; of `leases`
+    _held: dict[str, Held] = field(default_factory=dict)  # job -> its tasks among them
 
     # ------------------------------------------------------------ who is there
 
@@ -151,12 +152,21 @@ class Fleet:
 
     def _there(self, now: float) -> Iterator[Worker]:
         """The live workers that may get work."""
-        present = (w for w in self.workers.values() if self.is_live(w, now) or self.is_loading(w, now))
-        return (w for w in present if may_work(w))
+        return (w for w in self.workers.values() if self.is_there(w, now))
+
+    def is_there(self, worker: Worker, now: float) -> bool:
+        """Whether the worker is live and may get work."""
+        return may_work(worker) and (self.is_live(worker, now) or self.is_loading(worker, now))
 
     def serving(self, job: Job, now: float) -> list[str]:
         """Ids of the live workers that could do this job's work."""
         return [w for w in self.live(now) if w not in job.excluded and why_not(self.workers[w], job) is None]
+
+    def serves(self, worker_id: str, job: Job, now: float) -> bool:
+        """Whether the worker is one of those."""
+        worker = self.workers.get(worker_id)
+        able = worker is not None and worker_id not in job.excluded and why_not(worker, job) is None
+        return able and worker is not None and self.is_there(worker, now)
 
     def places(self, job: Job, now: float) -> list[str]:
         """Ids of the workers that a round is cut for: those that serve, and those that vanished a short while ago."""
@@ -174,13 +184,12 @@ class Fleet:
         )
         return [*serving, *sorted(expected)]
 
-    def coming(self, job: Job, now: float) -> dict[str, bool]:
+    def coming(self, job: Job, now: float) -> Mapping[str, bool]:
         """The workers that will come for the shards that were cut for them -> whether each is free now.
 
-        Those that serve the job and are not at work for another one.
+        Those that serve the job and are not at work for another one. No copy: for a look, now.
         """
-        leases = {worker: self.leases.get(worker) for worker in self.serving(job, now)}
-        return {worker: lease is None for worker, lease in leases.items() if lease is None or lease.job == job.id}
+        return _Coming(self, job, now)
 
     # ------------------------------------------------------------ who holds what
 
@@ -188,11 +197,16 @@ class Fleet:
         """The job's tasks that some worker holds -> its id. No copy: for a look, now."""
         return self._holders.get(job, {})
 
+    def tasks_held(self, job: str) -> Held:
+        """Those tasks alone, likewise."""
+        return self._held.get(job, Held())
+
     def put(self, lease: Lease) -> None:
         """A worker holds this, and nothing else."""
         self.drop(lease.worker)
         self.leases[lease.worker] = lease
         self._holders.setdefault(lease.job, {})[lease.task] = lease.worker
+        self._held.setdefault(lease.job, Held()).add(lease.task)
 
     def drop(self, worker_id: str) -> Lease | None:
         """The worker holds nothing. Returns what it held."""
@@ -201,8 +215,9 @@ class Fleet:
             holders = self._holders[lease.job]
             if holders.get(lease.task) == worker_id:
                 del holders[lease.task]
+                self._held[lease.job].discard(lease.task)
             if not holders:
-                del self._holders[lease.job]
+                del self._holders[lease.job], self._held[lease.job]
         return lease
 
     def lease_of(self, worker_id: str, job: str, task: Task, attempt: int) -> Lease | None:
@@ -275,9 +290,11 @@ class Fleet:
         for job in jobs:
             if job.over or isinstance(job.phase, Paused | Queued) or why_not(worker, job) is not None:
                 continue
-            coming = self.coming(job, now) if job.spec.data.shards == "auto" else {}
-            left, held = left_to_others(job, worker_id, partial(self.serving, job, now)), self.held(job.id).keys()
-            task = next_task(job, worker_id, held | left if left else held, coming)
+            held, coming = self.tasks_held(job.id), self.coming(job, now)
+            task = next_task(job, worker_id, held, coming)
+            if task is not None and has_had_its_turns(job, task, worker_id):
+                left = left_to_others(job, worker_id, partial(self.serving, job, now))
+                task = next_task(job, worker_id, Held((*held, *left)), coming)
             if task is not None:
                 return job, task
         return None
@@ -333,6 +350,25 @@ class Fleet:
             theirs = [w for w in self.serving(other, now) if w in serving]
             serving.difference_update(theirs[: workers_needed(other, len(theirs))])
         return len(serving)
+
+
+class _Coming(Mapping[str, bool]):
+    """Who will come for a shard that was cut for it, found for each as somebody asks: few are ever asked for."""
+
+    def __init__(self, fleet: Fleet, job: Job, now: float) -> None:
+        self._fleet, self._job, self._now = fleet, job, now
+
+    def __getitem__(self, worker: str) -> bool:
+        lease = self._fleet.leases.get(worker)
+        if (lease is None or lease.job == self._job.id) and self._fleet.serves(worker, self._job, self._now):
+            return lease is None
+        raise KeyError(worker)
+
+    def __iter__(self) -> Iterator[str]:
+        return (worker for worker in self._fleet.workers if worker in self)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def may_work(worker: Worker) -> bool:

@@ -15,11 +15,11 @@ Which worker holds what is not known here (server.fleet); only the attempts are,
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableSet, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TypeVar, assert_never
+from typing import NamedTuple, TypeVar, assert_never
 
 from common import begins
 from common.cautions import cautions, too_few_steps
@@ -103,9 +103,8 @@ class Limits:
     evaluation_failures: int = 3
 
 
-@dataclass(frozen=True)
-class Task:
-    """One unit of work inside a job."""
+class Task(NamedTuple):
+    """One unit of work inside a job. A tuple, since a large fleet's are looked up by the thousand."""
 
     kind: Kind
     round: int
@@ -119,6 +118,39 @@ class Task:
                 return f"round {self.round}, shard {self.shard}"
             case _:
                 return f"evaluation of round {self.round}"
+
+
+class Held(MutableSet[Task]):
+    """Tasks of one job that somebody is at work on. Kept by their round, where thousands of shards are looked up."""
+
+    def __init__(self, tasks: Iterable[Task] = ()) -> None:
+        self._shards: dict[tuple[Kind, int], set[int]] = {}
+        for task in tasks:
+            self.add(task)
+
+    def shards(self, kind: Kind, round_index: int) -> AbstractSet[int]:
+        """The shards of one round. No copy: for a look, now."""
+        return self._shards.get((kind, round_index), frozenset())
+
+    def add(self, task: Task) -> None:
+        """Somebody is at work on this."""
+        self._shards.setdefault((task.kind, task.round), set()).add(task.shard)
+
+    def discard(self, task: Task) -> None:
+        """Nobody is."""
+        if task in self:
+            self._shards[task.kind, task.round].discard(task.shard)
+            if not self._shards[task.kind, task.round]:
+                del self._shards[task.kind, task.round]
+
+    def __contains__(self, task: object) -> bool:
+        return isinstance(task, Task) and task.shard in self.shards(task.kind, task.round)
+
+    def __iter__(self) -> Iterator[Task]:
+        return (Task(kind, index, shard) for (kind, index), shards in self._shards.items() for shard in shards)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._shards.values()))
 
 
 @dataclass(frozen=True)
@@ -148,6 +180,9 @@ class Tries:
         return len(self.expired_on)
 
 
+UNTRIED = Tries()
+
+
 @dataclass(frozen=True)
 class Queued:
     """Waiting for workers."""
@@ -159,7 +194,7 @@ class Queued:
 class Initialising:
     """A worker builds the model from the seed."""
 
-    tries: Tries = Tries()
+    tries: Tries = UNTRIED
     state: State = field(default="initialising", init=False)
 
 
@@ -169,7 +204,7 @@ class Training:
 
     round: int
     base: ModelRef
-    shards: Mapping[int, Shard]
+    shards: Mapping[int, Shard]  # in ascending order
     opened_at: float  # monotonic seconds
     tries: Mapping[int, Tries] = field(default_factory=dict)
     accepted: Mapping[int, Accepted] = field(default_factory=dict)
@@ -179,6 +214,7 @@ class Training:
     evaluators: tuple[Absent, ...] = ()  # workers that are too slow for a shard
     seal: int = 0  # how often the round was begun anew, since a secure sum could not come about
     drawn_from: int | None = None  # members that its shards are a random sample of
+    owns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # worker -> the shards that are its, or meant so
     state: State = field(default="training", init=False)
 
 
@@ -402,9 +438,7 @@ def fail_if_nobody_can(job: Job, live: Iterable[str]) -> Step:
 # ---------------------------------------------------------------- handing out work
 
 
-def next_task(
-    job: Job, worker: str, held: AbstractSet[Task], coming: Mapping[str, bool] = MappingProxyType({})
-) -> Task | None:
+def next_task(job: Job, worker: str, held: Held, coming: Mapping[str, bool] = MappingProxyType({})) -> Task | None:
     """The task of this job that the worker should do next; None when there is nothing for it.
 
     Training goes first, since a round waits for it; but an evaluation that lags two rounds behind goes before, so that
@@ -439,20 +473,33 @@ def next_task(
             return None
 
 
-def _open_shard(
-    job: Job, phase: Training, worker: str, held: AbstractSet[Task], coming: Mapping[str, bool]
-) -> Task | None:
-    """The shard that this worker is to train: its own, else one whose state it has, another's last."""
-    taken = {task.shard for task in held if task.round == phase.round and task.kind == "train"}
-    free = phase.shards.keys() - phase.accepted.keys() - taken
-    shards = [shard for number in sorted(free) if (shard := phase.shards[number]).worker in (None, worker)]
+def _open_shard(job: Job, phase: Training, worker: str, held: Held, coming: Mapping[str, bool]) -> Task | None:
+    """The shard that this worker is to train: its own, else one whose state it has, another's last.
+
+    Asked once for each worker of a fleet, which may be a thousand: so most find their own without a look at the others.
+    """
+    shards, accepted, taken = phase.shards, phase.accepted, held.shards("train", phase.round)
+
+    def free(numbers: Iterable[int]) -> Iterator[Shard]:
+        """Those that nobody has and nobody has handed in."""
+        return (shards[number] for number in numbers if number not in accepted and number not in taken)
+
+    own = free(number for number in phase.owns.get(worker, ()) if number in shards)
+    others = (shard for shard in free(shards) if shard.worker is None)
     if any(one.worker == worker for one in phase.evaluators):
-        trainers = {s.meant for s in phase.shards.values() if s.meant is not None and s.meant in coming}
+        trainers = {s.meant for s in shards.values() if s.meant is not None and s.meant in coming}
         # Whoever trains in this round will be done with what is left sooner; not with what it has failed at.
-        shards = [s for s in shards if not _is_left_to_one_of(phase.tries.get(s.shard, Tries()), trainers)]
-    open_to_it = (s for s in shards if _may_take(phase, s, worker, coming))
-    best = min(open_to_it, key=lambda s: (s.meant != worker, _distance(job, s.shard, worker)), default=None)
+        others = (s for s in others if not _is_left_to_one_of(phase.tries.get(s.shard, UNTRIED), trainers))
+    open_to_it = (s for s in others if _may_take(phase, s, worker, coming))
+    best = _nearest(job, own, worker) or _nearest(job, open_to_it, worker)
     return None if best is None else Task("train", phase.round, best.shard)
+
+
+def _nearest(job: Job, shards: Iterable[Shard], worker: str) -> Shard | None:
+    """The first of the shards that are the least away from what a worker has; None: there are none."""
+    if not job.states:
+        return next(iter(shards), None)
+    return min(shards, key=lambda shard: _distance(job, shard.shard, worker), default=None)
 
 
 def _is_left_to_one_of(tries: Tries, trainers: Iterable[str]) -> bool:
@@ -466,9 +513,10 @@ def _may_take(phase: Training, shard: Shard, worker: str, coming: Mapping[str, b
     earlier task of this job is late, so whoever has handed a shard in already goes before it.
     """
     meant = shard.meant
-    if meant in (None, worker) or meant not in coming or phase.tries.get(shard.shard, Tries()).workers:
+    if meant in (None, worker) or phase.tries.get(shard.shard, UNTRIED).workers:
         return True
-    return not coming[meant] and any(update.worker == worker for update in phase.accepted.values())
+    free = coming.get(meant)
+    return free is None or (not free and any(update.worker == worker for update in phase.accepted.values()))
 
 
 def _distance(job: Job, shard: int, worker: str) -> int:
@@ -496,7 +544,7 @@ def _states_after(job: Job, updates: Iterable[Accepted]) -> Mapping[int | str, S
     return states
 
 
-def _evaluations(job: Job, worker: str, held: AbstractSet[Task]) -> list[Task]:
+def _evaluations(job: Job, worker: str, held: Held) -> list[Task]:
     pending = sorted(job.evaluations.items())
     tasks = (Task("evaluate", index, part) for index, evaluation in pending for part in evaluation.parts_for(worker))
     return [task for task in tasks if task not in held]
@@ -582,6 +630,14 @@ def _is_proven(job: Job, task: Task, said: Collection[str], able: Callable[[], C
     return blame_on.is_proven(said, beside)
 
 
+def has_had_its_turns(job: Job, task: Task, worker: str) -> bool:
+    """Whether a worker was tried at an open task often enough to leave it to others, if any are able."""
+    if task.kind == "train" and isinstance(job.inner, buffering.Buffering):
+        turn = job.inner.turns.get(task.shard)
+        return turn is not None and not turn.counted and _has_had_its_turns(turn.tries, worker)
+    return _has_had_its_turns(tries_of(job, task), worker)
+
+
 def left_to_others(job: Job, worker: str, able: Callable[[], Collection[str]]) -> frozenset[Task]:
     """The open tasks that a worker does not get for now, since it has failed at them and others have not.
 
@@ -637,15 +693,15 @@ def tries_of(job: Job, task: Task) -> Tries:
         case "init", Initialising(tries=tries):
             return tries
         case "train", Training(round=task.round) as phase:
-            return phase.tries.get(task.shard, Tries())
+            return phase.tries.get(task.shard, UNTRIED)
         case "train", buffering.Buffering() as phase:
             return _tries_of_turn(phase.turns.get(task.shard), task.round)
         case "evaluate", _ if task.round in job.evaluations:
-            return job.evaluations[task.round].tries.get(task.shard, Tries())
+            return job.evaluations[task.round].tries.get(task.shard, UNTRIED)
         case "train", _ if task.round in job.past:
-            return job.past[task.round].tries.get(task.shard, Tries())
+            return job.past[task.round].tries.get(task.shard, UNTRIED)
         case _:
-            return Tries()
+            return UNTRIED
 
 
 def _tries_of_turn(turn: buffering.Turn[Tries] | None, round_index: int) -> Tries:
@@ -653,7 +709,7 @@ def _tries_of_turn(turn: buffering.Turn[Tries] | None, round_index: int) -> Trie
     if turn is not None and turn.round == round_index:
         return turn.tries
     if turn is None or turn.counted:
-        return Tries()
+        return UNTRIED
     return Tries(failed_on=turn.tries.failed_on, expired_on=turn.tries.expired_on)
 
 
@@ -873,6 +929,16 @@ def accepted_of(job: Job) -> tuple[Accepted, ...]:
             return ()
 
 
+def stands_on(job: Job, task: Task, attempt: int, digest: str | None) -> bool:
+    """Whether the round that is open or being averaged has this very update, or one to come will have it."""
+    updates: Iterable[Accepted] = accepted_of(job)
+    if isinstance(job.inner, Training):  # asked once for each worker that polls: no look at all the others' updates
+        own = job.inner.accepted.get(task.shard)
+        updates = (own,) if own is not None else ()
+    wanted = (task.round, task.shard, attempt, digest)
+    return any((u.round, u.shard, u.attempt, u.digest) == wanted for u in (*updates, *waiting_late(job)))
+
+
 def frozen_of(job: Job) -> "Aggregating | Batch | None":
     """What is being averaged."""
     match job.inner:
@@ -958,13 +1024,14 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
         return Step((frozen,) if frozen else (), reason)
     if not isinstance(phase, Training):
         return Step(reason=job.reason)
-    lacking = sorted(phase.shards.keys() - phase.accepted.keys())
-    missing = [shard for number in lacking if (shard := phase.shards[number]).worker not in job.excluded]
+    missing = [number for number in phase.shards if number not in phase.accepted]  # numbers alone: see `_open_shard`
+    if job.excluded:
+        missing = [number for number in missing if phase.shards[number].worker not in job.excluded]
     enough = len(phase.accepted) >= job.spec.aggregation.needs
     awaited = missing
-    if enough and any(s.worker is not None for s in missing):
+    if enough and job.spec.data.partition == "local":
         may_come = {None, *live}
-        awaited = [s for s in missing if s.worker in may_come]
+        awaited = [number for number in missing if phase.shards[number].worker in may_come]
     held, total, waited = len(phase.accepted), len(phase.accepted) + len(awaited), now - phase.opened_at
     quorum = quorum_of(job.spec, total)
     tally = f"{held} of {total} updates after {waited:.1f} s"
@@ -994,17 +1061,17 @@ def close_if_due(job: Job, live: Iterable[str], now: float, dues: Mapping[int, D
         if now >= until:
             return _deadline(job, phase, awaited, quorum, tally)
         look_again.append(until)
-    shown = [f"{s.shard} ({dues[s.shard].words(now)})" if s.shard in dues else str(s.shard) for s in awaited[:8]]
+    shown = [f"{number} ({dues[number].words(now)})" if number in dues else str(number) for number in awaited[:8]]
     numbers = ", ".join(shown) + (" …" if len(awaited) > 8 else "")
     reason = f"round {phase.round}: {tally}, quorum {quorum}; awaiting shard {numbers}"
     return Step(reason=reason, look_again_at=min(look_again, default=None))
 
 
-def _grace_ends(phase: Training, awaited: Sequence[Shard], dues: Mapping[int, Due], now: float) -> float:
+def _grace_ends(phase: Training, awaited: Sequence[int], dues: Mapping[int, Due], now: float) -> float:
     """Until when a round that has its quorum waits for stragglers: for those that are due soon, until they are."""
     reached = phase.quorum_at if phase.quorum_at is not None else now
     took = reached - phase.opened_at
-    expected = (dues[s.shard].at for s in awaited if s.shard in dues)
+    expected = (dues[number].at for number in awaited if number in dues)
     soon = [at for at in expected if at is not None and at <= reached + PATIENCE * took]
     return max(reached + GRACE * took, *soon, -math.inf)
 
@@ -1024,7 +1091,7 @@ def _absent(phase: Training, dues: Mapping[int, Due], now: float) -> tuple[Absen
 def _nobody(phase: Training, shard: Shard) -> str:
     if shard.worker is not None:
         return "the worker whose data it is was gone"
-    given = len(phase.tries.get(shard.shard, Tries()).workers)
+    given = len(phase.tries.get(shard.shard, UNTRIED).workers)
     times = (
         "" if not given else " at the end; given out once" if given == 1 else f" at the end; given out {given} times"
     )
@@ -1072,8 +1139,8 @@ def without_shards(job: Job) -> Job:
     return _with_inner(job, replace(_training(job), shards={}))
 
 
-def _deadline(job: Job, phase: Training, awaited: Sequence[Shard], quorum: int, tally: str) -> Step:
-    names = ", ".join(f"shard {s.shard}" for s in awaited)
+def _deadline(job: Job, phase: Training, awaited: Sequence[int], quorum: int, tally: str) -> Step:
+    names = ", ".join(f"shard {number}" for number in awaited)
     if not phase.extended:
         reason = f"round {phase.round} reached its deadline with {tally}, quorum {quorum}; it gets its time once more"
         return Step((Extended(round=phase.round, reason=reason),), reason)
@@ -1265,12 +1332,12 @@ def _take_part(job: Job, part: Measured) -> Step:
     return replace(step, facts=(part, *step.facts))
 
 
-def give_up_absent(job: Job, live: Iterable[str], held: AbstractSet[Task], now: float) -> Step:
+def give_up_absent(job: Job, live: Iterable[str], held: Held, now: float) -> Step:
     """Wait for no worker's part of an evaluation that is gone, excluded, or takes no work. Nobody else has its data."""
     there, facts, reason = set(live), list[Fact](), job.reason
     for index in sorted(job.evaluations):
         evaluation = job.evaluations[index]
-        holding = {task.shard for task in held if (task.kind, task.round) == ("evaluate", index)}
+        holding = held.shards("evaluate", index)
         attempts = {part: tries.attempt for part, tries in evaluation.tries.items()}
         for part in absent(index, evaluation, there, job.excluded, holding, attempts):
             step = _take_part(job, part)
@@ -1465,22 +1532,36 @@ def _evolve_opened(job: Job, fact: Opened, now: float) -> Job:
     if job.spec.round.mode == "async":
         before = job.inner if isinstance(job.inner, buffering.Buffering) else None
         return _with_inner(replace(job, reason=fact.reason), buffering.opened(before, fact, job.model, job.spec, now))
-    shards = {shard.shard: shard for shard in fact.shards}
+    shards = _by_number(fact.shards)
     phase = Training(
-        fact.round, job.model, shards, opened_at=now, evaluators=fact.evaluators, drawn_from=fact.drawn_from
+        fact.round, job.model, shards, now, evaluators=fact.evaluators, drawn_from=fact.drawn_from, owns=_owns(shards)
     )
     if job.spec.train.drift != "none":
         job = replace(job, owners=job.owners | {shard.worker for shard in fact.shards if shard.worker is not None})
     return _with_inner(replace(job, reason=fact.reason), phase)
 
 
+def _by_number(shards: Iterable[Shard]) -> dict[int, Shard]:
+    """In ascending order, which whoever goes through them may count on."""
+    return {shard.shard: shard for shard in sorted(shards, key=lambda shard: shard.shard)}
+
+
+def _owns(shards: Mapping[int, Shard]) -> dict[str, tuple[int, ...]]:
+    """Worker -> the numbers of the shards that it alone can train, or that were cut for it."""
+    owns: dict[str, tuple[int, ...]] = {}
+    for number, shard in shards.items():
+        if (owner := shard.worker or shard.meant) is not None:
+            owns[owner] = (*owns.get(owner, ()), number)
+    return owns
+
+
 def _evolve_anew(job: Job, fact: OpenedAnew, now: float) -> Job:
     before = job.inner.before if isinstance(job.inner, Aggregating) else _training(job)
     # One attempt that was nobody's: those that are out are not the newest any more, and come too late.
     tries = {at: replace(of, workers=(*of.workers, ""), out=False, claim_key="") for at, of in before.tries.items()}
-    shards = {shard.shard: shard for shard in fact.shards}
+    shards = _by_number(fact.shards)
     phase = Training(
-        fact.round, before.base, shards, opened_at=now, tries=tries, evaluators=fact.evaluators, seal=fact.seal
+        fact.round, before.base, shards, now, tries, evaluators=fact.evaluators, seal=fact.seal, owns=_owns(shards)
     )
     return _with_inner(replace(job, reason=fact.reason), phase)
 
@@ -1501,7 +1582,7 @@ def _evolve_accepted(job: Job, fact: Accepted, now: float) -> Job:
     if fact.shard in phase.accepted:
         raise ConflictError(f"round {fact.round}, shard {fact.shard} of {job.id} is accepted twice")
     accepted = {**phase.accepted, fact.shard: fact}
-    tries = phase.tries.get(fact.shard, Tries())
+    tries = phase.tries.get(fact.shard, UNTRIED)
     reached = phase.quorum_at is None and len(accepted) >= quorum_of(job.spec, len(phase.shards))
     phase = replace(
         phase,

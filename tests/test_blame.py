@@ -117,7 +117,7 @@ class Shop:
     def _go_on(self) -> None:
         job = self.play.job
         if not job.over and job.evaluations:
-            self.play.do(rounds.give_up_absent(job, self.workers, frozenset(), 0.0))
+            self.play.do(rounds.give_up_absent(job, self.workers, rounds.Held(), 0.0))
         if not self.play.job.over:
             self.play.close_if_due(*self.workers)
         if rounds.frozen_of(self.play.job) is not None:
@@ -234,7 +234,7 @@ def test_what_one_worker_leaves_is_taken_by_one_that_was_too_slow_for_a_shard() 
     coming, task = {"a": True, "b": True}, Task("train", 1, 0)
 
     def given() -> Task | None:
-        return rounds.next_task(play.job, "slow", frozenset({Task("train", 1, 1)}), coming)
+        return rounds.next_task(play.job, "slow", rounds.Held({Task("train", 1, 1)}), coming)
 
     assert given() is None
     for worker in "aabb":

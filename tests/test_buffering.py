@@ -43,7 +43,7 @@ class Stage(Play):
 
     def ask(self, worker: str) -> Task | None:
         """Poll: the worker gets what there is for it."""
-        task = rounds.next_task(self.job, worker, frozenset(task for task, _ in self.held.values()))
+        task = rounds.next_task(self.job, worker, rounds.Held(task for task, _ in self.held.values()))
         if task is not None:
             self.give(task, worker)
             self.held[worker] = (task, rounds.tries_of(self.job, task).attempt)
@@ -613,7 +613,7 @@ class AnyHistory(RuleBasedStateMachine):
             return
         able = [worker for worker in "abc" if worker not in job.excluded]
         there = [shard for shard in job.phase.shards.values() if shard.worker in (None, *able)]
-        tasks = [rounds.next_task(job, worker, frozenset()) for worker in able]
+        tasks = [rounds.next_task(job, worker, rounds.Held()) for worker in able]
         moves = any(tasks) or job.phase.frozen is not None or rounds.close_if_due(job, able, 0.0).facts
         assert moves or not able or not there
 

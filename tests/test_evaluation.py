@@ -70,8 +70,8 @@ def test_the_mean_is_the_same_in_any_order_and_whoever_has_no_data(order: list[i
 def test_nobody_else_is_given_a_workers_part() -> None:
     play = training(**OWN)
     play.whole_round("a", "b")
-    assert rounds.next_task(play.job, "c", frozenset()) == Task("train", 2, 0)  # not bound: anybody's
-    busy = frozenset({Task("train", 2, 0), Task("train", 2, 1)})
+    assert rounds.next_task(play.job, "c", rounds.Held()) == Task("train", 2, 0)  # not bound: anybody's
+    busy = rounds.Held({Task("train", 2, 0), Task("train", 2, 1)})
     assert rounds.next_task(play.job, "c", busy) is None
     assert rounds.next_task(play.job, "b", busy) == Task("evaluate", 1, 1)
     part(play, 1, "b", accuracy=(1.0, 2.0))
@@ -104,8 +104,8 @@ def test_a_worker_that_is_gone_or_rests_is_not_waited_for_unless_it_measures_jus
     play = training(rounds=1, **OWN)
     play.whole_round("a", "b")
     play.give(Task("evaluate", 1, 0), "a")
-    held = frozenset({Task("evaluate", 1, 0)})
-    assert play.do(rounds.give_up_absent(play.job, ["a", "b"], frozenset(), 0.0)).facts == ()
+    held = rounds.Held({Task("evaluate", 1, 0)})
+    assert play.do(rounds.give_up_absent(play.job, ["a", "b"], rounds.Held(), 0.0)).facts == ()
     play.do(rounds.give_up_absent(play.job, [], held, 0.0))
     assert [fact.worker for fact in play.facts if isinstance(fact, Measured)] == ["b"]
     part_of_a = Submission(attempt=1, samples=4, metrics={"accuracy": (1.0, 4.0)})
@@ -118,7 +118,7 @@ def test_a_worker_that_is_gone_or_rests_is_not_waited_for_unless_it_measures_jus
 def test_when_all_are_gone_the_evaluation_is_given_up_and_the_job_ends_with_the_reason() -> None:
     play = training(rounds=1, **OWN)
     play.whole_round("a", "b")
-    play.do(rounds.give_up_absent(play.job, [], frozenset(), 0.0))
+    play.do(rounds.give_up_absent(play.job, [], rounds.Held(), 0.0))
     assert isinstance(play.job.phase, Finished)
     assert "evaluation of round 1 given up, since no worker has numbers: a: it was gone" in play.job.reason
     assert play.replayed() == play.job
@@ -157,7 +157,7 @@ def test_an_excluded_worker_is_not_waited_for() -> None:
     play.whole_round("a", "b")
     play.give(Task("train", 2, 0), "a")
     play.back(Task("train", 2, 0), "no_data", worker="a")
-    play.do(rounds.give_up_absent(play.job, ["a", "b"], frozenset(), 0.0))
+    play.do(rounds.give_up_absent(play.job, ["a", "b"], rounds.Held(), 0.0))
     assert newest(play, Measured).why == "no_data happened"
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, suppress
+from itertools import pairwise
 from pathlib import Path
 
 import httpx2
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from common.facts import Late
 from server import events
-from server.events import KEEPALIVE, Hub, Item, Lagged, Subscription, Touched, follow, sse
+from server.events import KEEPALIVE, REST, Hub, Item, Lagged, Subscription, Touched, follow, sse
 from server.store import Journal, StoredFact
 
 pytestmark = pytest.mark.anyio
@@ -164,17 +166,50 @@ async def test_a_stream_begins_with_the_past_then_tells_where_things_stand_then_
 
 
 async def test_a_situation_is_told_again_only_when_it_reads_differently(journal: Journal) -> None:
-    hub, situations = Hub(), iter(["{}", "{}", "{}", '{"new":1}'])
-    stream = follow(hub, journal, "a", 0, lambda: next(situations))
+    hub, present, asked = Hub(), "{}", asyncio.Event()
+
+    def situation() -> str:
+        asked.set()
+        return present
+
+    stream = follow(hub, journal, "a", 0, situation)
     assert await anext(stream) == b"data: {}\n\n"
     waiting = asyncio.ensure_future(anext(stream))
-    for _ in range(3):
-        assert not waiting.done()
+    for _ in range(2):
+        asked.clear()
         hub.touch("a")
-        for _ in range(5):
-            await asyncio.sleep(0)
+        await asked.wait()
+        await asyncio.sleep(0)
+        assert not waiting.done()
+    present = '{"new":1}'
+    hub.touch("a")
     assert await waiting == b'data: {"new":1}\n\n'
     await stream.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_situation_that_takes_long_to_find_is_found_seldom_and_the_last_one_is_told(journal: Journal) -> None:
+    hub, number, spans = Hub(), 0, list[tuple[float, float]]()
+
+    def situation() -> str:
+        began = time.monotonic()
+        while (ended := time.monotonic()) < began + 0.0005:  # as long as that of a hundred workers
+            pass
+        spans.append((began, ended))
+        return f'{{"number":{number}}}'
+
+    async def read() -> None:
+        async for chunk in follow(hub, journal, "a", 0, situation):
+            if data(chunk)["number"] == 200:
+                hub.close()
+
+    reading = asyncio.ensure_future(read())
+    for at in range(1, 201):
+        number = at
+        hub.touch("a")
+        await asyncio.sleep(0)
+    await reading
+    for (began, ended), (next_began, _) in pairwise(spans):
+        assert next_began - ended >= REST * (ended - began)
 
 
 async def test_a_stream_ends_when_nothing_more_will_happen_and_all_was_sent(journal: Journal) -> None:

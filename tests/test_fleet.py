@@ -268,6 +268,8 @@ def test_the_tasks_held_are_always_those_of_the_leases(steps: list[tuple[str, st
         for each in ("j", "k"):
             of_leases = {lease.task: lease.worker for lease in some.leases.values() if lease.job == each}
             assert some.held(each) == of_leases
+            assert some.tasks_held(each) == of_leases.keys()
+            assert len(some.tasks_held(each)) == len(of_leases)
 
 
 # ---------------------------------------------------------------- the queue's policy

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from common.errors import BadUpdateError, ConflictError, JobOverError, LateError, NotFoundError, SupersededError
 from common.facts import (
+    Absent,
     Accepted,
     EvaluationGivenUp,
     Extended,
@@ -20,6 +21,7 @@ from common.facts import (
     Late,
     Opened,
     RoundClosed,
+    Shard,
     StateChanged,
 )
 from common.messages import ModelRef, Submission
@@ -35,6 +37,7 @@ from server.rounds import (
     Initialising,
     Paused,
     Queued,
+    StateOf,
     Step,
     Task,
     Training,
@@ -147,8 +150,8 @@ def test_private_data_makes_one_shard_a_worker_that_only_it_may_train() -> None:
     play.init(places=("b", "a"), bounds=())
     assert isinstance(play.job.phase, Training)
     assert [(s.shard, s.worker) for s in play.job.phase.shards.values()] == [(0, "a"), (1, "b")]
-    assert rounds.next_task(play.job, "b", frozenset()) == Task("train", 1, 1)
-    assert rounds.next_task(play.job, "c", frozenset()) is None
+    assert rounds.next_task(play.job, "b", rounds.Held()) == Task("train", 1, 1)
+    assert rounds.next_task(play.job, "c", rounds.Held()) is None
 
 
 def test_private_data_with_no_worker_opens_an_empty_round_that_says_so() -> None:
@@ -163,19 +166,19 @@ def test_private_data_with_no_worker_opens_an_empty_round_that_says_so() -> None
 
 def test_a_shard_that_is_held_is_not_handed_out_twice() -> None:
     play = training()
-    first = rounds.next_task(play.job, "a", frozenset())
+    first = rounds.next_task(play.job, "a", rounds.Held())
     assert first == Task("train", 1, 0)
-    assert rounds.next_task(play.job, "b", frozenset({first})) == Task("train", 1, 1)
-    assert rounds.next_task(play.job, "b", frozenset({first, Task("train", 1, 1)})) is None
+    assert rounds.next_task(play.job, "b", rounds.Held({first})) == Task("train", 1, 1)
+    assert rounds.next_task(play.job, "b", rounds.Held({first, Task("train", 1, 1)})) is None
 
 
 def test_the_initialisation_is_handed_out_to_one_worker() -> None:
     play = Play(spec())
-    assert rounds.next_task(play.job, "a", frozenset()) is None
+    assert rounds.next_task(play.job, "a", rounds.Held()) is None
     play.begin("a", "b")
-    task = rounds.next_task(play.job, "a", frozenset())
+    task = rounds.next_task(play.job, "a", rounds.Held())
     assert task == Task("init", 0)
-    assert rounds.next_task(play.job, "b", frozenset({task})) is None
+    assert rounds.next_task(play.job, "b", rounds.Held({task})) is None
 
 
 def test_an_excluded_worker_gets_nothing() -> None:
@@ -183,19 +186,19 @@ def test_an_excluded_worker_gets_nothing() -> None:
     task = Task("train", 1, 0)
     play.give(task, "a")
     play.back(task, "not_trusted")
-    assert rounds.next_task(play.job, "a", frozenset()) is None
-    assert rounds.next_task(play.job, "b", frozenset()) == task
+    assert rounds.next_task(play.job, "a", rounds.Held()) is None
+    assert rounds.next_task(play.job, "b", rounds.Held()) == task
 
 
 def test_training_goes_before_an_evaluation_unless_it_lags_two_rounds() -> None:
     play = training(rounds=5)
     play.whole_round("a", "b")
-    assert rounds.next_task(play.job, "a", frozenset()) == Task("train", 2, 0)
-    held = frozenset({Task("train", 2, 0), Task("train", 2, 1)})
+    assert rounds.next_task(play.job, "a", rounds.Held()) == Task("train", 2, 0)
+    held = rounds.Held({Task("train", 2, 0), Task("train", 2, 1)})
     assert rounds.next_task(play.job, "a", held) == Task("evaluate", 1)
     play.whole_round("a", "b")
-    assert rounds.next_task(play.job, "a", frozenset()) == Task("evaluate", 1)
-    assert rounds.next_task(play.job, "a", frozenset({Task("evaluate", 1)})) == Task("train", 3, 0)
+    assert rounds.next_task(play.job, "a", rounds.Held()) == Task("evaluate", 1)
+    assert rounds.next_task(play.job, "a", rounds.Held({Task("evaluate", 1)})) == Task("train", 3, 0)
 
 
 def test_an_evaluation_is_handed_out_while_a_round_is_averaged() -> None:
@@ -205,7 +208,7 @@ def test_an_evaluation_is_handed_out_while_a_round_is_averaged() -> None:
     play.train(1, "b")
     play.close_if_due("a", "b")
     assert isinstance(play.job.phase, Aggregating)
-    assert rounds.next_task(play.job, "a", frozenset()) == Task("evaluate", 1)
+    assert rounds.next_task(play.job, "a", rounds.Held()) == Task("evaluate", 1)
 
 
 @given(st.lists(st.sampled_from(["a", "b"]), min_size=1, max_size=6))
@@ -468,7 +471,7 @@ def test_a_lost_update_opens_its_shard_again() -> None:
         kind="train", round=1, shard=0, attempt=1, worker="a", worker_name="a", code="lost", sentence="gone"
     )
     play.do(Step((back,)))
-    assert rounds.next_task(play.job, "a", frozenset()) == Task("train", 1, 0)
+    assert rounds.next_task(play.job, "a", rounds.Held()) == Task("train", 1, 0)
 
 
 def test_a_job_fails_when_every_live_worker_has_said_that_it_cannot() -> None:
@@ -589,7 +592,7 @@ def test_after_the_last_round_the_last_evaluation_finishes_the_job() -> None:
     play.evaluate(1)
     play.whole_round("a", "b")
     assert isinstance(play.job.phase, Evaluating)
-    assert rounds.next_task(play.job, "a", frozenset()) == Task("evaluate", 2)
+    assert rounds.next_task(play.job, "a", rounds.Held()) == Task("evaluate", 2)
     play.evaluate(2, accuracy=(95.0, 100.0))
     assert isinstance(play.job.phase, Finished)
     assert play.job.reason == "2 rounds done; accuracy 0.9500 at round 2"
@@ -664,7 +667,7 @@ def test_a_paused_job_hands_out_nothing_but_takes_what_comes_in() -> None:
     play.give(Task("train", 1, 0), "a")
     play.do(rounds.pause(play.job, "me"))
     assert isinstance(play.job.phase, Paused)
-    assert rounds.next_task(play.job, "b", frozenset()) is None
+    assert rounds.next_task(play.job, "b", rounds.Held()) is None
     play.do(rounds.take_update(play.job, play.update(0, "a")))
     assert rounds.pause(play.job, "me").facts == ()
     play.do(rounds.resume(play.job, "me"))
@@ -807,7 +810,7 @@ def test_a_frozen_round_is_open_again_for_the_one_shard_that_is_lost_for_good() 
     task = Task("train", 1, 1)
     play.back(task, "lost", worker="b", attempt=1)
     assert rounds.accepted_of(play.job) == updates[:1]
-    assert rounds.next_task(play.job, "a", frozenset()) == task
+    assert rounds.next_task(play.job, "a", rounds.Held()) == task
     play.give(task, "a")
     assert rounds.tries_of(play.job, task).attempt == 2
 
@@ -868,7 +871,7 @@ ALL_FREE = {"a": True, "b": True, "c": True}
 
 def shard_for(play: Play, worker: str, coming: dict[str, bool], *held: int) -> int | None:
     assert isinstance(play.job.inner, Training)
-    tasks = frozenset(Task("train", play.job.inner.round, shard) for shard in held)
+    tasks = rounds.Held(Task("train", play.job.inner.round, shard) for shard in held)
     task = rounds.next_task(play.job, worker, tasks, coming)
     return None if task is None or task.kind != "train" else task.shard
 
@@ -903,6 +906,61 @@ def test_the_shard_of_a_worker_that_is_busy_goes_to_one_that_has_handed_in_its_o
     play.train(1, "b", samples=1)
     assert shard_for(play, "b", busy) == 0
     assert shard_for(play, "b", ALL_FREE) is None
+
+
+SIX = range(6)
+SOME = st.sets(st.sampled_from(SIX))
+
+
+@given(
+    bound=st.booleans(),
+    meant=st.lists(st.sampled_from(["a", "b", "c", None]), min_size=6, max_size=6),
+    accepted=st.dictionaries(st.sampled_from(SIX), st.sampled_from("abc")),
+    held=SOME,
+    tried=SOME,
+    states=st.dictionaries(st.sampled_from(SIX), st.sampled_from("abc")),
+    coming=st.dictionaries(st.sampled_from("abc"), st.booleans()),
+    evaluates=st.booleans(),
+)
+def test_a_worker_gets_the_best_of_the_shards_that_it_may_have(
+    bound: bool,
+    meant: list[str | None],
+    accepted: dict[int, str],
+    held: set[int],
+    tried: set[int],
+    states: dict[int, str],
+    coming: dict[str, bool],
+    evaluates: bool,
+) -> None:
+    play = training()
+    owners = [("b" if bound else None, None if bound else whose) for whose in meant]
+    cut = [Shard(shard=n, start=n, stop=n + 1, worker=own, meant=whose) for n, (own, whose) in enumerate(owners)]
+    job = rounds.evolve(play.job, Opened(round=1, base=digest(0), shards=tuple(reversed(cut)), reason=""), 0.0)
+    assert isinstance(job.inner, Training)
+    phase = replace(
+        job.inner,
+        accepted={n: play.update(n, worker) for n, worker in accepted.items()},
+        tries={n: Tries(workers=("x",)) for n in tried},
+        evaluators=(Absent(worker="a", worker_name="a", why="is too slow"),) if evaluates else (),
+    )
+    job = replace(job, phase=phase, states={n: StateOf(1, worker, n) for n, worker in states.items()})
+
+    def may_have(shard: Shard) -> bool:
+        if shard.shard in accepted.keys() | held or shard.worker not in (None, "a"):
+            return False
+        if shard.meant != "a" and evaluates and any(other.meant in coming for other in cut):
+            return False  # one of those trains
+        if shard.meant in (None, "a") or shard.meant not in coming or shard.shard in tried:
+            return True
+        return not coming[shard.meant] and "a" in accepted.values()
+
+    def rank(shard: Shard) -> tuple[bool, int, int]:
+        whose = states.get(shard.shard)
+        return shard.meant != "a", 1 if whose is None else 0 if whose == "a" else 2, shard.shard
+
+    best = min(filter(may_have, cut), key=rank, default=None)
+    given_out = rounds.next_task(job, "a", rounds.Held(Task("train", 1, n) for n in held), coming)
+    assert given_out == (None if best is None else Task("train", 1, best.shard))
 
 
 def test_an_evaluator_evaluates_and_trains_only_when_no_trainer_is_there() -> None:
@@ -1093,7 +1151,9 @@ def test_a_late_attempt_is_never_handed_out_again_and_its_failures_end_nothing()
     for _ in range(9):
         play.back(LATE_TASK, "task_failed", worker="b", attempt=1)
     assert not play.job.over
-    assert rounds.next_task(play.job, "b", frozenset({Task("train", 2, 0), Task("train", 2, 1)})) == Task("evaluate", 1)
+    assert rounds.next_task(play.job, "b", rounds.Held({Task("train", 2, 0), Task("train", 2, 1)})) == Task(
+        "evaluate", 1
+    )
     with pytest.raises(BadUpdateError):
         rounds.judge(play.job, LATE_TASK, submission(late_update(play).model_copy(update={"samples": 11})), "b")
     with pytest.raises(NotFoundError):
@@ -1170,7 +1230,7 @@ class AnyHistory(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from("abc"))
     def ask(self, worker: str) -> None:
-        held = frozenset(task for task, _, holder in self.out if holder != worker)
+        held = rounds.Held(task for task, _, holder in self.out if holder != worker)
         task = rounds.next_task(self.play.job, worker, held, self.coming() | {worker: True})
         if task is not None:
             assert task not in held
@@ -1294,7 +1354,7 @@ class AnyHistory(RuleBasedStateMachine):
         able = {worker: True for worker in "abc" if worker not in job.excluded}
         given: set[int] = set()
         for _ in job.phase.shards:
-            held = frozenset(Task("train", job.phase.round, shard) for shard in given)
+            held = rounds.Held(Task("train", job.phase.round, shard) for shard in given)
             tasks = [rounds.next_task(replace(job, evaluations={}), worker, held, able) for worker in able]
             given |= {task.shard for task in tasks[:1] if task} or {task.shard for task in tasks if task}
         assert not able or given == job.phase.shards.keys() - job.phase.accepted.keys()
@@ -1356,9 +1416,9 @@ def test_a_shard_goes_to_the_worker_that_has_its_state_and_one_with_anothers_goe
         play.train(shard, worker, samples=5)
     play.close_if_due("a", "b", "c")
     play.close()
-    chosen = [rounds.next_task(play.job, worker, frozenset()) for worker in ("a", "b", "c", "d")]
+    chosen = [rounds.next_task(play.job, worker, rounds.Held()) for worker in ("a", "b", "c", "d")]
     assert [task and task.shard for task in chosen] == [0, 1, 2, 0]
-    assert rounds.next_task(play.job, "a", frozenset({Task("train", 2, 0)})) == Task("train", 2, 1)
+    assert rounds.next_task(play.job, "a", rounds.Held({Task("train", 2, 0)})) == Task("train", 2, 1)
     assert play.replayed() == play.job
 
 
@@ -1420,7 +1480,7 @@ def test_without_keep_optimizer_nobody_is_preferred() -> None:
     play = training(rounds=3)
     play.whole_round("a", "b")
     assert play.job.states == {}
-    assert rounds.next_task(play.job, "b", frozenset()) == Task("train", 2, 0)
+    assert rounds.next_task(play.job, "b", rounds.Held()) == Task("train", 2, 0)
 
 
 # ---------------------------------------------------------------- rounds that are begun anew
@@ -1471,7 +1531,7 @@ def test_a_job_without_its_shards_may_still_be_evaluated() -> None:
     play = training(rounds=3)
     play.whole_round("a", "b")
     seen = rounds.without_shards(play.job)
-    assert rounds.next_task(seen, "a", frozenset()) == Task("evaluate", 1)
+    assert rounds.next_task(seen, "a", rounds.Held()) == Task("evaluate", 1)
 
 
 # ---------------------------------------------------------------- data of the workers' own
