@@ -174,7 +174,7 @@ class CoordinatorApi:
         return self._ask(Welcome, "POST", "/v1/workers", registration)
 
     def poll(
-        self, worker: str, request: PollRequest, *, keep: Callable[[str, bytes], None] = lambda _, __: None
+        self, worker: str, request: PollRequest, *, keep: Callable[[str, memoryview], None] = lambda _, __: None
     ) -> PollAnswer | None:
         """Wait for work, at most `wait_s`. None: nothing yet.
 

@@ -38,15 +38,16 @@ def read_submission(value: str) -> Submission:
         raise BadRequestError(f"the header {SUBMISSION} holds no submission: {why}") from error
 
 
-def answer_and_model(body: bytes) -> tuple[PollAnswer, str, bytes]:
-    """An answer of type WITH_MODEL, taken apart: the answer, the model's digest, and the model.
+def answer_and_model(body: bytes) -> tuple[PollAnswer, str, memoryview]:
+    """An answer of type WITH_MODEL, taken apart: the answer, the model's digest, and the model, which is no copy.
 
     Raises:
         ValueError: the answer does not read (pydantic's ValidationError is one).
         UnavailableError: the model is not the one that the assignment names (`unreadable`).
     """
-    text, _, model = body.partition(b"\n")
-    answer = PollAnswer.model_validate_json(text)
+    end = body.find(b"\n")
+    end = end if end >= 0 else len(body)
+    answer, model = PollAnswer.model_validate_json(body[:end]), memoryview(body)[end + 1 :]
     base = answer.assignment.base if answer.assignment else None
     found = hashlib.sha256(model).hexdigest()
     if base is None or base.digest != found:

@@ -45,6 +45,7 @@ class Blobs:
         # Bytes that are promised at most: what was counted last and all that was asked for since. Every part is looked
         # at only when that may be too much.
         self._promised_most: int | None = None
+        self._lasting: set[Path] = set()  # folders in blobs/ whose own name would survive a power cut
         self._counting = threading.Lock()
         for each in (self._blobs, self._parts):
             each.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -76,7 +77,7 @@ class Blobs:
         except FileNotFoundError:
             raise NotFoundError(f"there is no file {digest[:12]}… here", code="unknown_blob") from None
 
-    def adopt(self, part: Path, digest: str, durable: bool) -> None:
+    def adopt(self, part: Path, digest: str, durable: bool, *, synced: bool = False) -> None:
         """Give a finished file the name of its bytes. The caller has checked that the digest is theirs.
 
         Args:
@@ -84,17 +85,20 @@ class Blobs:
             digest: SHA-256 of its bytes.
             durable: return only when it would survive a power cut. Otherwise it survives a killed process, and after a
                 power cut may be gone, or there with too few bytes.
+            synced: its bytes would survive one already; only its name is still to.
         """
         target = self.path(digest)
         target.parent.mkdir(exist_ok=True, mode=0o700)
         # A file that is there may be a durable one, of a model that no update changed: it must not become less safe.
         durable = durable or target.exists()
-        if durable:
+        if durable and not synced:
             sync(part)
         part.replace(target)
         if durable:
             sync(target.parent)
-            sync(self._blobs)  # the name of target.parent, should it be new
+            if target.parent not in self._lasting:  # its own name may be new
+                sync(self._blobs)
+                self._lasting.add(target.parent)
 
     def put_bytes(self, data: bytes, durable: bool = True) -> str:
         """Keep bytes; returns their digest.

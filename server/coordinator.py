@@ -1246,7 +1246,9 @@ class Coordinator:
     async def _take(self, worker_id: str, job: Job, task: Task, name: str, submission: Submission) -> Receipt:
         if (lost := self._lost(job, task, submission.attempt, worker_id)) is not None:
             return await self._restore(job, name, lost, submission)
-        if (repeat := self._accepted_before(job, task, submission, worker_id)) is not None:
+        tries = rounds.tries_of(job, task)
+        is_new = tries.out and (tries.attempt, tries.workers[-1]) == (submission.attempt, worker_id)
+        if not is_new and (repeat := self._accepted_before(job, task, submission, worker_id)) is not None:
             return repeat
         self._check_owner(job, task, submission.attempt, worker_id)
         try:
@@ -1339,14 +1341,18 @@ class Coordinator:
         durable = task.kind == "init" or job.spec.round.fsync
         try:
             codec = versions.rules_of(job.spec.aggregation).update if task.kind == "train" else None
-            if base is not None and job.spec.secure.enabled:
-                await asyncio.to_thread(inspect_masked, staging.path, base, digest=digest)
-                found = Inspection(size=staging.size, norm=None)
-            else:
-                found = await asyncio.to_thread(
-                    inspect, staging.path, base, digest=digest, norm_bound=bound, measured=measured, codec=codec
-                )
-            await asyncio.to_thread(self.blobs.adopt, staging.path, digest, durable=durable)
+
+            def look() -> Inspection:
+                """Both in one thread's turn: a loop with much to do comes back to each only after a while."""
+                if base is not None and job.spec.secure.enabled:
+                    inspect_masked(staging.path, base, digest=digest)
+                    found = Inspection(size=staging.size, norm=None)
+                else:
+                    found = inspect(staging.path, base, digest=digest, norm_bound=bound, measured=measured, codec=codec)
+                self.blobs.adopt(staging.path, digest, durable=durable)
+                return found
+
+            found = await asyncio.to_thread(look)
         except OSError as error:
             _die_if_broken(error)
             raise

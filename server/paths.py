@@ -6,6 +6,7 @@ Pure: what tailscaled said comes in (common.tailscale), decisions and sentences 
 import ipaddress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Literal
 
 from common.messages import Link, TailnetNode, TailnetPath
@@ -73,6 +74,7 @@ def _path(peer: Peer) -> TailnetPath:
     return TailnetPath(kind="unknown")  # nothing was sent for a while: the region named is where it could be reached
 
 
+@lru_cache(maxsize=1024)
 def is_loopback(address: str) -> bool:
     """Whether a caller is on this machine, or comes through something on it."""
     try:

@@ -44,8 +44,8 @@ class _Kept(Blobs):
         super().__init__(scratch, reserve_bytes=0)
         self._blobs = state / "blobs"
 
-    def adopt(self, part: Path, digest: str, durable: bool) -> None:  # noqa: ARG002 - the digest is all that is asked
-        """Let a finished file go."""
+    def adopt(self, part: Path, digest: str, durable: bool, *, synced: bool = False) -> None:  # noqa: ARG002
+        """Let a finished file go: its digest is all that is asked."""
         part.unlink()
 
 

@@ -125,7 +125,7 @@ def _with_slots(
             reads=tuple(path for path, _ in carried.total),
         )
     for path, digest in carried.files:
-        blobs.adopt(path, digest, durable=True)
+        blobs.adopt(path, digest, durable=True, synced=True)
     slot_total = tuple(digest for _, digest in carried.total)
     return replace(made, slots=carried.facts, slot_total=slot_total, fresh=carried.fresh)
 
@@ -165,11 +165,11 @@ def _fold(
     if made.step is not None and targets.step is not None and targets.residual is not None:
         assert made.step.kept_digest is not None  # noqa: S101 - a step always leaves a residual
         step = StepRef(base=phase.base.digest, model=model.digest, digest=made.step.digest, size=made.step.size)
-        blobs.adopt(targets.step, step.digest, durable=True)
+        blobs.adopt(targets.step, step.digest, durable=True, synced=True)
         kept.append((targets.residual, made.step.kept_digest))
     for path, digest in kept:
-        blobs.adopt(path, digest, durable=True)
-    blobs.adopt(targets.model, model.digest, durable=True)
+        blobs.adopt(path, digest, durable=True, synced=True)
+    blobs.adopt(targets.model, model.digest, durable=True, synced=True)
     reach("model-named")
     return Version(model, step, tuple(digest for _, digest in kept), made.amplification)
 

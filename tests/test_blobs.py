@@ -199,7 +199,7 @@ def test_an_adopted_upload_moves_to_its_name(blobs: Blobs, tmp_path: Path, durab
     assert files(tmp_path) == [f"blobs/{sha256(DATA)[:2]}/{sha256(DATA)}"]
 
 
-def waits(blobs: Blobs, monkeypatch: pytest.MonkeyPatch, *, durable: bool) -> list[str]:
+def waits(blobs: Blobs, monkeypatch: pytest.MonkeyPatch, *, durable: bool, synced: bool = False) -> list[str]:
     """What adopting DATA waits for, in order, each with what stood under the digest at that moment."""
     digest, seen, sync = sha256(DATA), list[str](), store.sync
 
@@ -212,13 +212,30 @@ def waits(blobs: Blobs, monkeypatch: pytest.MonkeyPatch, *, durable: bool) -> li
     part.write_bytes(DATA)
     with monkeypatch.context() as patch:
         patch.setattr(module, "sync", watched)
-        blobs.adopt(part, digest, durable=durable)
+        blobs.adopt(part, digest, durable=durable, synced=synced)
     return seen
 
 
 def test_a_durable_file_reaches_the_disk_before_its_name_does(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sha256(DATA)[:2]
     assert waits(blobs, monkeypatch, durable=True) == ["p.part none", f"{folder} new", "blobs new"]
+
+
+def test_a_file_whose_bytes_are_on_the_disk_waits_for_its_name_alone(
+    blobs: Blobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sha256(DATA)[:2]
+    assert waits(blobs, monkeypatch, durable=True, synced=True) == [f"{folder} new", "blobs new"]
+
+
+def test_a_folders_own_name_is_waited_for_once_by_each_process(
+    blobs: Blobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, again = sha256(DATA)[:2], ["p.part new", f"{sha256(DATA)[:2]} new"]
+    assert waits(blobs, monkeypatch, durable=True) == ["p.part none", f"{folder} new", "blobs new"]
+    assert waits(blobs, monkeypatch, durable=True) == again
+    next_process = Blobs(tmp_path, reserve_bytes=0)  # the one before may have died before it waited
+    assert waits(next_process, monkeypatch, durable=True) == [*again, "blobs new"]
 
 
 def test_an_update_waits_for_no_disk(blobs: Blobs, monkeypatch: pytest.MonkeyPatch) -> None:

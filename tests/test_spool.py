@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from common.errors import LydianError
 from common.messages import Assignment, JobSpec, ModelRef, Range, Submission, TaskRef
 from tests.privileges import needs_mounts
-from worker.spool import ASKED, MODELS_KEPT, RESULT, TRAINED, Attempt, Kept, Sizes, Spool, Trained, Untrained
+from worker.spool import ASKED, MODELS_KEPT, TRAINED, Attempt, Kept, Sizes, Spool, Trained, Untrained
 
 URL = "http://127.0.0.1:8470"
 UPDATE = b"an update " * 100
@@ -232,21 +232,29 @@ def test_what_was_waited_for_was_synced_and_a_broken_disk_is_told(
         durability.wait()
 
 
-def test_what_is_handed_in_is_put_onto_the_disk_and_what_was_asked_for_only_with_everything(
-    spool: Spool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("in_two_parts", [True, False])
+def test_what_is_handed_in_is_put_onto_the_disk_once_and_what_was_asked_for_only_with_everything(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch, in_two_parts: bool
 ) -> None:
-    held = train(spool, assignment())
-    synced: set[int] = set()
-    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
-    durability = spool.durability(held)
-    folder = held.place.folder
-    needed = {path.stat().st_ino for path in (held.place.update, folder / TRAINED, folder, folder.parent)}
-    durability.begin(RESULT)
+    begun = spool.begin(assignment(), URL)
+    begun.place.update.write_bytes(UPDATE)
+    synced = list[int]()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    durability, folder = spool.durability(begun), begun.place.folder
+    if in_two_parts:
+        durability.begin_bytes()
+        durability.wait()
+        assert synced == [path.stat().st_ino for path in (begun.place.update, folder.parent)]
+    spool.finish(begun, Submission(attempt=1, digest=digest(UPDATE)))
+    durability.begin_result()
     durability.wait()
-    assert synced == needed
+    needed = [path.stat().st_ino for path in (begun.place.update, folder / TRAINED, folder, folder.parent)]
+    assert sorted(synced) == sorted(needed)
+    assert synced.index(folder.stat().st_ino) > synced.index((folder / TRAINED).stat().st_ino)
+    synced.clear()
     durability.begin()
     durability.wait()
-    assert synced == needed | {(folder / ASKED).stat().st_ino}
+    assert sorted(synced) == sorted([*needed, (folder / ASKED).stat().st_ino])
 
 
 # ---------------------------------------------------------------- whatever is in the folder

@@ -437,7 +437,7 @@ class Agent:
 
         return self._insist(ask)
 
-    def _keep_model(self, digest: str, data: bytes) -> None:
+    def _keep_model(self, digest: str, data: memoryview) -> None:
         with self._disk_trouble():  # a model that is not kept is fetched
             self._trainer.take_model(digest, data)
 

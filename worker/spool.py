@@ -38,7 +38,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,9 +69,11 @@ OPTIMIZER, PERSONAL, PENDING, SECRET = "optimizer", "personal", "pending", "secr
 STATES = {OPTIMIZER: "optimizers", PERSONAL: "personal"}
 """File of an attempt that its shard's next round goes on from -> folder where it is kept once the update counts."""
 
-RESULT = (UPDATE, PENDING, *STATES, SECRET, TRAINED, ACCEPTED)
-"""Files of an attempt that outlive its training. What was asked for is none: each file costs the disk one wait more."""
-FILES = (*RESULT, ASKED)
+BYTES = (UPDATE, PENDING, *STATES)
+"""What the child leaves of an attempt."""
+WORDS = (SECRET, TRAINED, ACCEPTED)
+"""What the agent writes beside it."""
+FILES = (*BYTES, *WORDS, ASKED)
 
 M = TypeVar("M", bound=Message)
 
@@ -233,18 +235,37 @@ Attempt = Untrained | Trained | Kept
 
 
 class Durability:
-    """Puts the files of one attempt onto the disk, in a thread beside the work; `wait` before somebody relies on it."""
+    """Puts the files of one attempt onto the disk, in a thread beside the work; `wait` before somebody relies on it.
+
+    Each file and each folder costs the disk a wait. So the result is put there in two parts, none of it twice, and what
+    was asked for is left out: it does not outlive the training.
+    """
 
     def __init__(self, disk: ThreadPoolExecutor, place: Place) -> None:
         self._disk, self._place = disk, place
         self._writes: list[Future[None]] = []
+        self._has_bytes = False
 
-    def begin(self, names: tuple[str, ...] = FILES) -> None:
-        """Start to put what is there of these files onto the disk. Returns at once. Any thread may call it."""
-        self._writes.append(self._disk.submit(_put_onto_disk, self._place.folder, names))
+    def begin(self) -> None:
+        """Start to put all that is there onto the disk. Returns at once, as the others do. Any thread may call it."""
+        self._submit(_everything(self._place))
+
+    def begin_bytes(self) -> None:
+        """Start with what the child has left, which nobody writes to any more, while the rest is made."""
+        self._has_bytes = True
+        self._submit([*_files(self._place, BYTES), self._place.folder.parent])
+
+    def begin_result(self) -> None:
+        """Start with the result, as far as that is still to do: the names of all its files go with this."""
+        if not self._has_bytes:
+            self.begin_bytes()
+        self._submit([*_files(self._place, WORDS), self._place.folder])
+
+    def _submit(self, paths: Sequence[Path]) -> None:
+        self._writes.append(self._disk.submit(_put_onto_disk, paths))
 
     def wait(self) -> None:
-        """Wait until all that was there at the last `begin` would survive a power cut.
+        """Wait until all that was there when it was begun with would survive a power cut.
 
         Raises:
             OSError: the disk did not take it. EIO: what is on it is not known any more.
@@ -322,7 +343,7 @@ class Spool:
         """Count one more start of an attempt. It is on the disk when this returns: the start may take the machine."""
         again = replace(held, starts=held.in_vain + 1, stood=held.place.newest_checkpoint())
         self._put_down(again)
-        _put_onto_disk(held.place.folder)
+        _put_onto_disk(_everything(held.place))
         return again
 
     def put_aside(self, held: Untrained) -> None:
@@ -406,7 +427,7 @@ class Spool:
         _part(place.secret).touch(mode=0o600)
         _write(place.secret, secret)
         if durable:
-            _put_onto_disk(place.folder)
+            _put_onto_disk(_everything(place))
 
     def commit(self, held: Trained) -> None:
         """The result was accepted: what it left out is added to the next one, and its slot counts. Twice is once."""
@@ -586,7 +607,7 @@ class Spool:
         """Digests of models that are here, fetched or looked at in this life."""
         return tuple(sorted(self._verified))
 
-    def put_model(self, digest: str, data: bytes) -> None:
+    def put_model(self, digest: str, data: bytes | memoryview) -> None:
         """Keep a model that came with its work, verified."""
         path = self.model(digest)
         part = path.with_suffix(".came")
@@ -767,18 +788,24 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _put_onto_disk(folder: Path, names: tuple[str, ...] = FILES) -> None:
-    """Have files of an attempt survive a power cut, and its name too.
+def _files(place: Place, names: Iterable[str]) -> list[Path]:
+    return [place.folder / name for name in names]
+
+
+def _everything(place: Place) -> list[Path]:
+    """Every file of an attempt that is to survive a power cut, and the folders with their names."""
+    return [*_files(place, FILES), place.folder, place.folder.parent]
+
+
+def _put_onto_disk(paths: Iterable[Path]) -> None:
+    """Have files and folders survive a power cut, as far as they are there: an attempt may be dropped meanwhile.
 
     Raises:
         OSError: the disk did not take them.
     """
-    for name in names:
+    for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            _sync(folder / name)
-    with contextlib.suppress(FileNotFoundError):  # dropped meanwhile
-        _sync(folder)
-    _sync(folder.parent)
+            _sync(path)
 
 
 def _sync(path: Path) -> None:

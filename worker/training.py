@@ -30,7 +30,7 @@ from worker.heart import Heart, Watch
 from worker.options import Options
 from worker.sealing import Sealing, mask
 from worker.secret import noise_seed
-from worker.spool import RESULT, Durability, Place, Sizes, Spool, Trained, Untrained
+from worker.spool import Durability, Place, Sizes, Spool, Trained, Untrained
 
 log = logging.getLogger("lydian.worker")
 
@@ -106,7 +106,7 @@ class Trainer:
             )
         return self._child
 
-    def take_model(self, digest: str, data: bytes) -> None:
+    def take_model(self, digest: str, data: bytes | memoryview) -> None:
         """Keep a base model that came with its assignment.
 
         Raises:
@@ -257,8 +257,8 @@ class Trainer:
         done = self._ask(child, self._command(child, begun, base, heart), heart)
         digest = None
         if assignment.kind == "train":
-            if not encodes(assignment):
-                durability.begin(RESULT)  # beside the hashing
+            if not encodes(assignment):  # else it is not the update yet
+                durability.begin_bytes()  # beside the hashing
             digest = (
                 self._digest(begun, base) if sealing is None else mask(begun, base, done["samples"], sealing.result())
             )
@@ -278,7 +278,7 @@ class Trainer:
         )
         trained = self._spool.finish(begun, submission)
         if assignment.kind == "train":
-            durability.begin(RESULT)  # beside the upload
+            durability.begin_result()  # beside the upload
             self._learn(begun, child, done)
         return trained
 

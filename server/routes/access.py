@@ -55,8 +55,9 @@ def _parameters(dependant: Dependant) -> Iterator[str]:
         yield from _parameters(below)
 
 
-async def get_principal(request: Request, coordinator: CoordinatorDep) -> Principal:
+async def get_principal(request: Request) -> Principal:
     """Whoever holds the token that came with the call."""
+    coordinator = await get_coordinator(request)
     principal = await _caller(request, coordinator, noted=True)
     if principal.worker is not None:
         await coordinator.tailnet.admit(principal.worker, address_of(request))
@@ -99,15 +100,17 @@ async def get_admin(principal: PrincipalDep) -> Principal:
     return principal
 
 
-async def get_worker(principal: PrincipalDep) -> str:
+async def get_worker(request: Request) -> str:
     """The id of the worker that calls."""
+    principal = await get_principal(request)
     require(principal, "work")
     assert principal.worker is not None  # noqa: S101 - a work token is issued to a worker
     return principal.worker
 
 
-async def get_this_worker(worker: str, caller: Annotated[str, Depends(get_worker)]) -> str:
+async def get_this_worker(worker: str, request: Request) -> str:
     """The worker that the path names, which must be the one that calls."""
+    caller = await get_worker(request)
     if worker != caller:
         raise ForbiddenError(f"{caller} may not call as {worker[:80]!r}", code="not_yours")
     return caller

@@ -201,7 +201,7 @@ class Simulator:
                     self._spool.drop_job(job, self._url)
         return answer
 
-    def _keep_model(self, digest: str, data: bytes) -> None:
+    def _keep_model(self, digest: str, data: memoryview) -> None:
         with self._keeping:  # calls are made in threads, and the same model comes with many of them
             self._trainer.take_model(digest, data)
 
