@@ -64,19 +64,28 @@ class Subscription:
     async def __anext__(self) -> Item:
         """The next item. Giving up the wait loses nothing."""
         while True:
-            if self._lagged:
-                self._lagged = False
-                return Lagged()
-            if self._facts:
-                return self._facts.popleft()
-            if self._touched:
-                job = next(iter(self._touched))
-                del self._touched[job]
-                return Touched(job)
+            if (item := self._next()) is not None:
+                return item
             if self._closed:
                 raise StopAsyncIteration
             self._changed.clear()
             await self._changed.wait()
+
+    def situation_or_before(self) -> Item:
+        """Word that a situation changed, for who put it off; what goes before that, as long as there is any."""
+        return self._next() or Touched(self.job or "")
+
+    def _next(self) -> Item | None:
+        if self._lagged:
+            self._lagged = False
+            return Lagged()
+        if self._facts:
+            return self._facts.popleft()
+        if self._touched:
+            job = next(iter(self._touched))
+            del self._touched[job]
+            return Touched(job)
+        return None
 
     def close(self) -> None:
         """Take nothing more; what has come can still be read. Twice is once."""
@@ -178,9 +187,11 @@ async def follow(
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                if not owed:
+                if owed:
+                    item = news.situation_or_before()
+                else:
                     yield KEEPALIVE
-                item = Lagged()
+                    item = Lagged()
 
 
 def sse(data: str, event: str | None = None, id: int | None = None) -> bytes:  # noqa: A002 - the field's name
