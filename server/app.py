@@ -75,7 +75,7 @@ def create_app(
     )
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Gate, names=(*with_short(platform.node()), *names))  # added last, so asked first
-    for module in (workers, updates, models, jobs, probe, tokens, audit, public, pages):
+    for module in (public, jobs, workers, updates, models, probe, tokens, audit, pages):
         app.include_router(module.router)
     app.add_exception_handler(LydianError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
