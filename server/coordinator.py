@@ -1246,9 +1246,7 @@ class Coordinator:
     async def _take(self, worker_id: str, job: Job, task: Task, name: str, submission: Submission) -> Receipt:
         if (lost := self._lost(job, task, submission.attempt, worker_id)) is not None:
             return await self._restore(job, name, lost, submission)
-        tries = rounds.tries_of(job, task)
-        is_new = tries.out and (tries.attempt, tries.workers[-1]) == (submission.attempt, worker_id)
-        if not is_new and (repeat := self._accepted_before(job, task, submission, worker_id)) is not None:
+        if (repeat := self._accepted_before(job, task, submission, worker_id)) is not None:
             return repeat
         self._check_owner(job, task, submission.attempt, worker_id)
         try:

@@ -165,8 +165,9 @@ class Fleet:
     def serves(self, worker_id: str, job: Job, now: float) -> bool:
         """Whether the worker is one of those."""
         worker = self.workers.get(worker_id)
-        able = worker is not None and worker_id not in job.excluded and why_not(worker, job) is None
-        return able and worker is not None and self.is_there(worker, now)
+        if worker is None or worker_id in job.excluded or not self.is_there(worker, now):
+            return False
+        return why_not(worker, job) is None
 
     def places(self, job: Job, now: float) -> list[str]:
         """Ids of the workers that a round is cut for: those that serve, and those that vanished a short while ago."""

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from common.messages import Assignment, Submission
 from common.weights import file_digest
-from tests.acceptance.kit import LocalFleet, closed_rounds, of_type
+from tests.acceptance.kit import LocalFleet, closed_rounds, of_type, wait_for
+from tests.acceptance.played import Played, update
 
 TASK = """
 import torch
@@ -90,3 +92,24 @@ def test_each_user_is_a_shard_on_every_worker_and_too_few_of_them_end_the_job_in
     assert "30 samples of 4 ids cannot be cut into 5 shards: a shard has at least one whole id. Set [data] shards" in (
         failed.reason
     )
+
+
+def test_a_part_that_is_handed_in_twice_counts_once_and_is_answered_as_a_repeat(tmp_path: Path) -> None:
+    with LocalFleet(tmp_path) as fleet, Played(fleet, "a") as a, Played(fleet, "b") as b:
+        job = fleet.submit(rounds=2, data={"shards": 2}, round={"min_workers": 2}, evaluation={"scope": "workers"})
+        a.init()
+        for worker in (a, b):
+            worker.hand_in(worker.poll(), update(1.0))
+        work = wait_for("the round to be measured", lambda: _measuring(a))
+        said = Submission(attempt=work.attempt, samples=4, metrics={"accuracy": (2.0, 4.0), "loss": (4.0, 4.0)})
+        assert [a.api.submit(work.id, said).repeat for _ in range(3)] == [False, True, True]
+        fleet.api.cancel(job)
+
+
+def _measuring(worker: Played) -> Assignment | None:
+    """Its part of an evaluation; what is to be trained before is trained."""
+    work = worker.poll()
+    if work.kind == "evaluate":
+        return work
+    worker.hand_in(work, update(2.0))
+    return None
