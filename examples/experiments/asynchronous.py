@@ -186,7 +186,7 @@ class Fleet:
 
     def _ask(self, worker):
         coming = {name: name not in self.held for name in self.names} if self.job.spec.data.shards == "auto" else {}
-        task = rounds.next_task(self.job, worker, frozenset(self.held.values()), coming)
+        task = rounds.next_task(self.job, worker, rounds.Held(self.held.values()), coming)
         if task is None:
             return
         self._do(rounds.hand_out(self.job, task, worker))
