@@ -161,7 +161,10 @@ def test_workers_come_for_their_shards_unless_they_are_gone_or_at_work_for_anoth
     some.grant("other", TASK, 1, "c", 0.0)
     some.workers["d"].left = True
     excluding = rounds.replace(job, excluded={"e": "no data"})
-    assert some.coming(excluding, 0.0) == {"a": True, "b": False}
+    coming = some.coming(excluding, 0.0)
+    assert coming == {"a": True, "b": False}
+    assert len(coming) == 2
+    assert "nobody" not in coming
 
 
 def test_a_free_worker_leaves_the_shard_that_was_cut_for_another_which_is_there() -> None:

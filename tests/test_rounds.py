@@ -963,6 +963,38 @@ def test_a_worker_gets_the_best_of_the_shards_that_it_may_have(
     assert given_out == (None if best is None else Task("train", 1, best.shard))
 
 
+TASKS = st.builds(Task, st.sampled_from(["init", "train", "evaluate"]), st.integers(0, 2), st.integers(0, 3))
+
+
+@given(st.lists(st.tuples(st.booleans(), TASKS)), st.sampled_from(["train", "evaluate"]), st.integers(0, 2))
+def test_the_tasks_that_are_held_are_those_that_were_taken_and_not_freed(
+    steps: list[tuple[bool, Task]], kind: Any, index: int
+) -> None:
+    held, known = rounds.Held(), set[Task]()
+    for taken, task in steps:
+        (held.add if taken else held.discard)(task)
+        (known.add if taken else known.discard)(task)
+    assert (held, len(held), rounds.Held(known)) == (known, len(known), held)
+    assert held.shards(kind, index) == {task.shard for task in known if (task.kind, task.round) == (kind, index)}
+
+
+def test_an_update_stands_while_a_round_has_it_and_only_that_very_one_does() -> None:
+    play = training()
+    task = Task("train", 1, 0)
+    play.train(0, "a")
+    counted = rounds.accepted_of(play.job)[0]
+    assert rounds.stands_on(play.job, task, counted.attempt, counted.digest)
+    assert not rounds.stands_on(play.job, task, counted.attempt + 1, counted.digest)
+    assert not rounds.stands_on(play.job, task, counted.attempt, digest(99))
+    assert not rounds.stands_on(play.job, Task("train", 1, 1), counted.attempt, counted.digest)
+    play.train(1, "b")
+    play.close_if_due("a", "b")
+    assert isinstance(play.job.inner, Aggregating)
+    assert rounds.stands_on(play.job, task, counted.attempt, counted.digest)
+    play.close()
+    assert not rounds.stands_on(play.job, task, counted.attempt, counted.digest)
+
+
 def test_an_evaluator_evaluates_and_trains_only_when_no_trainer_is_there() -> None:
     play = by_speed(rates={**THREE, "cpu": 0.015})
     everybody = {**ALL_FREE, "cpu": True}
