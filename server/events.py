@@ -172,7 +172,7 @@ async def follow(
                 yield sse(item.json(), id=item.id)
                 after = item.id
             owed = owed or not isinstance(item, StoredFact)
-            if owed and not isinstance(item, StoredFact) and (began := time.monotonic()) >= rests_until:
+            if not isinstance(item, StoredFact) and (began := time.monotonic()) >= rests_until:
                 present = situation()  # now every fact has been sent
                 if present is None:
                     return
